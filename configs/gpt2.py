@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPT-2 from scratch, any published size.
+
+  python launch/train.py --config=configs/gpt2.py:117M --workdir=runs/117M \\
+    --config.data.train=data/train --config.data.validation=data/validation
+
+The batch is the paper's 512 x 1024 tokens; the rest of the recipe is GPT-3's (Brown et al. 2020, table 2.1) as
+nanoGPT uses it, since the GPT-2 paper gives none. Nobody has run this to its end with this code yet: no number to
+expect stands here.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from gpt2_jax.model import model_config
+
+
+def get_config(size: str = "117M") -> ConfigDict:
+  """`size` follows the colon on the command line: 117M, 345M, 762M, 1542M, distilgpt2, or today's names."""
+  model = model_config(size)
+  learning_rate = {768: 6e-4, 1024: 3e-4, 1280: 2.5e-4, 1600: 2e-4}[model.n_embd]
+  return ConfigDict(
+    {
+      "seed": 0,  # of parameters, dropout and the order of the data
+      "model": dataclasses.asdict(model),  # see ModelConfig; --config.model.remat=dots and so on
+      "data": {
+        "train": "data/train",  # token stores, from launch/tokenize.py; a local path or gs://
+        "validation": "data/validation",
+        "tokenizer": "gpt2",  # or a SentencePiece .model, or a .json; must be the stores'
+      },
+      "mesh": {"replica": 1, "data": -1, "model": 1},  # -1 takes the devices that are left
+      "steps": 600_000,  # updates; the cosine ends there
+      "batch_size": 512,  # windows in one update, over all devices
+      "microbatches": 1,  # slices of a batch, computed one after the other; divides batch_size
+      "steps_per_call": 1,  # updates in one dispatch; more helps where a step takes milliseconds
+      "learning_rate": learning_rate,  # its peak
+      "warmup_steps": 2000,
+      "final_lr_fraction": 0.1,  # of the peak, at the end of the cosine
+      "b1": 0.9,
+      "b2": 0.95,
+      "weight_decay": 0.1,  # on matrices only
+      "clip_norm": 1.0,
+      "max_skips": 10,  # updates in a row that may be not finite before the run stops
+      "log_every": 10,  # steps between lines of metrics.jsonl
+      "eval_every": 1000,  # steps between evaluations
+      "eval_windows": 512,  # first windows of the validation store that are scored; 0 is all
+      "save_every": 1000,  # steps between checkpoints
+      "keep": 3,  # newest checkpoints kept; the best one stays besides
+      "profile_steps": 0,  # steps of a JAX trace in workdir/profile
+    }
+  )

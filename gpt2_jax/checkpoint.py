@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: asynchronous, whole or absent, restored on any mesh, device count or dtype.
+
+An array is saved under its name (`model.h.attn.c_attn.w`), so a checkpoint depends on no Python class. Zero padding
+of heads and vocabulary lies at the end of an axis: a restore onto another mesh cuts it off or adds it.
+"""
+
+import logging
+import math
+import os
+import sys
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+from gpt2_jax.optimizer import name_of
+from gpt2_jax.sharding import concrete
+
+
+def named(tree) -> dict:
+  """Leaves by name."""
+  return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+class Checkpoints:
+  """The checkpoints under `workdir`/checkpoints: the last `last` of them and the one with the least `val_loss`.
+
+  Beside each state lies `about`: the config, the tokenizer and the data manifest of the run, as JSON.
+  """
+
+  def __init__(self, workdir: str, last: int = 1, read_only: bool = False):
+    self.path = os.path.join(workdir if "://" in workdir else os.path.abspath(workdir), "checkpoints")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    best = keep.BestN(get_metric_fn=lambda metrics: metrics["val_loss"], reverse=True, n=1)
+    self.manager = ocp.CheckpointManager(
+      self.path,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(last), best]),
+        best_fn=lambda metrics: metrics["val_loss"],
+        best_mode="min",
+        read_only=read_only,
+        create=not read_only,
+        cleanup_tmp_directories=not read_only,
+      ),
+    )
+
+  def steps(self) -> list[int]:
+    """Steps of the whole checkpoints, newest first."""
+    return sorted(self.manager.all_steps(), reverse=True)
+
+  def save(self, step: int, state, about: dict, val_loss: float = float("inf")):
+    """Starts to write `state`; returns once its arrays are copied and may be donated."""
+    items = ocp.args.Composite(state=ocp.args.PyTreeSave(named(state)), about=ocp.args.JsonSave(about))
+    self.manager.save(step, args=items, metrics={"val_loss": min(val_loss, 1e30)}, force=True)
+
+  def about(self, step: int) -> dict:
+    """The config, tokenizer and manifest saved with `step`."""
+    return self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+
+  def restore(self, step: int, abstract_state):
+    """The state of `step` in the shapes, dtypes and shardings of `abstract_state`, on the mesh in force."""
+    targets = concrete(abstract_state, jax.sharding.get_mesh())
+    names = named(targets)
+    how = {
+      name: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=leaf.sharding, global_shape=leaf.shape, strict=False)
+      for name, leaf in names.items()
+    }
+    state = ocp.args.PyTreeRestore(item=names, restore_args=how, partial_restore=True)
+    arrays = self.manager.restore(step, args=ocp.args.Composite(state=state))["state"]
+    return jax.tree.unflatten(jax.tree.structure(targets), [arrays[name] for name in names])
+
+  def set_aside(self, step: int, error: Exception):
+    """Moves a checkpoint that cannot be read out of the way, and says so; nothing is deleted."""
+    aside = epath.Path(self.path).parent / f"damaged-{step}"
+    (epath.Path(self.path) / str(step)).rename(aside)
+    self.manager.reload()
+    reason = str(error).splitlines()[0][:200]
+    print(f"checkpoint {step} cannot be read ({reason}); moved to {aside}, the one before is taken", file=sys.stderr)
+
+  @property
+  def best(self) -> float:
+    """The least `val_loss` among the checkpoints, infinite if there is none."""
+    step = self.manager.best_step()
+    return math.inf if step is None else (self.manager.metrics(step) or {}).get("val_loss", math.inf)
+
+  def close(self):
+    """Waits for the save under way."""
+    self.manager.close()

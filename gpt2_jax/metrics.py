@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run tells: metrics.jsonl and TensorBoard on process 0, one live line, throughput and MFU."""
+
+import json
+import math
+import os
+import pathlib
+import sys
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from gpt2_jax.model import ModelConfig
+
+# Dense bfloat16 FLOP/s of one JAX device, by `device_kind`. Sources: cloud.google.com/tpu/docs/system-architecture,
+# NVIDIA's data sheets (without sparsity).
+PEAK_FLOPS = {
+  "TPU v3": 123e12 / 2,
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
+  "TPU v5": 459e12,
+  "TPU v5p": 459e12,
+  "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
+  "NVIDIA A100-SXM4-40GB": 312e12,
+  "NVIDIA A100-SXM4-80GB": 312e12,
+  "NVIDIA H100 80GB HBM3": 989e12,
+  "NVIDIA H200": 989e12,
+}
+
+
+def flops_per_token(config: ModelConfig) -> int:
+  """Training FLOPs of one token, 6 N + 12 L T D: PaLM (Chowdhery et al. 2022), appendix B.
+
+  N counts the matrices that multiply (head included, wpe not); recomputation and the causal half are not discounted.
+  """
+  D, L = config.n_embd, config.n_layer
+  return 6 * (12 * L * D * D + config.n_vocab * D) + 12 * L * config.n_ctx * D
+
+
+def mfu(config: ModelConfig, tokens_per_second: float) -> float | None:
+  """Model FLOPs utilization of all devices, or None where the device's peak is not known (a CPU)."""
+  peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+  return peak and tokens_per_second * flops_per_token(config) / (peak * jax.device_count())
+
+
+class Metrics:
+  """Appends to `workdir`/metrics.jsonl and TensorBoard; does nothing on processes other than 0.
+
+  A run that goes on from checkpoint `step` drops the lines after it: they will be written again, the same.
+  """
+
+  def __init__(self, workdir: str, step: int, steps: int):
+    self.active = jax.process_index() == 0
+    if not self.active:
+      return
+    self.path = pathlib.Path(workdir) / "metrics.jsonl"
+    self._keep(step)
+    self.file = self.path.open("a", buffering=1)
+    self.board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=step + 1)
+    interval = 0.1 if sys.stderr.isatty() else 30.0
+    self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, mininterval=interval, smoothing=0.1)
+
+  def _keep(self, step: int):
+    """Leaves the whole lines up to `step`; a line that a kill tore off is not whole."""
+    kept = []
+    for line in self.path.read_text().splitlines() if self.path.exists() else []:
+      try:
+        if json.loads(line)["step"] <= step:
+          kept.append(line + "\n")
+      except ValueError:
+        continue
+    fresh = self.path.with_suffix(".tmp")
+    fresh.write_text("".join(kept))
+    fresh.replace(self.path)
+
+  def write(self, step: int, **values):
+    """One line; numbers that are not finite become null, None is left out."""
+    if not self.active:
+      return
+    values = {name: value for name, value in values.items() if value is not None}
+    finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
+    self.file.write(json.dumps({"step": step} | finite) + "\n")
+    for name, value in values.items():
+      self.board.add_scalar(name, value, step)
+
+  def show(self, step: int, **values):
+    """Moves the live line to `step`."""
+    if self.active:
+      self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items() if value is not None}, refresh=False)
+      self.bar.update(step - self.bar.n)
+
+  def say(self, text: str):
+    """A line of its own, above the live one."""
+    if self.active:
+      self.bar.write(text, file=sys.stderr)
+
+  def close(self):
+    if self.active:
+      self.bar.close()
+      self.file.close()
+      self.board.close()

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mesh and the few named specs that every other file speaks of.
+
+Three axes, always all three. `replica` is plain data parallelism and the only axis that may cross slices;
+`data` splits the batch too and shards parameters and optimizer state (FSDP, ZeRO-3); `model` is Megatron's
+tensor parallelism. A laptop is the mesh (1, 1, 1): there is no other code path for it.
+"""
+
+import math
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("replica", "data", "model")
+ROWS = ("replica", "data")  # the axes that split a batch
+
+BATCH = P(ROWS, None)  # [B, T] tokens
+RESIDUAL = P(ROWS, None, None)  # [B, T, D]
+HIDDEN = P(ROWS, None, "model")  # [B, T, F], and logits [B, T, V]
+HEADS = P(ROWS, None, "model", None)  # [B, T, H, K]
+
+
+def make_mesh(replica: int = 1, data: int = -1, model: int = 1, devices=None) -> Mesh:
+  """The mesh over `devices` (default: all); one axis may be -1 and takes the devices that are left.
+
+  Raises ValueError if the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes, count = [replica, data, model], len(devices)
+  if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+    raise ValueError(f"mesh {tuple(sizes)}: sizes are 1 or more, and at most one is -1 (the rest of the devices)")
+  if -1 in sizes:
+    sizes[sizes.index(-1)] = max(1, count // -math.prod(sizes))
+  if math.prod(sizes) != count:
+    raise ValueError(
+      f"mesh (replica, data, model) = ({replica}, {data}, {model}) does not multiply to the {count} devices here; "
+      f"set --config.mesh.replica, --config.mesh.data and --config.mesh.model (-1 takes the rest)"
+    )
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+
+
+def abstract_mesh(replica: int, data: int, model: int) -> AbstractMesh:
+  """A mesh without devices, for `jax.eval_shape` and tracing at the real sizes."""
+  return AbstractMesh((replica, data, model), AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def axis_size(*names: str) -> int:
+  """Product of the sizes of the named axes of the mesh in force; an axis that is absent counts 1."""
+  shape = jax.sharding.get_abstract_mesh().shape
+  return math.prod(shape.get(name, 1) for name in names)
+
+
+def check_divides(size: int, what: str, *names: str, way_out: str) -> None:
+  """Raises ValueError unless the mesh axes `names` divide `size`."""
+  parts = axis_size(*names)
+  if size % parts:
+    raise ValueError(f"{what} of {size} does not divide by the {' x '.join(names)} axes of {parts}; {way_out}")
+
+
+def padded(size: int, multiple: int) -> int:
+  """`size` rounded up to a multiple."""
+  return -(-size // multiple) * multiple
+
+
+def concrete(tree, mesh: Mesh):
+  """`jax.eval_shape`'s answer with shardings on real devices, as a restore wants its targets."""
+
+  def place(leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, leaf.sharding.spec))
+
+  return jax.tree.map(place, tree)

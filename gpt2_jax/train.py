@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training: state in, state out, and the loop around it."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from gpt2_jax.checkpoint import Checkpoints
+from gpt2_jax.data import Batches, TokenStore, evaluation_batches
+from gpt2_jax.loss import cross_entropy
+from gpt2_jax.metrics import Metrics, mfu
+from gpt2_jax.model import GPT2, ModelConfig
+from gpt2_jax.optimizer import adamw, schedule
+from gpt2_jax.sharding import BATCH, ROWS, check_divides, make_mesh
+from gpt2_jax.tokenizer import load_tokenizer
+
+UNREADABLE = (ValueError, OSError, KeyError, RuntimeError)  # what a damaged checkpoint raises, at any depth of Orbax
+
+# Knobs that may change when a run goes on: they say where and how it computes, not what.
+FREE = ("mesh", "microbatches", "steps_per_call", "log_every", "eval_every", "eval_windows", "save_every", "keep")
+FREE += ("max_skips", "profile_steps", "data", "model.dtype", "model.remat", "model.unroll", "model.pad_heads")
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=["step", "skips", "model", "opt_state"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """All that a step changes. `skips` counts the updates in a row that were not finite, and skipped."""
+
+  step: jax.Array
+  skips: jax.Array
+  model: GPT2
+  opt_state: optax.OptState
+
+
+def init_state(key, model_config: ModelConfig, optimizer) -> TrainState:
+  """The state before step 0."""
+  model = GPT2(model_config, key)
+  return TrainState(jnp.int32(0), jnp.int32(0), model, optimizer.init(model))
+
+
+def mean_nats(model: GPT2, tokens_BT, key=None):
+  """Mean loss of predicting tokens 1.. from the ones before, in nats a token."""
+  x_BTD, _ = model.hidden(tokens_BT[:, :-1], key)
+  return cross_entropy(model.head(x_BTD), tokens_BT[:, 1:], model.config.n_vocab).mean()
+
+
+def gradients(model: GPT2, tokens_BT, microbatches: int, key=None):
+  """Loss and gradients of the whole batch, computed in `microbatches` slices, one after the other."""
+  if microbatches == 1:
+    return jax.value_and_grad(mean_nats)(model, tokens_BT, key)
+  slices_MBT = tokens_BT.reshape(-1, microbatches, tokens_BT.shape[1]).swapaxes(0, 1)
+
+  def add(total, item):
+    m, slice_BT = item
+    one = jax.value_and_grad(mean_nats)(model, slice_BT, key if key is None else jax.random.fold_in(key, m))
+    return jax.tree.map(jnp.add, total, one), None
+
+  zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, model))
+  total, _ = jax.lax.scan(add, zero, (jnp.arange(microbatches), slices_MBT))
+  return jax.tree.map(lambda x: x / microbatches, total)
+
+
+def train_step(state: TrainState, tokens_BT, *, optimizer, microbatches: int = 1, dropout_key=None):
+  """One update from tokens [B, T + 1]; metrics are float32 scalars. An update that is not finite is not made."""
+  key = None if dropout_key is None else jax.random.fold_in(dropout_key, state.step)
+  loss, grads = gradients(state.model, tokens_BT, microbatches, key)
+  norm = optax.global_norm(grads)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+  model = optax.apply_updates(state.model, updates)
+
+  finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+  model, opt_state = jax.tree.map(
+    lambda new, old: jnp.where(finite, new, old), (model, opt_state), (state.model, state.opt_state)
+  )
+  skips = jnp.where(finite, 0, state.skips + 1)
+  metrics = {"loss": loss, "grad_norm": norm, "skips": skips}
+  return TrainState(state.step + 1, skips, model, opt_state), metrics
+
+
+def train_steps(state: TrainState, tokens_SBT, **how):
+  """`train_step` over the leading axis in one dispatch; metrics come stacked, [S]."""
+  if tokens_SBT.shape[0] == 1:
+    state, metrics = train_step(state, tokens_SBT[0], **how)
+    return state, jax.tree.map(lambda x: x[None], metrics)
+  return jax.lax.scan(functools.partial(train_step, **how), state, tokens_SBT)
+
+
+@jax.jit
+def evaluation_sums(model: GPT2, tokens_BT, real_B):
+  """Sums over the real rows: nats and tokens. Divide last."""
+  nats_BT = cross_entropy(model.head(model.hidden(tokens_BT[:, :-1])[0]), tokens_BT[:, 1:], model.config.n_vocab)
+  return {"nats": jnp.sum(nats_BT * real_B[:, None]), "tokens": jnp.sum(real_B) * nats_BT.shape[1]}
+
+
+def evaluate(model: GPT2, store: TokenStore, batch_size: int, windows: int) -> float:
+  """Mean nats a token over the first `windows` windows of the store (0: all), in their order."""
+  sharding = NamedSharding(jax.sharding.get_mesh(), BATCH)
+  batches = evaluation_batches(store, model.config.n_ctx, batch_size, sharding, windows or None)
+  sums = []
+  for tokens_BT, real_B in tqdm(batches, "evaluation", leave=False, disable=None, unit="batch"):
+    sums.append(evaluation_sums(model, tokens_BT, real_B))
+  sums = jax.device_get(sums)
+  return float(sum(s["nats"] for s in sums) / sum(int(s["tokens"]) for s in sums))
+
+
+@jax.jit
+def health(model: GPT2, tokens_BT):
+  """Loss in nats and the RMS of the residual stream after each layer, [L], on tokens [B, T + 1]."""
+  x_BTD, rms_L = model.hidden(tokens_BT[:, :-1])
+  return cross_entropy(model.head(x_BTD), tokens_BT[:, 1:], model.config.n_vocab).mean(), rms_L
+
+
+class Stop:
+  """SIGTERM or SIGINT asks for an end: the step is finished and saved. A second one ends at once."""
+
+  def __enter__(self):
+    self.signal = None
+    self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    return self
+
+  def _ask(self, number, frame):
+    if self.signal:
+      os._exit(128 + number)
+    self.signal = signal.Signals(number).name
+
+  def __exit__(self, *_):
+    for number, handler in self.before.items():
+      signal.signal(number, handler)
+
+
+def flat(config: dict, prefix: str = "") -> dict:
+  """Knobs by their dotted names."""
+  items = {}
+  for name, value in config.items():
+    items |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+  return items
+
+
+def check_same_run(about: dict, saved: dict, workdir: str):
+  """Raises ValueError with the difference if `about` would not continue the run that was `saved`."""
+  new, old = flat(json.loads(json.dumps(about))), flat(saved)
+  free = tuple(f"config.{name}." for name in FREE)
+
+  def is_content(name):  # where the data lay and when it was made may differ, what it is may not
+    return not name.startswith("data.") or name.endswith("sha256")
+
+  differing = [
+    f"{name.removeprefix('config.')}: {str(old.get(name))[:80]} -> {str(new.get(name))[:80]}"
+    for name in sorted(new.keys() | old.keys())
+    if new.get(name) != old.get(name) and not (name + ".").startswith(free) and is_content(name)
+  ]
+  if differing:
+    raise ValueError(
+      f"{workdir} holds a run with another config ({'; '.join(differing)}); set these back, or take another --workdir"
+    )
+
+
+def open_stores(config: ConfigDict, model_config: ModelConfig):
+  """The training and validation stores and the tokenizer. Raises ValueError if they do not belong together."""
+  tokenizer = load_tokenizer(config.data.tokenizer)
+  if tokenizer.vocab_size != model_config.n_vocab:
+    raise ValueError(
+      f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, the model {model_config.n_vocab}; "
+      f"set --config.model.n_vocab={tokenizer.vocab_size}"
+    )
+  stores = []
+  for path in (config.data.train, config.data.validation):
+    store = TokenStore.open(path)
+    if store.tokenizer.fingerprint != tokenizer.fingerprint:
+      raise ValueError(
+        f"{path} was made with another tokenizer (fingerprint {store.tokenizer.fingerprint[:12]}, "
+        f"{config.data.tokenizer} has {tokenizer.fingerprint[:12]}); set --config.data.tokenizer or tokenize again"
+      )
+    stores.append(store)
+  return *stores, tokenizer
+
+
+def tell_about(config: ConfigDict, train: TokenStore, validation: TokenStore, tokenizer) -> dict:
+  """What is saved beside each state: config, tokenizer, and the manifests of the data (without their tokenizer)."""
+  data = {}
+  for name, store in (("train", train), ("validation", validation)):
+    data[name] = {key: value for key, value in store.manifest.items() if key != "tokenizer"}
+  return {"config": config.to_dict(), "tokenizer": tokenizer.to_json(), "data": data}
+
+
+class Log:
+  """Reads the metrics of calls that are over, writes every `log_every`-th step of them and moves the live line."""
+
+  def __init__(self, metrics: Metrics, config: ConfigDict, model_config: ModelConfig, rate: optax.Schedule):
+    self.metrics, self.config, self.model_config, self.rate = metrics, config, model_config, rate
+    self.mark = None
+
+  def start_clock(self):
+    """What comes after is step time; evaluation and saving before it are not."""
+    self.mark = time.perf_counter()
+
+  def read(self, last: int, stacked: dict):
+    """Waits for the call that ended with step `last`. Raises FloatingPointError after max_skips in a row."""
+    stacked = jax.device_get(stacked)
+    now, count = time.perf_counter(), len(stacked["loss"])
+    step_time = (now - self.mark) / count
+    self.mark = now
+    tokens_per_second = self.config.batch_size * self.model_config.n_ctx / step_time
+    pace = {"tokens_per_second": tokens_per_second, "step_time": step_time}
+    pace["mfu"] = mfu(self.model_config, tokens_per_second)
+    for i, step in enumerate(range(last - count + 1, last + 1)):
+      one = {name: values[i].item() for name, values in stacked.items()}
+      if step % self.config.log_every == 0 or one["skips"]:
+        self.metrics.write(step, **one, learning_rate=float(self.rate(step - 1)), **pace)
+      if one["skips"]:
+        self.metrics.say(f"step {step}: loss or gradient is not finite, update skipped ({one['skips']} in a row)")
+      if one["skips"] >= self.config.max_skips:
+        raise FloatingPointError(
+          f"step {step}: {one['skips']} updates in a row were not finite (max_skips); the last checkpoint is good: "
+          f"lower --config.learning_rate in a new --workdir, or look at the data of these steps"
+        )
+    self.metrics.show(last, loss=stacked["loss"][-1], **{"tok/s": tokens_per_second, "mfu": pace["mfu"]})
+
+
+def say_health(metrics: Metrics, model: GPT2, tokens_BT):
+  """The first line of a run: is the loss near ln V, and does the residual stream grow gently?"""
+  loss, rms_L = jax.device_get(health(model, tokens_BT))
+  expected = math.log(model.config.n_vocab)
+  verdict = "as it should be" if abs(loss - expected) < 0.5 else "it should be near: look at data and initialization"
+  scales = " ".join(f"{rms:.2f}" for rms in rms_L)
+  metrics.say(f"health: loss {loss:.3f}, ln V {expected:.3f} ({verdict}); residual RMS by layer: {scales}")
+
+
+def start(key, model_config: ModelConfig, optimizer, checkpoints: Checkpoints, about: dict, workdir: str):
+  """The state to begin with, its step, and where it came from in words: fresh, or the newest whole checkpoint."""
+  init = functools.partial(init_state, model_config=model_config, optimizer=optimizer)
+  for step in checkpoints.steps():
+    try:
+      saved = checkpoints.about(step)
+    except UNREADABLE as error:
+      checkpoints.set_aside(step, error)
+      continue
+    check_same_run(about, saved, workdir)
+    try:
+      return checkpoints.restore(step, jax.eval_shape(init, key)), step
+    except UNREADABLE as error:
+      checkpoints.set_aside(step, error)
+  return jax.jit(init)(key), 0
+
+
+def check_batch(config: ConfigDict):
+  """Raises ValueError unless every microbatch splits evenly over the mesh in force."""
+  if config.batch_size % config.microbatches:
+    raise ValueError(
+      f"batch_size of {config.batch_size} does not divide by microbatches of {config.microbatches}; "
+      f"set --config.microbatches to a divisor"
+    )
+  check_divides(
+    config.batch_size // config.microbatches,
+    "a microbatch (batch_size / microbatches)",
+    *ROWS,
+    way_out="change --config.batch_size, --config.microbatches or --config.mesh",
+  )
+
+
+class Profile:
+  """A JAX trace of `count` steps under `workdir`/profile, from the third call on, when all is compiled."""
+
+  def __init__(self, workdir: str, count: int):
+    self.path, self.count, self.calls, self.since = os.path.join(workdir, "profile"), count, 0, None
+
+  def at(self, step: int, state: TrainState):
+    """Call it before each dispatch, and once at the end."""
+    self.calls += 1
+    if self.count and self.calls == 3:
+      jax.block_until_ready(state)
+      jax.profiler.start_trace(self.path)
+      self.since = step
+    elif self.since is not None and step >= self.since + self.count:
+      jax.block_until_ready(state)
+      jax.profiler.stop_trace()
+      self.count, self.since = 0, None
+
+
+def run(config: ConfigDict, workdir: str) -> TrainState:
+  """Trains as `config` says (configs/gpt2.py explains the knobs), from the newest checkpoint in `workdir` if any.
+
+  Raises ValueError or OSError with one clear line on input that cannot be, FloatingPointError on a run that diverged.
+  """
+  with jax.set_mesh(make_mesh(**config.mesh)), Stop() as stop:
+    model_config = ModelConfig(**config.model)
+    check_batch(config)
+    rate = schedule(config.learning_rate, config.steps, config.warmup_steps, config.final_lr_fraction)
+    train, validation, tokenizer = open_stores(config, model_config)
+    optimizer = adamw(rate, config.b1, config.b2, config.weight_decay, config.clip_norm)
+    key, dropout_key = jax.random.split(jax.random.key(config.seed))
+    about = tell_about(config, train, validation, tokenizer)
+    checkpoints = Checkpoints(workdir, config.keep)
+    state, first = start(key, model_config, optimizer, checkpoints, about, workdir)
+    metrics = Metrics(workdir, first, config.steps)
+    log = Log(metrics, config, model_config, rate)
+    batches = Batches(train, model_config.n_ctx, config.batch_size, config.seed)
+    how = {"optimizer": optimizer, "microbatches": config.microbatches, "dropout_key": dropout_key}
+    call = jax.jit(functools.partial(train_steps, **how), donate_argnums=0)
+    try:
+      profile = Profile(workdir, config.profile_steps)
+      for step, state in segments(call, state, first, config, batches, log, stop, profile):  # noqa: B020
+        val_loss = math.inf
+        if due(step, config.eval_every, config):
+          val_loss = evaluate(state.model, validation, config.batch_size, config.eval_windows)
+          metrics.write(step, val_loss=val_loss)
+          metrics.say(f"step {step}: validation {val_loss:.4f} nats a token")
+        if due(step, config.save_every, config) or stop.signal or val_loss < checkpoints.best:
+          checkpoints.save(step, state, about, val_loss)
+        if stop.signal:
+          metrics.say(f"{stop.signal}: stopped and saved at step {step}; the same command goes on from there")
+          break
+    finally:
+      metrics.close()
+      checkpoints.close()
+    return state
+
+
+def due(step: int, every: int, config: ConfigDict) -> bool:
+  """Whether a multiple of `every`, or the end, fell into the call that ended with `step`."""
+  return step == config.steps or step // every > (step - config.steps_per_call) // every
+
+
+def segments(call, state, step, config, batches, log, stop, profile):
+  """Runs the steps; yields the state and its step wherever something is to be done between two calls.
+
+  The metrics of a call are read after the next one is dispatched, so that the device never waits for the host.
+  """
+  sharding = NamedSharding(jax.sharding.get_mesh(), P(None, *BATCH))
+  past = None
+  log.start_clock()
+  for tokens_SBT in batches.prefetch(step, config.steps, config.steps_per_call, sharding):
+    if step == 0:
+      say_health(log.metrics, state.model, tokens_SBT[0])
+    profile.at(step, state)
+    state, now = call(state, tokens_SBT)
+    if past:
+      log.read(*past)
+    step += tokens_SBT.shape[0]
+    past = step, now
+    if due(step, config.eval_every, config) or due(step, config.save_every, config) or stop.signal:
+      log.read(*past)
+      past = None
+      yield step, state
+      log.start_clock()
