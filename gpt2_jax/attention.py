@@ -21,9 +21,10 @@ def causal_attention(q_BTHK, k_BTHK, v_BTHK, dropout=lambda p: p):
   Queries go in chunks, so that the half of the square that the mask would hide is mostly never computed.
   """
   T = q_BTHK.shape[1]
+  remembering_little = jax.checkpoint(attend, static_argnums=4)  # the squares are computed again, not kept
   outputs = []
   for start in range(0, T, QUERIES):
     stop = min(start + QUERIES, T)
     mask = jnp.arange(stop)[None, :] <= jnp.arange(start, stop)[:, None]
-    outputs.append(jax.checkpoint(attend,static_argnums=4)(q_BTHK[:, start:stop], k_BTHK[:, :stop], v_BTHK[:, :stop], mask, dropout))
+    outputs.append(remembering_little(q_BTHK[:, start:stop], k_BTHK[:, :stop], v_BTHK[:, :stop], mask, dropout))
   return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)

@@ -12,20 +12,32 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.sharding import ROWS
+from gpt2_jax.sharding import ROWS, axis_size
 
 
 def dot(a, b, contract: tuple[int, int], out_sharding: P):
   """`a` and `b`, two dimensions each, summed over one dimension of each in float32."""
+  rows = a.shape[0]
+  few = rows < 8 and contract[0] == 1 and a.dtype == jnp.bfloat16 and axis_size(*ROWS) == 1
+  if few:  # decoding a few rows: XLA's CPU backend needs eight for its bfloat16 kernels, 15 times as fast
+    a = jnp.pad(a, ((0, 8 - rows), (0, 0)))
   dims = (((contract[0],), (contract[1],)), ((), ()))
-  return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32, out_sharding=out_sharding)
+  y = jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32, out_sharding=out_sharding)
+  return y[:rows] if few else y
 
 
-def rows_of(x):
+def rows_of(x_BTI):
   """[B, T, I] as [B * T, I]; the batch stays split as it was."""
-  return x.reshape(-1, x.shape[-1])
+  return jnp.reshape(x_BTI, (-1, x_BTI.shape[-1]), out_sharding=P(ROWS, jax.typeof(x_BTI).sharding.spec[2]))
+
+
+def unrows(x, like_BTI):
+  """[B * T, O] as [B, T, O]."""
+  B, T, _ = like_BTI.shape
+  return jnp.reshape(x, (B, T, x.shape[1]), out_sharding=P(ROWS, None, jax.typeof(x).sharding.spec[1]))
 
 
 def turned(x_BTI):
@@ -56,8 +68,7 @@ def _gather(w_IO, gathered: P, dtype):
 def _project_forward(x_BTI, w_IO, gathered, contract, out_dtype):
   w = _gather(w_IO, gathered, x_BTI.dtype)
   y = dot(rows_of(x_BTI), w, (1, contract), P(ROWS, gathered[1 - contract]))
-  y_BTO = y.astype(out_dtype or x_BTI.dtype).reshape(*x_BTI.shape[:2], -1)
-  return y_BTO, (x_BTI, w_IO)
+  return unrows(y.astype(out_dtype or x_BTI.dtype), x_BTI), (x_BTI, w_IO)
 
 
 def _project_backward(gathered, contract, out_dtype, saved, dy_BTO):
@@ -66,41 +77,35 @@ def _project_backward(gathered, contract, out_dtype, saved, dy_BTO):
   dx = dot(dy, _gather(w_IO, gathered, x.dtype), (1, 1 - contract), P(ROWS, gathered[contract]))
   a_BTI, b = (x_BTI, dy) if contract == 0 else (dy_BTO, x)
   dw_IO = dot(turned(a_BTI.astype(x.dtype)), b, (1, 0), jax.typeof(w_IO).sharding.spec)
-  return dx.astype(x.dtype).reshape(x_BTI.shape), dw_IO
+  return unrows(dx.astype(x.dtype), x_BTI), dw_IO
 
 
 project.defvjp(_project_forward, _project_backward)
 
 
-def normal(key, shape, spec: P, std: float, real: tuple[int, ...] | None = None):
-  """Float32 N(0, std^2) of `shape`, zero beyond the `real` sizes.
+def normal(key, shape: tuple[int, int], spec: P, std: float, pad: tuple[int, int] | None = None):
+  """A float32 matrix of N(0, std^2); `pad` = (axis, size) says which axis may be padded, with zeros from `size` on.
 
-  Values are drawn with the padded dimension first, so that padding never changes the real ones: JAX's
-  generator fills an array in row-major order, whatever its sharding.
+  That axis is drawn first: JAX fills an array in row-major order, whatever its sharding, so padding never changes
+  the values that are not padding.
   """
-  real = real or shape
-  padded_axis = next((axis for axis, (n, r) in enumerate(zip(shape, real, strict=True)) if n != r), 0)
-  front = (padded_axis, *(axis for axis in range(len(shape)) if axis != padded_axis))
-  full_spec = (*spec, *[None] * (len(shape) - len(spec)))
-  drawn = jax.random.normal(
-    key, [shape[axis] for axis in front], jnp.float32, out_sharding=P(*(full_spec[axis] for axis in front))
-  )
-  values = std * jnp.transpose(drawn, [front.index(axis) for axis in range(len(shape))])
-  if shape != real:
-    index = jax.lax.broadcasted_iota(jnp.int32, shape, padded_axis, out_sharding=spec)
-    values = jnp.where(index < real[padded_axis], values, 0.0)
-  return values
+  if pad is None:
+    return std * jax.random.normal(key, shape, jnp.float32, out_sharding=spec)
+  axis, size = pad
+  if axis == 1:
+    return normal(key, shape[::-1], P(spec[1], spec[0]), std, (0, size)).T
+  index = jax.lax.broadcasted_iota(jnp.int32, shape, 0, out_sharding=spec)
+  return jnp.where(index < size, normal(key, shape, spec, std), 0.0)
 
 
 class Linear(nnx.Module):
-  """`x @ w + b`, with w [I, O] sharded by `spec`; `real` are the sizes without padding."""
+  """`x @ w + b`, with w [I, O] sharded by `spec` and initialized as `normal` says."""
 
-  def __init__(self, key, shape: tuple[int, int], spec: P, std: float, use_bias: bool, real=None):
-    self.w = nnx.Param(normal(key, shape, spec, std, real))
-    out = P(None if spec[1] == "data" else spec[1])
-    self.b = nnx.Param(jnp.zeros(shape[1:], out_sharding=out)) if use_bias else None
+  def __init__(self, key, shape: tuple[int, int], spec: P, std: float, use_bias: bool, pad=None):
+    self.w = nnx.Param(normal(key, shape, spec, std, pad))
     self.gathered = P(*(None if name == "data" else name for name in spec))
+    self.b = nnx.Param(jnp.zeros(shape[1:], out_sharding=P(self.gathered[1]))) if use_bias else None
 
   def __call__(self, x_BTI):
-    y_BTO = project(x_BTI, self.w[...], self.gathered)
+    y_BTO = checkpoint_name(project(x_BTI, self.w[...], self.gathered), "linear")
     return y_BTO if self.b is None else y_BTO + self.b[...].astype(y_BTO.dtype)

@@ -20,12 +20,12 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.attention import causal_attention
 from gpt2_jax.linear import Linear, normal, project
-from gpt2_jax.sharding import HEADS, RESIDUAL, axis_size, padded
+from gpt2_jax.sharding import HEADS, HIDDEN, RESIDUAL, axis_size, padded
 
-GELU = {"tanh": functools.partial(jax.nn.gelu, approximate=True), "erf": functools.partial(jax.nn.gelu, approximate=False)}
+GELU = {kind: functools.partial(jax.nn.gelu, approximate=kind == "tanh") for kind in ("tanh", "erf")}
 REMAT = {
   "none": None,
-  "dots": jax.checkpoint_policies.save_only_these_names("c_attn", "c_proj", "c_fc"),
+  "dots": jax.checkpoint_policies.save_only_these_names("linear", "attend"),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -132,8 +132,8 @@ class Attention(nnx.Module):
     D, H, K = config.n_embd, config.padded_heads, config.n_embd // config.n_head
     k_attn, k_proj = jax.random.split(key)
     proj_std = 0.02 / math.sqrt(2 * config.n_layer)
-    self.c_attn = Linear(k_attn, (D, 3 * H * K), P("data", "model"), 0.02, config.use_bias, real=(D, 3 * D))
-    self.c_proj = Linear(k_proj, (H * K, D), P("model", "data"), proj_std, config.use_bias, real=(D, D))
+    self.c_attn = Linear(k_attn, (D, 3 * H * K), P("data", "model"), 0.02, config.use_bias, pad=(1, 3 * D))
+    self.c_proj = Linear(k_proj, (H * K, D), P("model", "data"), proj_std, config.use_bias, pad=(0, D))
     self.config = config
 
   def qkv(self, x_BTD):
@@ -146,7 +146,7 @@ class Attention(nnx.Module):
   def merge(self, y_BTHK):
     """Heads back into the residual stream, [B, T, D]."""
     B, T, H, K = y_BTHK.shape
-    return self.c_proj(checkpoint_name(y_BTHK.reshape(B, T, H * K), "attend"))
+    return self.c_proj(checkpoint_name(jnp.reshape(y_BTHK, (B, T, H * K), out_sharding=HIDDEN), "attend"))
 
   def __call__(self, x_BTD, key=None):
     k_attn, k_resid = split(key, 2)
@@ -195,7 +195,7 @@ class GPT2(nnx.Module):
   def __init__(self, config: ModelConfig, key):
     k_wte, k_wpe, k_h = jax.random.split(key, 3)
     V, D = config.padded_vocab, config.n_embd
-    self.wte = nnx.Param(normal(k_wte, (V, D), P(("model", "data"), None), 0.02, real=(config.n_vocab, D)))
+    self.wte = nnx.Param(normal(k_wte, (V, D), P(("model", "data"), None), 0.02, (0, config.n_vocab)))
     self.wpe = nnx.Param(normal(k_wpe, (config.n_ctx, D), P(None, "data"), 0.01))
     self.h = jax.vmap(functools.partial(Block, config))(jax.random.split(k_h, config.n_layer))
     self.ln_f = LayerNorm(D, config.use_bias)

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import pathlib
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt2_jax.data import corpus
+
+TEXTS = {
+  "a.txt": "first\r\nline\tand \0 \u2581\n",
+  "deep/er/b.py": "\ufeffdef f():\n  return 1",
+  "deep/c.txt": "no end of line \U0001f600",
+}
+
+
+class Texts(list):
+  source: dict = {}
+
+
+class ToyTexts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """Two texts and a number; one of the other split is not UTF-8."""
+
+  VERSION = tfds.core.Version("1.0.0")
+  url_infos = None
+
+  def _info(self):
+    features = {"body": tfds.features.Text(), "title": tfds.features.Text(), "stars": tfds.features.Scalar(np.int64)}
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples([b"one", b"two"]), "broken": self._generate_examples([b"ab\xff"])}
+
+  def _generate_examples(self, bodies):
+    yield from ((i, {"body": body, "title": "t", "stars": 5}) for i, body in enumerate(bodies))
+
+
+@pytest.fixture
+def files(tmp_path) -> pathlib.Path:
+  for name, text in TEXTS.items():
+    path = tmp_path / "files" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode())
+  return tmp_path / "files"
+
+
+@pytest.fixture(scope="module")
+def toy_dir(tmp_path_factory) -> str:
+  data_dir = str(tmp_path_factory.mktemp("toy"))
+  ToyTexts(data_dir=data_dir, file_format="array_record").download_and_prepare()
+  return data_dir
+
+
+def read(patterns: str, tmp_path: pathlib.Path, **kwargs) -> corpus.Documents:
+  return corpus.file_documents(patterns, data_dir=str(tmp_path / "prepared"), **kwargs)
+
+
+def one_line(error) -> str:
+  assert "\n" not in str(error.value)
+  return str(error.value)
+
+
+def test_files_are_documents_byte_for_byte_without_tensorflow(files, tmp_path):
+  documents = read(f"{files}/*.txt, {files}/deep/**/*", tmp_path)
+  assert sorted(documents) == sorted(TEXTS.values())
+  assert len(documents) == 3 and documents[-1] == documents[2]
+  assert "tensorflow" not in sys.modules
+
+
+def test_lines_of_jsonl_are_documents(tmp_path):
+  texts = ["one\ntwo", "\u2028 three", "four"]
+  lines = [json.dumps({"body": text}, ensure_ascii=False) for text in texts] + ["", json.dumps({"body": ""})]
+  (tmp_path / "a.jsonl").write_text("\n".join(lines), "utf-8")
+  assert sorted(read(f"{tmp_path}/a.jsonl", tmp_path, text_key="body")) == sorted(texts)
+
+
+def test_a_changed_file_is_never_served_stale(files, tmp_path):
+  before = os.stat(files / "a.txt")
+  first = read(f"{files}/a.txt", tmp_path)
+  (files / "a.txt").write_bytes(TEXTS["a.txt"].replace("first", "FIRST").encode())
+  os.utime(files / "a.txt", ns=(before.st_atime_ns, before.st_mtime_ns))  # the same size and time, another text
+  second = read(f"{files}/a.txt", tmp_path)
+  assert second[0].startswith("FIRST") and first[0].startswith("first")
+  assert first.source != second.source
+
+
+def test_unchanged_files_are_prepared_once(files, tmp_path):
+  first = read(f"{files}/**/*", tmp_path)
+  written = {path: path.stat().st_mtime_ns for path in (tmp_path / "prepared").rglob("*") if path.is_file()}
+  assert read(f"{files}/**/*", tmp_path) == first and written
+  assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "prepared").rglob("*") if path.is_file()}
+
+
+def test_files_that_are_not_utf8_are_skipped_aloud(files, tmp_path, capsys):
+  (files / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+  assert len(read(f"{files}/**/*", tmp_path)) == 3
+  assert "1 of 4 files are not UTF-8, skipped" in capsys.readouterr().err
+
+
+def test_slices_of_a_split_share_out_the_documents(tmp_path):
+  for i in range(20):
+    (tmp_path / f"{i:02d}.txt").write_text(f"document {i}")
+  whole = list(read(f"{tmp_path}/*.txt", tmp_path))
+  head, tail = (list(read(f"{tmp_path}/*.txt", tmp_path, split=split)) for split in ("train[:90%]", "train[90%:]"))
+  assert (len(head), len(tail)) == (18, 2) and head + tail == whole
+  assert whole != sorted(whole, key=lambda text: int(text.split()[1]))
+
+
+@given(texts=st.lists(st.text(max_size=30), min_size=1, max_size=9).filter(lambda texts: len("".join(texts)) > 1))
+def test_ninety_per_cent_of_the_characters_is_nanogpts_split(texts):
+  data = "".join(texts)
+  head, tail = (corpus.slice_characters(Texts(texts), bounds) for bounds in (":90%", "90%:"))
+  assert "".join(head) == data[: int(len(data) * 0.9)]
+  assert "".join(tail) == data[int(len(data) * 0.9) :]
+
+
+@given(texts=st.lists(st.text(max_size=9), min_size=1), data=st.data())
+def test_a_slice_in_characters_is_pythons(texts, data):
+  whole = "".join(texts)
+  low, high = sorted(data.draw(st.tuples(*[st.integers(0, len(whole) + 3)] * 2)))
+  if whole[low:high]:
+    part = corpus.slice_characters(Texts(texts), f"{low}:{high}")
+    assert "".join(part[i] for i in range(len(part))) == whole[low:high]
+    assert list(pickle.loads(pickle.dumps(part))) == list(part)
+  else:
+    with pytest.raises(ValueError, match="are none"):
+      corpus.slice_characters(Texts(texts), f"{low}:{high}")
+
+
+@pytest.mark.skipif("GPT2_JAX_TEST_DATA" not in os.environ, reason="GPT2_JAX_TEST_DATA is not set")
+def test_tiny_shakespeare_is_split_as_nanogpt_does(tmp_path):
+  path = pathlib.Path(os.environ["GPT2_JAX_TEST_DATA"], "shakespeare", "tinyshakespeare.txt")
+  documents, data = read(str(path), tmp_path), path.read_text("utf-8")
+  assert list(corpus.slice_characters(documents, ":90%")) == [data[: int(len(data) * 0.9)]]
+  assert list(corpus.slice_characters(documents, "90%:")) == [data[int(len(data) * 0.9) :]]
+
+
+@pytest.mark.parametrize("bounds", ["90%", "0.9:", "-1:", "10%:5%", ":0", "a:b", "5.5:"])
+def test_bad_bounds_are_one_line(bounds):
+  with pytest.raises(ValueError, match="^characters") as error:
+    corpus.slice_characters(Texts(["some text"]), bounds)
+  one_line(error)
+
+
+def test_documents_pickle_as_a_folder(files, tmp_path):
+  documents = read(f"{files}/**/*", tmp_path)
+  copy = pickle.loads(pickle.dumps(documents))
+  assert list(copy) == list(documents) and copy.source == documents.source
+  assert len(pickle.dumps(documents)) < 2000
+
+
+def test_any_prepared_dataset_is_read_by_name(toy_dir):
+  documents = corpus.tfds_documents("toy_texts", "train", "body", toy_dir)
+  assert sorted(documents) == ["one", "two"]
+  assert documents.source == {"kind": "tfds", "name": "toy_texts/1.0.0", "split": "train", "text_key": "body"}
+
+
+def test_text_that_is_not_utf8_is_named(toy_dir):
+  with pytest.raises(ValueError, match="document 0 of .* is not UTF-8 at byte 2"):
+    corpus.tfds_documents("toy_texts", "broken", "body", toy_dir)[0]
+
+
+@pytest.mark.parametrize(
+  ("name", "split", "text_key", "message"),
+  [
+    ("toy_texts", "test", "body", r"no documents in split 'test'; it has train of 2, broken of 1"),
+    ("toy_texts", "train[:0%]", "body", "no documents in split"),
+    ("toy_texts", "train", "stars", "no text under 'stars'; --text_key is one of body, title"),
+    ("ag_news_subse", "train", "text", "the nearest names are ag_news_subset"),
+    ("ag_news_subset", "train", "text", r"is not prepared in .*download_and_prepare\(\)"),
+    ("ag_news_subset/none", "train", "text", "cannot open"),
+  ],
+)
+def test_a_dataset_that_cannot_be_read_is_one_line(toy_dir, name, split, text_key, message):
+  with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+    corpus.tfds_documents(name, split, text_key, toy_dir)
+  one_line(error)
+
+
+def test_a_dataset_without_random_access_says_how_to_prepare_it(tmp_path):
+  ToyTexts(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+  (info,) = tmp_path.rglob("dataset_info.json")
+  info.write_text(info.read_text().replace("array_record", "tfrecord"))
+  with pytest.raises(ValueError, match="prepared as tfrecord, .*file_format='array_record'") as error:
+    corpus.tfds_documents("toy_texts", "train", "body", str(tmp_path))
+  one_line(error)
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "message"),
+  [
+    (None, b"", "no file matches"),
+    ("empty.txt", b" \n", "none holds text"),
+    ("latin.txt", b"\xff", "none holds text"),
+    ("a.jsonl", b'{"text": "a"}\n{"body": "b"}', "a.jsonl:2 has no text under 'text', only body"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": ', "a.jsonl:2 is no JSON"),
+    ("a.jsonl", b"[1]", "a.jsonl:1 is no JSON object but a list"),
+  ],
+)
+def test_files_that_cannot_be_read_are_one_line(tmp_path, name, content, message):
+  if name:
+    (tmp_path / name).write_bytes(content)
+  with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+    read(str(tmp_path / (name or "*.txt")), tmp_path)
+  one_line(error)
+  assert not list((tmp_path / "prepared").rglob("dataset_info.json"))

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import pathlib
+import pickle
+
+import pytest
+import tiktoken
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt2_jax import tokenizer as tokenizer_lib
+from gpt2_jax.tokenizer import EOT, Characters, Gpt2Bpe, SentencePiece
+
+needs_gpt2 = pytest.mark.skipif(
+  "TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR is not set: no vocabulary of GPT-2"
+)
+# What the two libraries treat specially, and what they might normalize, drop or take for something else.
+SPECIALS = [EOT, "<unk>", "<s>", "<0x0A>", "\u2581", "\u2585", "\u2047", "\ufffd", "\ufeff", "\0", "\t", "\r\n"]
+SPECIALS += ["  ", "\n\n\n    ", " ", "e\u0301", "\uff21", "\U0001f600", "\x1c", "\u2028", "\U0010ffff"]
+texts = st.lists(st.text(max_size=8) | st.sampled_from(SPECIALS), max_size=8).map("".join)
+
+
+def library_sources(count: int) -> list[str]:
+  folder = pathlib.Path(os.__file__).parent
+  return [path.read_text("utf-8") for path in sorted(folder.glob("[a-z]*.py"))[:count]]
+
+
+@pytest.fixture(scope="module")
+def pieces() -> SentencePiece:
+  return tokenizer_lib.train_sentencepiece(library_sources(20), vocab_size=600)
+
+
+@given(text=texts)
+def test_sentencepiece_gives_every_text_back(pieces, text):
+  ids = pieces.encode(text)
+  assert pieces.decode(ids) == text
+  assert pieces.decode(pieces.encode(text, allow_eot=True)) == text
+  assert pieces.eot not in ids and all(0 <= i < pieces.vocab_size for i in ids)
+  assert pieces.encode_batch([text, "", text]) == [ids, [], ids]
+
+
+def test_sentencepiece_learns_indentation_and_compresses(pieces):
+  source = "".join(library_sources(30)[20:])
+  assert pieces.encode("\n        ") == pieces.encode("\n") + pieces.encode("        ")
+  assert len(pieces.encode("        ")) == 1
+  assert len(pieces.encode(source)) < len(source.encode()) / 2
+
+
+def test_the_end_of_a_text_is_encoded_only_when_allowed(pieces):
+  assert pieces.encode(f"a{EOT}{EOT}b", allow_eot=True) == [
+    *pieces.encode("a"),
+    pieces.eot,
+    pieces.eot,
+    *pieces.encode("b"),
+  ]
+  assert len(pieces.encode(EOT)) > 1
+
+
+def test_training_is_deterministic_and_stops_at_its_budget():
+  sources = library_sources(6)
+  budget = sum(len(text.encode()) for text in sources[:3])
+  first = tokenizer_lib.train_sentencepiece(sources, 400, max_bytes=budget)
+  assert first == tokenizer_lib.train_sentencepiece(iter(sources[:3]), 400)
+  assert first.fingerprint != tokenizer_lib.train_sentencepiece(sources, 400).fingerprint
+
+
+@pytest.mark.parametrize("source", [[], [""], ["abc"]])
+def test_too_little_text_for_the_vocabulary_is_one_line(source):
+  with pytest.raises(ValueError, match="^SentencePiece cannot learn 5,000 pieces") as error:
+    tokenizer_lib.train_sentencepiece(source, 5000)
+  assert "\n" not in str(error.value)
+
+
+@needs_gpt2
+@given(text=texts)
+def test_gpt2_is_tiktokens(text):
+  ours, raw = Gpt2Bpe(), tiktoken.get_encoding("gpt2")
+  assert ours.encode(text) == raw.encode_ordinary(text) == ours.encode_batch([text])[0]
+  assert ours.encode(text, allow_eot=True) == raw.encode(text, allowed_special="all")
+  assert ours.decode(ours.encode(text)) == text
+
+
+@needs_gpt2
+def test_gpt2_facts():
+  ours = Gpt2Bpe()
+  assert (ours.vocab_size, ours.eot) == (50257, 50256)
+  assert ours.encode("Hello world") == [15496, 995]
+  assert ours.encode(EOT, allow_eot=True) == [50256] and 50256 not in ours.encode(EOT)
+
+
+def test_gpt2_without_a_vocabulary_is_one_line(monkeypatch):
+  def refuse(name):
+    raise ConnectionError("no route\nto host")
+
+  monkeypatch.setattr(tiktoken, "get_encoding", refuse)
+  with pytest.raises(ValueError, match="TIKTOKEN_CACHE_DIR") as error:
+    Gpt2Bpe().encode("a")
+  assert "\n" not in str(error.value)
+
+
+@given(alphabet=st.text(min_size=1), data=st.data())
+def test_characters_are_their_places_in_the_sorted_alphabet(alphabet, data):
+  ours = tokenizer_lib.train_characters([alphabet, alphabet[::-1]])
+  text = data.draw(st.text(st.sampled_from(sorted(set(alphabet)))))
+  assert ours.encode(text) == [sorted(set(alphabet)).index(character) for character in text]
+  assert ours.decode(ours.encode(text)) == text
+  assert ours.vocab_size == len(set(alphabet)) and ours.eot is None
+
+
+@pytest.mark.parametrize("text", ["abz", "ab\U0001f600", "ab "])
+def test_an_unknown_character_is_named_with_its_place(text):
+  with pytest.raises(ValueError, match="at position 2 is none of the alphabet's 2"):
+    Characters("ab").encode(text)
+
+
+@pytest.mark.parametrize("alphabet", ["", "ba", "aab"])
+def test_an_alphabet_is_sorted_and_without_repeats(alphabet):
+  with pytest.raises(ValueError, match="sorted characters, each once"):
+    Characters(alphabet).encode("a")
+
+
+def test_json_and_pickle_carry_the_tokenizer_whole(pieces):
+  sample = "def f(x):\n  return x"
+  for ours in (pieces, tokenizer_lib.train_characters([sample])):
+    copies = [tokenizer_lib.from_json(json.loads(json.dumps(ours.to_json()))), pickle.loads(pickle.dumps(ours))]
+    for copy in copies:
+      assert (copy.fingerprint, copy.vocab_size, copy.eot) == (ours.fingerprint, ours.vocab_size, ours.eot)
+      assert copy.encode(sample) == ours.encode(sample)
+  assert tokenizer_lib.from_json({"kind": "gpt2"}) == Gpt2Bpe()
+
+
+def test_load_reads_what_was_written(tmp_path, pieces):
+  (tmp_path / "a.model").write_bytes(pieces.proto)
+  (tmp_path / "b.json").write_text(json.dumps(Characters("ab").to_json()))
+  assert tokenizer_lib.load_tokenizer(str(tmp_path / "a.model")) == pieces
+  assert tokenizer_lib.load_tokenizer(str(tmp_path / "b.json")) == Characters("ab")
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "message"),
+  [
+    ("gpt3", None, "is none of gpt2, a SentencePiece .model file, a .json file"),
+    ("gone.model", None, "no such file"),
+    ("bad.model", b"not a model", "11 bytes are no SentencePiece model"),
+    ("bad.json", b"{", "bad.json"),
+    ("bad.json", b'{"kind": "words"}', "its kind is gpt2, sentencepiece or characters"),
+  ],
+)
+def test_what_is_no_tokenizer_is_one_line(tmp_path, name, content, message):
+  if content is not None:
+    (tmp_path / name).write_bytes(content)
+  with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+    tokenizer_lib.load_tokenizer(name if name == "gpt3" else str(tmp_path / name))
+  assert "\n" not in str(error.value)
