@@ -5,6 +5,8 @@ An array is saved under its name (`model.h.attn.c_attn.w`), so a checkpoint depe
 of heads and vocabulary lies at the end of an axis: a restore onto another mesh cuts it off or adds it.
 """
 
+import dataclasses
+import functools
 import logging
 import math
 import os
@@ -15,8 +17,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.optimizer import name_of
 from gpt2_jax.sharding import concrete
+from gpt2_jax.tokenizer import from_json
 
 
 def named(tree) -> dict:
@@ -59,10 +63,13 @@ class Checkpoints:
     """The config, tokenizer and manifest saved with `step`."""
     return self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
 
-  def restore(self, step: int, abstract_state):
-    """The state of `step` in the shapes, dtypes and shardings of `abstract_state`, on the mesh in force."""
+  def restore(self, step: int, abstract_state, prefix: str = ""):
+    """The state of `step` in the shapes, dtypes and shardings of `abstract_state`, on the mesh in force.
+
+    `prefix` is "model." where `abstract_state` is the model alone.
+    """
     targets = concrete(abstract_state, jax.sharding.get_mesh())
-    names = named(targets)
+    names = {prefix + name: leaf for name, leaf in named(targets).items()}
     how = {
       name: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=leaf.sharding, global_shape=leaf.shape, strict=False)
       for name, leaf in names.items()
@@ -88,3 +95,22 @@ class Checkpoints:
   def close(self):
     """Waits for the save under way."""
     self.manager.close()
+
+
+def load(workdir: str, step: str = "latest", dtype: str | None = None):
+  """The model and tokenizer of a run, on the mesh in force; `step` is "latest", "best" or a number.
+
+  `dtype` computes in another dtype than the run did. Raises FileNotFoundError if there is no such checkpoint.
+  """
+  checkpoints = Checkpoints(workdir, read_only=True)
+  steps = checkpoints.steps()
+  if not steps:
+    raise FileNotFoundError(f"{checkpoints.path} holds no checkpoint; is this the --workdir of a run?")
+  wanted = {"latest": steps[0], "best": checkpoints.manager.best_step()}.get(step, step)
+  if str(wanted) not in map(str, steps):
+    raise FileNotFoundError(f"no checkpoint of step {step} in {checkpoints.path}; there are {steps}, latest and best")
+  about = checkpoints.about(int(wanted))
+  model_config = ModelConfig(**about["config"]["model"])
+  model_config = dataclasses.replace(model_config, dtype=dtype or model_config.dtype, pad_heads=True)
+  model = jax.eval_shape(functools.partial(GPT2, model_config), jax.random.key(0))
+  return checkpoints.restore(int(wanted), model, "model."), from_json(about["tokenizer"])

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.attention import attend, causal_attention
-from gpt2_jax.linear import Linear, project
+from gpt2_jax.linear import Linear
 from gpt2_jax.model import GPT2
 from gpt2_jax.sharding import BATCH, ROWS, axis_size, padded
 
@@ -120,7 +120,7 @@ def _generate(model: GPT2, tokens_BT, lengths_B, keys_B, n_new: int, sampler, eo
   last_BTD = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)
 
   def pick(x_B1D, n):
-    logits_BV = jax.sharding.reshard(head(model, x_B1D), BATCH)
+    logits_BV = jax.sharding.reshard(model.head(x_B1D)[:, 0], BATCH)[:, : model.config.n_vocab]
     return jax.vmap(sampler)(jax.vmap(jax.random.fold_in, (0, None))(keys_B, n), logits_BV).astype(jnp.int32)
 
   def step(carry):
@@ -145,16 +145,9 @@ def ready(model: GPT2) -> GPT2:
     if not isinstance(node, Linear):
       return node
     spec = P(None, *node.gathered)
-    return jax.tree.map(
-      lambda x: jax.sharding.reshard(x.astype(model.config.dtype), spec) if x.ndim == 3 else x, node
-    )
+    return jax.tree.map(lambda x: jax.sharding.reshard(x.astype(model.config.dtype), spec) if x.ndim == 3 else x, node)
 
   return jax.tree.map(cast, model, is_leaf=lambda node: isinstance(node, Linear))
-
-
-def head(model: GPT2, x_B1D):
-  """Logits of the last position, [B, V] without padding."""
-  return model.head(x_B1D)[:, 0, : model.config.n_vocab]
 
 
 def apply_block(block, x_BTD, attention):

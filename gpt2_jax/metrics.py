@@ -102,3 +102,22 @@ class Metrics:
       self.bar.close()
       self.file.close()
       self.board.close()
+
+
+def plot_losses(workdir: str) -> str:
+  """Draws metrics.jsonl, training and validation loss against the step; the path of the PNG."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  lines = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+  figure = Figure(figsize=(8, 5), layout="constrained")
+  axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token", title=os.path.basename(workdir))
+  for name, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    if points:
+      axes.plot(*zip(*points, strict=True), style, label=f"{label}, last {points[-1][1]:.3f}")
+  axes.legend()
+  axes.grid(alpha=0.3)
+  path = os.path.join(workdir, "loss.png")
+  FigureCanvasAgg(figure).print_png(path)
+  return path

@@ -67,6 +67,7 @@ def concrete(tree, mesh: Mesh):
   """`jax.eval_shape`'s answer with shardings on real devices, as a restore wants its targets."""
 
   def place(leaf):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, leaf.sharding.spec))
+    spec = leaf.sharding.spec if leaf.sharding else P()  # a scalar has none
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
   return jax.tree.map(place, tree)

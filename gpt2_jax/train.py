@@ -20,7 +20,7 @@ from tqdm import tqdm
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.data import Batches, TokenStore, evaluation_batches
 from gpt2_jax.loss import cross_entropy
-from gpt2_jax.metrics import Metrics, mfu
+from gpt2_jax.metrics import Metrics, mfu, plot_losses
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.optimizer import adamw, schedule
 from gpt2_jax.sharding import BATCH, ROWS, check_divides, make_mesh
@@ -62,7 +62,8 @@ def gradients(model: GPT2, tokens_BT, microbatches: int, key=None):
   """Loss and gradients of the whole batch, computed in `microbatches` slices, one after the other."""
   if microbatches == 1:
     return jax.value_and_grad(mean_nats)(model, tokens_BT, key)
-  slices_MBT = tokens_BT.reshape(-1, microbatches, tokens_BT.shape[1]).swapaxes(0, 1)
+  shape = (-1, microbatches, tokens_BT.shape[1])
+  slices_MBT = jnp.reshape(tokens_BT, shape, out_sharding=P(ROWS, None, None)).swapaxes(0, 1)
 
   def add(total, item):
     m, slice_BT = item
@@ -74,11 +75,18 @@ def gradients(model: GPT2, tokens_BT, microbatches: int, key=None):
   return jax.tree.map(lambda x: x / microbatches, total)
 
 
+def batch_hash(tokens_BT):
+  """A uint32 that tells batches apart by tokens and their order, on any mesh: two runs saw the same data or did not."""
+  B, T = tokens_BT.shape
+  place_BT = (jnp.arange(B, dtype=jnp.uint32)[:, None] * T + jnp.arange(T, dtype=jnp.uint32)) * jnp.uint32(2654435761)
+  return jnp.sum((tokens_BT.astype(jnp.uint32) + 1) * (place_BT | 1), dtype=jnp.uint32)
+
+
 def train_step(state: TrainState, tokens_BT, *, optimizer, microbatches: int = 1, dropout_key=None):
-  """One update from tokens [B, T + 1]; metrics are float32 scalars. An update that is not finite is not made."""
+  """One update from tokens [B, T + 1]; metrics are scalars. An update that is not finite is not made."""
   key = None if dropout_key is None else jax.random.fold_in(dropout_key, state.step)
   loss, grads = gradients(state.model, tokens_BT, microbatches, key)
-  norm = optax.global_norm(grads)
+  norm = optax.tree.norm(grads)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
   model = optax.apply_updates(state.model, updates)
 
@@ -87,7 +95,7 @@ def train_step(state: TrainState, tokens_BT, *, optimizer, microbatches: int = 1
     lambda new, old: jnp.where(finite, new, old), (model, opt_state), (state.model, state.opt_state)
   )
   skips = jnp.where(finite, 0, state.skips + 1)
-  metrics = {"loss": loss, "grad_norm": norm, "skips": skips}
+  metrics = {"loss": loss, "grad_norm": norm, "skips": skips, "batch_hash": batch_hash(tokens_BT)}
   return TrainState(state.step + 1, skips, model, opt_state), metrics
 
 
@@ -301,6 +309,7 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     check_batch(config)
     rate = schedule(config.learning_rate, config.steps, config.warmup_steps, config.final_lr_fraction)
     train, validation, tokenizer = open_stores(config, model_config)
+    batches = Batches(train, model_config.n_ctx, config.batch_size, config.seed)
     optimizer = adamw(rate, config.b1, config.b2, config.weight_decay, config.clip_norm)
     key, dropout_key = jax.random.split(jax.random.key(config.seed))
     about = tell_about(config, train, validation, tokenizer)
@@ -308,7 +317,6 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     state, first = start(key, model_config, optimizer, checkpoints, about, workdir)
     metrics = Metrics(workdir, first, config.steps)
     log = Log(metrics, config, model_config, rate)
-    batches = Batches(train, model_config.n_ctx, config.batch_size, config.seed)
     how = {"optimizer": optimizer, "microbatches": config.microbatches, "dropout_key": dropout_key}
     call = jax.jit(functools.partial(train_steps, **how), donate_argnums=0)
     try:
@@ -327,6 +335,8 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     finally:
       metrics.close()
       checkpoints.close()
+    if metrics.active:
+      plot_losses(workdir)
     return state
 
 

@@ -12,8 +12,8 @@ def run(main: Callable[[], None]) -> None:
 
   def parse(argv):
     try:
-      return app.parse_flags_with_usage(argv)
-    except (ValueError, OSError) as error:  # a config file refused its argument
+      return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, ValueError, OSError) as error:
       sys.exit(_line(error))
 
   def guarded(argv):
@@ -33,8 +33,10 @@ def run(main: Callable[[], None]) -> None:
   app.run(guarded, flags_parser=parse)
 
 
-def _line(error: Exception) -> int:
-  print(f"error: {error}", file=sys.stderr)
+def _line(error: BaseException) -> int:
+  """Prints the error as one line: of a text with a traceback in it, as config_flags writes them, the two ends."""
+  lines = [line.strip() for line in str(error).replace("\\n", "\n").replace("\\'", "'").splitlines() if line.strip()]
+  print(f"error: {' '.join(lines if len(lines) < 3 else (lines[0], lines[-1]))}", file=sys.stderr)
   return 2
 
 

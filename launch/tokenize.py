@@ -20,10 +20,11 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import flags
 
 from gpt2_jax import tokenizer as tokenizer_lib
 from gpt2_jax.data import corpus, token_store
+from launch import shell
 
 _FILES = flags.DEFINE_string("files", None, "Globs of local files, with commas between them; ** crosses folders.")
 _TFDS_NAME = flags.DEFINE_string("tfds_name", None, "A TFDS dataset instead: name, name/config or name/config:version.")
@@ -48,17 +49,8 @@ _PROCESSES = flags.DEFINE_integer("processes", None, "Worker processes (one a co
 _VERIFY = flags.DEFINE_string("verify", None, "Check every token of the store in this folder against its checksums.")
 
 
-def main(argv: Sequence[str]) -> None:
-  logging.set_verbosity(logging.WARNING)
-  try:
-    if argv[1:]:
-      raise ValueError(f"no flag: {argv[1]!r}; a pattern in --files must be quoted")
-    print(verify(_VERIFY.value) if _VERIFY.value else tokenize())
-  except (ValueError, OSError) as error:
-    sys.exit(_failed(error))
-  except KeyboardInterrupt:
-    print("stopped; the same command continues", file=sys.stderr)
-    sys.exit(130)
+def main() -> None:
+  print(verify(_VERIFY.value) if _VERIFY.value else tokenize())
 
 
 def tokenize() -> str:
@@ -111,10 +103,5 @@ def _write(path: str, content: bytes) -> None:
   os.replace(f"{path}.new", path)
 
 
-def _failed(error: Exception) -> int:
-  print(f"error: {error}", file=sys.stderr)
-  return 2
-
-
 if __name__ == "__main__":
-  app.run(main)
+  shell.run(main)

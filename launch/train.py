@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains a GPT-2, or goes on with one: the same command starts, continues and finishes a run.
 
-  python launch/train.py --config=configs/gpt2.py:117M --workdir=runs/117M --config.learning_rate=3e-4
+python launch/train.py --config=configs/gpt2.py:117M --workdir=runs/117M --config.learning_rate=3e-4
 """
 
 import os

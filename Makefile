@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target makes its own environment; a fresh machine needs python3 and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+READY = $(VENV)/ready
+BENCH = $(VENV)/ready-bench
+
+.PHONY: demo test smoke lint bench clean
+
+demo: $(READY)  ## text to samples in minutes, on the CPU
+	$(VENV)/bin/python experiments/demo.py
+
+test: $(READY)  ## the whole suite
+	$(VENV)/bin/python -m pytest -q $(PYTEST_ARGS) tests
+
+smoke: $(READY)  ## a short selection of it
+	$(VENV)/bin/python -m pytest -q $(PYTEST_ARGS) -m smoke tests
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: $(BENCH)  ## this project against torch, alternating
+	$(VENV)/bin/python experiments/bench.py
+
+clean:
+	rm -rf $(VENV) runs/demo
+
+$(READY): setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+$(BENCH): $(READY)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' --editable '.[bench]'
+	touch $@

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Package metadata. The lower bounds are the oldest versions that the test suite was run with."""
+
+from setuptools import find_packages, setup
+
+setup(
+  name="gpt2_jax",
+  version="0.1.0",
+  description="GPT-2 in JAX and Flax, TPU first: sharded training, zero-shot evaluation, converted checkpoints",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["gpt2_jax", "gpt2_jax.*"]),
+  install_requires=[
+    "jax>=0.10.2",
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "tensorflow-datasets>=4.9.10",
+    "importlib_resources>=6.0",  # tensorflow-datasets imports it without asking for it
+    "tensorstore>=0.1.86",
+    "sentencepiece>=0.2.3",
+    "ml-collections>=1.1.0",
+    "grain>=0.2.18",
+    "tiktoken>=0.14.0",
+    "tensorboardX>=2.6.5",
+    "matplotlib>=3.11.2",
+    "tqdm>=4.70.1",
+  ],
+  extras_require={
+    "tpu": ["jax[tpu]>=0.10.2"],
+    "cuda": ["jax[cuda12]>=0.10.2"],
+    "test": ["pytest>=9.0", "hypothesis>=6.170", "psutil>=7.2", "ruff>=0.17"],
+    "bench": ["torch>=2.13", "transformers>=5.0"],
+  },
+)

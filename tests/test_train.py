@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: a run that is broken off and goes on is the run that never was, and every bad input is one line."""
+
+import json
+import math
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import gpt2
+from gpt2_jax import train
+from gpt2_jax.checkpoint import Checkpoints, load
+from gpt2_jax.data import TokenStore, encode_corpus
+from gpt2_jax.generate import generate
+from gpt2_jax.sharding import make_mesh
+from gpt2_jax.tokenizer import train_characters
+
+TEXT = "".join(chr(97 + (i * i + i // 7) % 23) for i in range(6000))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+  """Two stores and their tokenizer."""
+  folder = tmp_path_factory.mktemp("data")
+  tokenizer = train_characters([TEXT])
+  (folder / "characters.json").write_text(json.dumps(tokenizer.to_json()))
+  for name, text in (("train", TEXT), ("validation", TEXT[1000:1700])):
+    encode_corpus([text], tokenizer, str(folder / name), {"made": "for a test"}, processes=1)
+  return folder
+
+
+def config_for(data: pathlib.Path, **knobs) -> ConfigDict:
+  config = gpt2.get_config()
+  config.model.update(n_vocab=23, n_ctx=16, n_embd=16, n_head=2, n_layer=2, dtype="float32", pad_heads=True)
+  config.data.update({n: str(data / n) for n in ("train", "validation")}, tokenizer=str(data / "characters.json"))
+  config.mesh.update(data=1, model=1, replica=8)
+  config.update(steps=24, batch_size=8, learning_rate=1e-3, warmup_steps=4, log_every=1, eval_every=8)
+  config.update(eval_windows=0, save_every=8, keep=9)
+  config.update(knobs)
+  return config
+
+
+def lines(workdir, name="loss") -> dict[int, float]:
+  """Step -> value, from metrics.jsonl; a step stands there once."""
+  found = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+  found = [(line["step"], line[name]) for line in found if name in line]
+  assert len(found) == len(dict(found))
+  return dict(found)
+
+
+@pytest.fixture(scope="session")
+def whole(data, tmp_path_factory):
+  """The workdir of a run that nobody disturbed."""
+  workdir = tmp_path_factory.mktemp("whole")
+  train.run(config_for(data), str(workdir))
+  return workdir
+
+
+def broken_off(whole, workdir, after: int):
+  """A copy of the run as a kill after step `after`'s checkpoint left it: later checkpoints are not there."""
+  shutil.copytree(whole, workdir, dirs_exist_ok=True)
+  for step in (workdir / "checkpoints").iterdir():
+    if int(step.name) > after:
+      shutil.rmtree(step)
+
+
+def test_a_run_leaves_metrics_a_picture_and_checkpoints(whole):
+  assert list(lines(whole)) == list(range(1, 25))
+  assert list(lines(whole, "val_loss")) == [8, 16, 24]
+  assert lines(whole)[24] < lines(whole)[1]
+  first = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])
+  assert {"loss", "grad_norm", "learning_rate", "tokens_per_second", "step_time", "batch_hash"} <= first.keys()
+  assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
+  assert sorted(int(p.name) for p in (whole / "checkpoints").iterdir()) == [8, 16, 24]
+
+
+def test_going_on_is_bit_for_bit_the_same(whole, data, tmp_path):
+  broken_off(whole, tmp_path, 8)
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 25, "lo')  # torn by the kill
+  train.run(config_for(data), str(tmp_path))
+  for name in ("loss", "grad_norm", "batch_hash", "val_loss"):
+    assert lines(tmp_path, name) == lines(whole, name)
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2), (1, 1, 8)])
+def test_going_on_on_another_mesh_sees_the_same_batches(whole, data, tmp_path, mesh):
+  broken_off(whole, tmp_path, 16)
+  config = config_for(data)
+  config.mesh.update(dict(zip(("replica", "data", "model"), mesh, strict=True)))
+  train.run(config, str(tmp_path))
+  assert lines(tmp_path, "batch_hash") == lines(whole, "batch_hash")
+  np.testing.assert_allclose(list(lines(tmp_path).values()), list(lines(whole).values()), atol=1e-5, rtol=0)
+
+
+def test_several_steps_in_one_dispatch_are_the_same_steps(whole, data, tmp_path):
+  train.run(config_for(data, steps_per_call=4), str(tmp_path))
+  assert lines(tmp_path, "batch_hash") == lines(whole, "batch_hash")
+  np.testing.assert_allclose(list(lines(tmp_path).values()), list(lines(whole).values()), atol=1e-6, rtol=0)
+
+
+def test_another_config_is_refused_with_the_difference(whole, data):
+  before = sorted(p.name for p in whole.rglob("*"))
+  config = config_for(data, learning_rate=5e-4)
+  config.model.n_layer = 3
+  with pytest.raises(ValueError, match=r"learning_rate: 0.001 -> 0.0005; model.n_layer: 2 -> 3"):
+    train.run(config, str(whole))
+  assert sorted(p.name for p in whole.rglob("*")) == before
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(whole, data, tmp_path, capfd):
+  broken_off(whole, tmp_path, 16)
+  for file in (tmp_path / "checkpoints/16/state").rglob("*"):
+    if file.is_file() and file.stat().st_size > 2000:
+      file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+  train.run(config_for(data), str(tmp_path))
+  assert "checkpoint 16 cannot be read" in capfd.readouterr().err
+  assert (tmp_path / "damaged-16").is_dir()
+  assert lines(tmp_path) == lines(whole)
+
+
+def test_divergence_stops_the_run_and_leaves_the_last_checkpoint(data, tmp_path):
+  with pytest.raises(FloatingPointError, match=r"3 updates in a row were not finite"):
+    train.run(config_for(data, learning_rate=1e30, max_skips=3, warmup_steps=10, clip_norm=1e30), str(tmp_path))
+  Checkpoints(str(tmp_path)).close()
+  assert min(lines(tmp_path, "skips").values()) == 0
+
+
+def test_the_best_checkpoint_is_kept_besides_the_last(data, tmp_path):
+  train.run(config_for(data, keep=1, learning_rate=3.0, warmup_steps=23), str(tmp_path))
+  losses = lines(tmp_path, "val_loss")
+  best = min(losses, key=losses.get)
+  kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir()}
+  assert best != 24 and kept == {best, 24}
+  with jax.set_mesh(make_mesh(8, 1, 1)):
+    model, _ = load(str(tmp_path), "best")
+    store = TokenStore.open(str(data / "validation"))
+    assert train.evaluate(model, store, 8, 0) == pytest.approx(losses[best], abs=1e-6)
+
+
+def test_evaluation_is_token_weighted_over_every_window(whole, data):
+  """700 tokens are 43 windows of 16: five full batches of 8 and one of 3."""
+  store = TokenStore.open(str(data / "validation"))
+  with jax.set_mesh(make_mesh(1, 1, 1, devices=jax.devices()[:1])):
+    model, _ = load(str(whole))
+    got = train.evaluate(model, store, 8, 0)
+    windows = store.read(np.arange(43) * 16, 17)
+    logits = np.asarray(model(windows[:, :-1])[..., :23], np.float64)
+  nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, windows[:, 1:, None], -1)[..., 0]
+  assert len(store) == 700 and got == pytest.approx(nats.mean(), abs=1e-6)
+
+
+def test_a_checkpoint_loads_on_any_mesh_and_dtype_and_speaks(whole):
+  texts = []
+  for mesh in ((8, 1, 1), (1, 4, 2), (1, 1, 8)):
+    with jax.set_mesh(make_mesh(*mesh)):
+      model, tokenizer = load(str(whole))
+      texts.append(tokenizer.decode(generate(model, [tokenizer.encode("abc")], 10)[0]))
+  assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 10
+  with jax.set_mesh(make_mesh(8, 1, 1)):
+    assert load(str(whole), dtype="bfloat16")[0].config.dtype == "bfloat16"
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 7"):
+      load(str(whole), "7")
+
+
+def test_dropout_and_microbatches_train(data, tmp_path):
+  config = config_for(data, microbatches=2, batch_size=16, eval_every=24, save_every=24)
+  config.model.update(embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1)
+  train.run(config, str(tmp_path))
+  assert lines(tmp_path)[24] < lines(tmp_path)[1]
+
+
+@pytest.mark.parametrize(
+  "knobs, message",
+  [
+    ({"batch_size": 12}, r"a microbatch .* of 12 does not divide by the replica x data axes of 8; change"),
+    ({"microbatches": 3}, r"batch_size of 8 does not divide by microbatches of 3"),
+    ({"warmup_steps": 24}, r"warmup_steps of 24 leaves nothing of 24 steps"),
+    ({"mesh.replica": 3}, r"\(3, 1, 1\) does not multiply to the 8 devices"),
+    ({"mesh.model": 16, "mesh.replica": -1}, r"does not multiply to the 8 devices"),
+    ({"model.n_ctx": 6001}, r"6,000 tokens, one window needs n_ctx \+ 1 = 6,002"),
+    ({"model.n_vocab": 50257}, r"has 23 tokens, the model 50257; set --config.model.n_vocab=23"),
+    ({"model.n_head": 3}, r"n_embd of 16 does not divide by n_head of 3"),
+    ({"model.gelu": "relu"}, r"gelu is 'relu'; it is one of tanh, erf"),
+    ({"data.train": "/nowhere"}, r"/nowhere"),
+    ({"data.tokenizer": "gpt3"}, r"gpt3"),
+  ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(data, tmp_path, knobs, message):
+  config = config_for(data)
+  config.update_from_flattened_dict(knobs)
+  with pytest.raises((ValueError, OSError), match=message) as raised:
+    train.run(config, str(tmp_path / "run"))
+  assert "\n" not in str(raised.value)
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_store_of_another_tokenizer_is_refused(data, tmp_path):
+  other = train_characters([TEXT.replace("a", "A")])
+  (tmp_path / "other.json").write_text(json.dumps(other.to_json()))
+  config = config_for(data)
+  config.data.tokenizer = str(tmp_path / "other.json")
+  with pytest.raises(ValueError, match="was made with another tokenizer"):
+    train.run(config, str(tmp_path / "run"))
+
+
+def test_the_batch_hash_tells_order_and_content():
+  tokens = np.arange(24, dtype=np.int32).reshape(4, 6)
+  one = int(train.batch_hash(tokens))
+  assert one == int(train.batch_hash(tokens.copy()))
+  assert one != int(train.batch_hash(tokens[::-1])) and one != int(train.batch_hash(tokens[:, ::-1]))
+  assert math.log2(max(one, 1)) < 32
