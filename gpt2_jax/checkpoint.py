@@ -5,11 +5,13 @@ An array is saved under its name (`model.h.attn.c_attn.w`), so a checkpoint depe
 of heads and vocabulary lies at the end of an axis: a restore onto another mesh cuts it off or adds it.
 """
 
+import contextlib
 import dataclasses
 import functools
-import logging
 import math
 import os
+import re
+import shutil
 import sys
 
 import jax
@@ -36,7 +38,6 @@ class Checkpoints:
 
   def __init__(self, workdir: str, last: int = 1, read_only: bool = False):
     self.path = os.path.join(workdir if "://" in workdir else os.path.abspath(workdir), "checkpoints")
-    logging.getLogger("absl").setLevel(logging.ERROR)
     best = keep.BestN(get_metric_fn=lambda metrics: metrics["val_loss"], reverse=True, n=1)
     self.manager = ocp.CheckpointManager(
       self.path,
@@ -55,9 +56,13 @@ class Checkpoints:
     return sorted(self.manager.all_steps(), reverse=True)
 
   def save(self, step: int, state, about: dict, val_loss: float = float("inf")):
-    """Starts to write `state`; returns once its arrays are copied and may be donated."""
+    """Starts to write `state`; returns once its arrays are copied and may be donated. OSError for want of room."""
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    if "://" not in self.path and (free := shutil.disk_usage(self.path).free) < needed:
+      raise self._no_room(f"it takes {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} are free")
     items = ocp.args.Composite(state=ocp.args.PyTreeSave(named(state)), about=ocp.args.JsonSave(about))
-    self.manager.save(step, args=items, metrics={"val_loss": min(val_loss, 1e30)}, force=True)
+    with self._writing():
+      self.manager.save(step, args=items, metrics={"val_loss": min(val_loss, 1e30)}, force=True)
 
   def about(self, step: int) -> dict:
     """The config, tokenizer and manifest saved with `step`."""
@@ -94,7 +99,25 @@ class Checkpoints:
 
   def close(self):
     """Waits for the save under way."""
-    self.manager.close()
+    with self._writing():
+      self.manager.close()
+
+  @contextlib.contextmanager
+  def _writing(self):
+    """A save under way may have failed since it began: one line, and what is whole stays."""
+    try:
+      yield
+    except (ValueError, OSError) as error:
+      reason = re.search(
+        r"No space left on device|Permission denied|Read-only file system|Disk quota exceeded", str(error)
+      )
+      raise self._no_room(reason[0] if reason else str(error)) from error
+
+  def _no_room(self, reason: str) -> OSError:
+    return OSError(
+      f"a checkpoint cannot be written to {self.path}: {reason}; whole ones there: {self.steps() or 'none'}; "
+      f"make room and start again, the run goes on from the newest"
+    )
 
 
 def load(workdir: str, step: str = "latest", dtype: str | None = None):
