@@ -8,6 +8,7 @@ of heads and vocabulary lies at the end of an axis: a restore onto another mesh 
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import os
 import re
@@ -28,6 +29,40 @@ from gpt2_jax.tokenizer import from_json
 def named(tree) -> dict:
   """Leaves by name."""
   return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+UNREADABLE = (ValueError, OSError, KeyError)  # what a damaged checkpoint raises, at any depth of Orbax
+
+# Knobs that may change when a run goes on: they say where and how it computes, not what.
+FREE = ("mesh", "microbatches", "steps_per_call", "log_every", "eval_every", "eval_windows", "save_every", "keep")
+FREE += ("max_skips", "profile_steps", "data", "model.dtype", "model.remat", "model.unroll", "model.pad_heads")
+
+
+def flat(config: dict, prefix: str = "") -> dict:
+  """Knobs by their dotted names."""
+  items = {}
+  for name, value in config.items():
+    items |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+  return items
+
+
+def check_same_run(about: dict, saved: dict, workdir: str):
+  """Raises ValueError with the difference if `about` would not continue the run that was `saved`."""
+  new, old = flat(json.loads(json.dumps(about))), flat(saved)
+  free = tuple(f"config.{name}." for name in FREE)
+
+  def is_content(name):  # where the data lay and when it was made may differ, what it is may not
+    return not name.startswith("data.") or name.endswith("sha256")
+
+  differing = [
+    f"{name.removeprefix('config.')}: {str(old.get(name))[:80]} -> {str(new.get(name))[:80]}"
+    for name in sorted(new.keys() | old.keys())
+    if new.get(name) != old.get(name) and not (name + ".").startswith(free) and is_content(name)
+  ]
+  if differing:
+    raise ValueError(
+      f"{workdir} holds a run with another config ({'; '.join(differing)}); set these back, or take another --workdir"
+    )
 
 
 class Checkpoints:
@@ -83,13 +118,40 @@ class Checkpoints:
     arrays = self.manager.restore(step, args=ocp.args.Composite(state=state))["state"]
     return jax.tree.unflatten(jax.tree.structure(targets), [arrays[name] for name in names])
 
-  def set_aside(self, step: int, error: Exception):
-    """Moves a checkpoint that cannot be read out of the way, and says so; nothing is deleted."""
+  def newest(self, abstract_state, about: dict):
+    """The state and step of the newest whole checkpoint, or None if there is none at all.
+
+    Damaged newer ones are moved aside, and named on stderr. Raises ValueError if there are checkpoints and none can be
+    read, or if they are those of another run.
+    """
+    unreadable = {}
+    for step in self.steps():
+      try:
+        saved = self.about(step)
+      except UNREADABLE as error:
+        unreadable[step] = error
+        continue
+      check_same_run(about, saved, self.path)
+      try:
+        state = self.restore(step, abstract_state)
+      except UNREADABLE as error:
+        unreadable[step] = error
+        continue
+      for damaged, error in unreadable.items():
+        self._set_aside(damaged, error)
+      return state, step
+    if unreadable:
+      raise ValueError(
+        f"none of the checkpoints {list(unreadable)} in {self.path} can be read ({_reason(*unreadable.values())}); "
+        f"move that folder away to begin anew"
+      )
+    return None
+
+  def _set_aside(self, step: int, error: Exception):
     aside = epath.Path(self.path).parent / f"damaged-{step}"
     (epath.Path(self.path) / str(step)).rename(aside)
     self.manager.reload()
-    reason = str(error).splitlines()[0][:200]
-    print(f"checkpoint {step} cannot be read ({reason}); moved to {aside}, the one before is taken", file=sys.stderr)
+    print(f"checkpoint {step} cannot be read ({_reason(error)}); moved to {aside}", file=sys.stderr)
 
   @property
   def best(self) -> float:
@@ -118,6 +180,10 @@ class Checkpoints:
       f"a checkpoint cannot be written to {self.path}: {reason}; whole ones there: {self.steps() or 'none'}; "
       f"make room and start again, the run goes on from the newest"
     )
+
+
+def _reason(error: Exception, *_) -> str:
+  return str(error).splitlines()[0][:200]
 
 
 def load(workdir: str, step: str = "latest", dtype: str | None = None):

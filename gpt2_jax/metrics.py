@@ -6,8 +6,10 @@ import math
 import os
 import pathlib
 import sys
+import time
 
 import jax
+from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -102,6 +104,64 @@ class Metrics:
       self.bar.close()
       self.file.close()
       self.board.close()
+
+
+class Log:
+  """Reads the metrics of calls that are over, writes every `log_every`-th step of them and moves the live line."""
+
+  def __init__(self, metrics: Metrics, config: ConfigDict, model_config: ModelConfig, rate):
+    self.metrics, self.config, self.model_config, self.rate = metrics, config, model_config, rate
+    self.mark = None
+
+  def start_clock(self):
+    """What comes after is step time; evaluation and saving before it are not."""
+    self.mark = time.perf_counter()
+
+  def read(self, last: int, stacked: dict):
+    """Waits for the call that ended with step `last`. Raises FloatingPointError after max_skips in a row."""
+    stacked = jax.device_get(stacked)
+    now, count = time.perf_counter(), len(stacked["loss"])
+    step_time = (now - self.mark) / count
+    self.mark = now
+    tokens_per_second = self.config.batch_size * self.model_config.n_ctx / step_time
+    pace = {"tokens_per_second": tokens_per_second, "step_time": step_time}
+    pace["mfu"] = mfu(self.model_config, tokens_per_second)
+    for i, step in enumerate(range(last - count + 1, last + 1)):
+      one = {name: values[i].item() for name, values in stacked.items()}
+      if step % self.config.log_every == 0 or one["skips"]:
+        self.metrics.write(step, **one, learning_rate=float(self.rate(step - 1)), **pace)
+      if one["skips"]:
+        self.metrics.say(f"step {step}: loss or gradient is not finite, update skipped ({one['skips']} in a row)")
+      if one["skips"] >= self.config.max_skips:
+        raise FloatingPointError(
+          f"step {step}: {one['skips']} updates in a row were not finite (max_skips); the last checkpoint is good: "
+          f"lower --config.learning_rate in a new --workdir, or look at the data of these steps"
+        )
+    self.metrics.show(last, loss=stacked["loss"][-1], **{"tok/s": tokens_per_second, "mfu": pace["mfu"]})
+
+
+class Profile:
+  """A JAX trace of `count` steps under `workdir`/profile, from the third call on, when all is compiled."""
+
+  def __init__(self, workdir: str, count: int):
+    self.path, self.count, self.calls, self.since = os.path.join(workdir, "profile"), count, 0, None
+
+  def before(self, step: int, state):
+    """Starts or ends the trace if it is time; to be called before each dispatch."""
+    self.calls += 1
+    if self.count and self.calls == 3:
+      jax.block_until_ready(state)
+      jax.profiler.start_trace(self.path)
+      self.since = step
+    elif self.since is not None and step >= self.since + self.count:
+      self.end(state)
+
+  def end(self, state):
+    """Ends the trace if one is running."""
+    if self.since is not None:
+      jax.block_until_ready(state)
+      jax.profiler.stop_trace()
+      self.count, self.since = 0, None
 
 
 def plot_losses(workdir: str) -> str:

@@ -3,11 +3,9 @@
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import signal
-import time
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +18,11 @@ from tqdm import tqdm
 from gpt2_jax.checkpoint import Checkpoints
 from gpt2_jax.data import Batches, TokenStore, evaluation_batches
 from gpt2_jax.loss import cross_entropy
-from gpt2_jax.metrics import Metrics, mfu, plot_losses
+from gpt2_jax.metrics import Log, Metrics, Profile, plot_losses
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.optimizer import adamw, schedule
 from gpt2_jax.sharding import BATCH, ROWS, check_divides, make_mesh
 from gpt2_jax.tokenizer import load_tokenizer
-
-UNREADABLE = (ValueError, OSError, KeyError, RuntimeError)  # what a damaged checkpoint raises, at any depth of Orbax
-
-# Knobs that may change when a run goes on: they say where and how it computes, not what.
-FREE = ("mesh", "microbatches", "steps_per_call", "log_every", "eval_every", "eval_windows", "save_every", "keep")
-FREE += ("max_skips", "profile_steps", "data", "model.dtype", "model.remat", "model.unroll", "model.pad_heads")
 
 
 @functools.partial(
@@ -150,33 +142,6 @@ class Stop:
       signal.signal(number, handler)
 
 
-def flat(config: dict, prefix: str = "") -> dict:
-  """Knobs by their dotted names."""
-  items = {}
-  for name, value in config.items():
-    items |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-  return items
-
-
-def check_same_run(about: dict, saved: dict, workdir: str):
-  """Raises ValueError with the difference if `about` would not continue the run that was `saved`."""
-  new, old = flat(json.loads(json.dumps(about))), flat(saved)
-  free = tuple(f"config.{name}." for name in FREE)
-
-  def is_content(name):  # where the data lay and when it was made may differ, what it is may not
-    return not name.startswith("data.") or name.endswith("sha256")
-
-  differing = [
-    f"{name.removeprefix('config.')}: {str(old.get(name))[:80]} -> {str(new.get(name))[:80]}"
-    for name in sorted(new.keys() | old.keys())
-    if new.get(name) != old.get(name) and not (name + ".").startswith(free) and is_content(name)
-  ]
-  if differing:
-    raise ValueError(
-      f"{workdir} holds a run with another config ({'; '.join(differing)}); set these back, or take another --workdir"
-    )
-
-
 def open_stores(config: ConfigDict, model_config: ModelConfig):
   """The training and validation stores and the tokenizer. Raises ValueError if they do not belong together."""
   tokenizer = load_tokenizer(config.data.tokenizer)
@@ -205,40 +170,6 @@ def tell_about(config: ConfigDict, train: TokenStore, validation: TokenStore, to
   return {"config": config.to_dict(), "tokenizer": tokenizer.to_json(), "data": data}
 
 
-class Log:
-  """Reads the metrics of calls that are over, writes every `log_every`-th step of them and moves the live line."""
-
-  def __init__(self, metrics: Metrics, config: ConfigDict, model_config: ModelConfig, rate: optax.Schedule):
-    self.metrics, self.config, self.model_config, self.rate = metrics, config, model_config, rate
-    self.mark = None
-
-  def start_clock(self):
-    """What comes after is step time; evaluation and saving before it are not."""
-    self.mark = time.perf_counter()
-
-  def read(self, last: int, stacked: dict):
-    """Waits for the call that ended with step `last`. Raises FloatingPointError after max_skips in a row."""
-    stacked = jax.device_get(stacked)
-    now, count = time.perf_counter(), len(stacked["loss"])
-    step_time = (now - self.mark) / count
-    self.mark = now
-    tokens_per_second = self.config.batch_size * self.model_config.n_ctx / step_time
-    pace = {"tokens_per_second": tokens_per_second, "step_time": step_time}
-    pace["mfu"] = mfu(self.model_config, tokens_per_second)
-    for i, step in enumerate(range(last - count + 1, last + 1)):
-      one = {name: values[i].item() for name, values in stacked.items()}
-      if step % self.config.log_every == 0 or one["skips"]:
-        self.metrics.write(step, **one, learning_rate=float(self.rate(step - 1)), **pace)
-      if one["skips"]:
-        self.metrics.say(f"step {step}: loss or gradient is not finite, update skipped ({one['skips']} in a row)")
-      if one["skips"] >= self.config.max_skips:
-        raise FloatingPointError(
-          f"step {step}: {one['skips']} updates in a row were not finite (max_skips); the last checkpoint is good: "
-          f"lower --config.learning_rate in a new --workdir, or look at the data of these steps"
-        )
-    self.metrics.show(last, loss=stacked["loss"][-1], **{"tok/s": tokens_per_second, "mfu": pace["mfu"]})
-
-
 def say_health(metrics: Metrics, model: GPT2, tokens_BT):
   """The first line of a run: is the loss near ln V, and does the residual stream grow gently?"""
   loss, rms_L = jax.device_get(health(model, tokens_BT))
@@ -246,23 +177,6 @@ def say_health(metrics: Metrics, model: GPT2, tokens_BT):
   verdict = "as it should be" if abs(loss - expected) < 0.5 else "it should be near: look at data and initialization"
   scales = " ".join(f"{rms:.2f}" for rms in rms_L)
   metrics.say(f"health: loss {loss:.3f}, ln V {expected:.3f} ({verdict}); residual RMS by layer: {scales}")
-
-
-def start(key, model_config: ModelConfig, optimizer, checkpoints: Checkpoints, about: dict, workdir: str):
-  """The state to begin with, its step, and where it came from in words: fresh, or the newest whole checkpoint."""
-  init = functools.partial(init_state, model_config=model_config, optimizer=optimizer)
-  for step in checkpoints.steps():
-    try:
-      saved = checkpoints.about(step)
-    except UNREADABLE as error:
-      checkpoints.set_aside(step, error)
-      continue
-    check_same_run(about, saved, workdir)
-    try:
-      return checkpoints.restore(step, jax.eval_shape(init, key)), step
-    except UNREADABLE as error:
-      checkpoints.set_aside(step, error)
-  return jax.jit(init)(key), 0
 
 
 def check_batch(config: ConfigDict):
@@ -280,25 +194,6 @@ def check_batch(config: ConfigDict):
   )
 
 
-class Profile:
-  """A JAX trace of `count` steps under `workdir`/profile, from the third call on, when all is compiled."""
-
-  def __init__(self, workdir: str, count: int):
-    self.path, self.count, self.calls, self.since = os.path.join(workdir, "profile"), count, 0, None
-
-  def at(self, step: int, state: TrainState):
-    """Call it before each dispatch, and once at the end."""
-    self.calls += 1
-    if self.count and self.calls == 3:
-      jax.block_until_ready(state)
-      jax.profiler.start_trace(self.path)
-      self.since = step
-    elif self.since is not None and step >= self.since + self.count:
-      jax.block_until_ready(state)
-      jax.profiler.stop_trace()
-      self.count, self.since = 0, None
-
-
 def run(config: ConfigDict, workdir: str) -> TrainState:
   """Trains as `config` says (configs/gpt2.py explains the knobs), from the newest checkpoint in `workdir` if any.
 
@@ -314,9 +209,12 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     key, dropout_key = jax.random.split(jax.random.key(config.seed))
     about = tell_about(config, train, validation, tokenizer)
     checkpoints = Checkpoints(workdir, config.keep)
-    state, first = start(key, model_config, optimizer, checkpoints, about, workdir)
+    init = functools.partial(init_state, model_config=model_config, optimizer=optimizer)
+    state, first = checkpoints.newest(jax.eval_shape(init, key), about) or (jax.jit(init)(key), 0)
     metrics = Metrics(workdir, first, config.steps)
     log = Log(metrics, config, model_config, rate)
+    if first:
+      metrics.say(f"going on from step {first}" if first < config.steps else f"all {first} steps were done before")
     how = {"optimizer": optimizer, "microbatches": config.microbatches, "dropout_key": dropout_key}
     call = jax.jit(functools.partial(train_steps, **how), donate_argnums=0)
     try:
@@ -356,7 +254,7 @@ def segments(call, state, step, config, batches, log, stop, profile):
   for tokens_SBT in batches.prefetch(step, config.steps, config.steps_per_call, sharding):
     if step == 0:
       say_health(log.metrics, state.model, tokens_SBT[0])
-    profile.at(step, state)
+    profile.before(step, state)
     state, now = call(state, tokens_SBT)
     if past:
       log.read(*past)
@@ -367,3 +265,4 @@ def segments(call, state, step, config, batches, log, stop, profile):
       past = None
       yield step, state
       log.start_clock()
+  profile.end(state)

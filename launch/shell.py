@@ -17,7 +17,7 @@ def run(main: Callable[[], None]) -> None:
       sys.exit(_line(error))
 
   def guarded(argv):
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # what libraries log as an error, they raise too
     try:
       if argv[1:]:
         raise ValueError(f"{argv[1]!r} is no flag; see --help, and quote patterns")

@@ -214,3 +214,19 @@ def test_the_batch_hash_tells_order_and_content():
   assert one == int(train.batch_hash(tokens.copy()))
   assert one != int(train.batch_hash(tokens[::-1])) and one != int(train.batch_hash(tokens[:, ::-1]))
   assert math.log2(max(one, 1)) < 32
+
+
+def test_checkpoints_that_are_all_damaged_stop_the_run_and_stay(whole, data, tmp_path):
+  broken_off(whole, tmp_path, 8)
+  (tmp_path / "checkpoints/8/about/metadata").write_text("{")
+  before = sorted(str(p) for p in tmp_path.rglob("*"))
+  with pytest.raises(ValueError, match=r"none of the checkpoints \[8\] in .* can be read"):
+    train.run(config_for(data), str(tmp_path))
+  assert sorted(str(p) for p in tmp_path.rglob("*")) == before
+
+
+def test_a_finished_run_says_so_and_changes_nothing(whole, data, tmp_path, capfd):
+  broken_off(whole, tmp_path, 24)
+  train.run(config_for(data), str(tmp_path))
+  assert "all 24 steps were done before" in capfd.readouterr().err
+  assert (tmp_path / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
