@@ -16,6 +16,7 @@ import shutil
 import sys
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
@@ -65,13 +66,23 @@ def check_same_run(about: dict, saved: dict, workdir: str):
     )
 
 
+@jax.jit
+def bit_sums(arrays: dict) -> dict:
+  """The sum of each array's bits as integers, modulo 2^32: it sees a flipped bit, and not zero padding."""
+  return {name: _bits(x).astype(jnp.uint32).sum(dtype=jnp.uint32) for name, x in arrays.items()}
+
+
+def _bits(x):
+  return jax.lax.bitcast_convert_type(x, jnp.uint32 if x.dtype.itemsize == 4 else jnp.uint16)
+
+
 class Checkpoints:
   """The checkpoints under `workdir`/checkpoints: the last `last` of them and the one with the least `val_loss`.
 
-  Beside each state lies `about`: the config, the tokenizer and the data manifest of the run, as JSON.
+  Beside each state lie `about`, the config, the tokenizer and the data manifest of the run, and `sums`, its checksums.
   """
 
-  def __init__(self, workdir: str, last: int = 1, read_only: bool = False):
+  def __init__(self, workdir: str, last: int = 1, create: bool = True):
     self.path = os.path.join(workdir if "://" in workdir else os.path.abspath(workdir), "checkpoints")
     best = keep.BestN(get_metric_fn=lambda metrics: metrics["val_loss"], reverse=True, n=1)
     self.manager = ocp.CheckpointManager(
@@ -80,9 +91,8 @@ class Checkpoints:
         preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(last), best]),
         best_fn=lambda metrics: metrics["val_loss"],
         best_mode="min",
-        read_only=read_only,
-        create=not read_only,
-        cleanup_tmp_directories=not read_only,
+        create=create,
+        cleanup_tmp_directories=create,
       ),
     )
 
@@ -95,7 +105,11 @@ class Checkpoints:
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     if "://" not in self.path and (free := shutil.disk_usage(self.path).free) < needed:
       raise self._no_room(f"it takes {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} are free")
-    items = ocp.args.Composite(state=ocp.args.PyTreeSave(named(state)), about=ocp.args.JsonSave(about))
+    arrays = named(state)
+    sums = {name: [str(arrays[name].dtype), int(n)] for name, n in jax.device_get(bit_sums(arrays)).items()}
+    items = ocp.args.Composite(
+      state=ocp.args.PyTreeSave(arrays), about=ocp.args.JsonSave(about), sums=ocp.args.JsonSave(sums)
+    )
     with self._writing():
       self.manager.save(step, args=items, metrics={"val_loss": min(val_loss, 1e30)}, force=True)
 
@@ -106,7 +120,8 @@ class Checkpoints:
   def restore(self, step: int, abstract_state, prefix: str = ""):
     """The state of `step` in the shapes, dtypes and shardings of `abstract_state`, on the mesh in force.
 
-    `prefix` is "model." where `abstract_state` is the model alone.
+    `prefix` is "model." where `abstract_state` is the model alone. Raises ValueError where an array is not the one that
+    was saved; where the dtype is another, that is not checked.
     """
     targets = concrete(abstract_state, jax.sharding.get_mesh())
     names = {prefix + name: leaf for name, leaf in named(targets).items()}
@@ -115,7 +130,11 @@ class Checkpoints:
       for name, leaf in names.items()
     }
     state = ocp.args.PyTreeRestore(item=names, restore_args=how, partial_restore=True)
-    arrays = self.manager.restore(step, args=ocp.args.Composite(state=state))["state"]
+    saved = self.manager.restore(step, args=ocp.args.Composite(state=state, sums=ocp.args.JsonRestore()))
+    arrays, sums = saved["state"], saved["sums"]
+    for name, n in jax.device_get(bit_sums(arrays)).items():
+      if sums[name][0] == str(arrays[name].dtype) and sums[name][1] != int(n):
+        raise ValueError(f"the checksum of {name} is wrong")
     return jax.tree.unflatten(jax.tree.structure(targets), [arrays[name] for name in names])
 
   def newest(self, abstract_state, about: dict):
@@ -191,7 +210,9 @@ def load(workdir: str, step: str = "latest", dtype: str | None = None):
 
   `dtype` computes in another dtype than the run did. Raises FileNotFoundError if there is no such checkpoint.
   """
-  checkpoints = Checkpoints(workdir, read_only=True)
+  if not epath.Path(workdir).exists():
+    raise FileNotFoundError(f"{workdir} is not there; give the --workdir of a run")
+  checkpoints = Checkpoints(workdir, create=False)
   steps = checkpoints.steps()
   if not steps:
     raise FileNotFoundError(f"{checkpoints.path} holds no checkpoint; is this the --workdir of a run?")

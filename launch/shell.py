@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every script here shares: flags in, one line and exit status 2 out where the input cannot be."""
 
+import logging as standard_logging
 import sys
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ def run(main: Callable[[], None]) -> None:
 
   def guarded(argv):
     logging.set_verbosity(logging.FATAL)  # what libraries log as an error, they raise too
+    standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     try:
       if argv[1:]:
         raise ValueError(f"{argv[1]!r} is no flag; see --help, and quote patterns")
