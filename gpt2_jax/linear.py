@@ -46,7 +46,8 @@ def turned(x_BTI):
 
   def in_blocks(x_BTI):
     B, T, n = x_BTI.shape
-    return jnp.moveaxis(x_BTI.reshape(B, -1, math.gcd(T, 128), n), 3, 0).reshape(n, B * T)
+    x_IBTt = jnp.moveaxis(x_BTI.reshape(B, -1, math.gcd(T, 128), n), 3, 0)
+    return jnp.reshape(x_IBTt, (n, B * T), out_sharding=P(jax.typeof(x_BTI).sharding.spec[2], ROWS))
 
   return jax.lax.platform_dependent(x_BTI, cpu=in_blocks, default=lambda x: rows_of(x).T)
 

@@ -129,7 +129,7 @@ class Log:
     for i, step in enumerate(range(last - count + 1, last + 1)):
       one = {name: values[i].item() for name, values in stacked.items()}
       if step % self.config.log_every == 0 or one["skips"]:
-        self.metrics.write(step, **one, learning_rate=float(self.rate(step - 1)), **pace)
+        self.metrics.write(step, **one, learning_rate=float(self.rate(step - 1 - one["skipped"])), **pace)
       if one["skips"]:
         self.metrics.say(f"step {step}: loss or gradient is not finite, update skipped ({one['skips']} in a row)")
       if one["skips"] >= self.config.max_skips:

@@ -45,7 +45,7 @@ class ModelConfig:
   attn_pdrop: float = 0.0
   resid_pdrop: float = 0.0
   dtype: str = "bfloat16"  # of activations and matmul operands; parameters, norms, softmax, loss are float32
-  pad_heads: bool = False  # zero heads up to a multiple of the mesh's model axis
+  pad_heads: bool = False  # zero heads up to a multiple of the mesh's model axis (attention dropout draws for them too)
   remat: str = "none"  # what the backward pass recomputes: "none", "dots" (all but matmuls), "full"
   unroll: int = 1  # layers a step of the scan; n_layer is a Python loop
 
@@ -151,7 +151,11 @@ class Attention(nnx.Module):
   def __call__(self, x_BTD, key=None):
     k_attn, k_resid = split(key, 2)
     q, k, v = self.qkv(x_BTD)
-    y_BTHK = causal_attention(q, k, v, lambda p_BHTS: drop(p_BHTS, self.config.attn_pdrop, k_attn))
+
+    def dropout(p_BHTS, start):
+      return drop(p_BHTS, self.config.attn_pdrop, jax.random.fold_in(k_attn, start))
+
+    y_BTHK = causal_attention(q, k, v, None if key is None else dropout)
     return drop(self.merge(y_BTHK), self.config.resid_pdrop, k_resid)
 
 

@@ -26,13 +26,14 @@ from gpt2_jax.tokenizer import load_tokenizer
 
 
 @functools.partial(
-  jax.tree_util.register_dataclass, data_fields=["step", "skips", "model", "opt_state"], meta_fields=[]
+  jax.tree_util.register_dataclass, data_fields=["step", "skipped", "skips", "model", "opt_state"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """All that a step changes. `skips` counts the updates in a row that were not finite, and skipped."""
+  """All that a step changes. `skipped` counts the updates that were not finite and not made, `skips` those in a row."""
 
   step: jax.Array
+  skipped: jax.Array
   skips: jax.Array
   model: GPT2
   opt_state: optax.OptState
@@ -41,7 +42,7 @@ class TrainState:
 def init_state(key, model_config: ModelConfig, optimizer) -> TrainState:
   """The state before step 0."""
   model = GPT2(model_config, key)
-  return TrainState(jnp.int32(0), jnp.int32(0), model, optimizer.init(model))
+  return TrainState(jnp.int32(0), jnp.int32(0), jnp.int32(0), model, optimizer.init(model))
 
 
 def mean_nats(model: GPT2, tokens_BT, key=None):
@@ -87,8 +88,9 @@ def train_step(state: TrainState, tokens_BT, *, optimizer, microbatches: int = 1
     lambda new, old: jnp.where(finite, new, old), (model, opt_state), (state.model, state.opt_state)
   )
   skips = jnp.where(finite, 0, state.skips + 1)
-  metrics = {"loss": loss, "grad_norm": norm, "skips": skips, "batch_hash": batch_hash(tokens_BT)}
-  return TrainState(state.step + 1, skips, model, opt_state), metrics
+  skipped = state.skipped + ~finite
+  metrics = {"loss": loss, "grad_norm": norm, "skipped": skipped, "skips": skips, "batch_hash": batch_hash(tokens_BT)}
+  return TrainState(state.step + 1, skipped, skips, model, opt_state), metrics
 
 
 def train_steps(state: TrainState, tokens_SBT, **how):

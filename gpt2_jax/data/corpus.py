@@ -47,7 +47,8 @@ class Documents(Sequence):
         f"{name} is prepared as {builder.info.file_format.value}, which has no random access; "
         f"prepare it as ArrayRecord: {_how_to_prepare(name, os.path.dirname(self.folder))}"
       )
-    texts = [key for key, feature in builder.info.features.items() if isinstance(feature, tfds.features.Text)]
+    features = builder.info.features
+    texts = sorted(key for key in features if isinstance(features[key], tfds.features.Text))
     if self.text_key not in texts:
       raise ValueError(f"{name} has no text under {self.text_key!r}; --text_key is one of {', '.join(texts) or 'none'}")
     try:

@@ -8,7 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -50,6 +50,7 @@ def evaluation(shape: tuple[int, int, int]) -> NamedSharding:
   return sharding(shape, ("replica", "data"), None)
 
 
+@settings(deadline=None)
 @given(n_windows=st.integers(1, 40), batch_size=st.integers(1, 13), seed=st.integers(0, 2**32 - 1))
 def test_every_epoch_is_a_permutation_of_all_windows(n_windows, batch_size, seed):
   batches = Batches(Tokens(n_windows * 4 + 1), 4, batch_size, seed)

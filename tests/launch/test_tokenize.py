@@ -94,7 +94,7 @@ def test_another_tokenizers_file_is_not_overwritten(corpus, tmp_path):
     (["--out=x"], "give --out and one of --files and --tfds_name"),
     (["--files=nothing/*.txt", "--out=x"], "no file matches 'nothing/*.txt'"),
     (["--tfds_name=lm1", "--out=x"], "the nearest names are lm1b"),
-    (["--files=a.txt", "b.txt", "--out=x"], "a pattern in --files must be quoted"),
+    (["--files=a.txt", "b.txt", "--out=x"], "'b.txt' is no flag; see --help, and quote patterns"),
     (["--verify=nowhere"], "no token store at nowhere"),
   ],
 )

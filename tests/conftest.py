@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eight simulated CPU devices for every test, and what several test files share."""
+
+import getpass
+import math
+import os
+import pathlib
+import sys
+import tempfile
+
+import pytest
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start, too
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+# Most of the suite's time is XLA compiling for eight devices; what is compiled once is kept for the next run.
+CACHE = pathlib.Path(tempfile.gettempdir()) / f"gpt2_jax_tests_{getpass.getuser()}"
+jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+sys.path.append(str(pathlib.Path(__file__).parents[1]))  # where the package is not installed; configs and launch
+
+from gpt2_jax.model import GPT2, ModelConfig  # noqa: E402
+from gpt2_jax.optimizer import name_of  # noqa: E402
+from gpt2_jax.sharding import abstract_mesh, concrete, make_mesh  # noqa: E402
+
+
+def _mesh(*sizes: int):
+  return jax.set_mesh(make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)]))
+
+
+def _parameters(config: ModelConfig, scale: float = 0.2, seed: int = 0) -> dict[str, np.ndarray]:
+  """N(0, scale^2) for every parameter by name (gains around 1, no bias is zero), float64, without any padding."""
+  rng = np.random.default_rng(seed)
+  with jax.sharding.use_abstract_mesh(abstract_mesh(1, 1, 1)):
+    model = jax.eval_shape(lambda: GPT2(config, jax.random.key(0)))
+  arrays = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+    name = name_of(path)
+    shape = (config.n_vocab, config.n_embd) if name == "wte" else leaf.shape
+    arrays[name] = rng.normal(size=shape) * scale + name.endswith(".g")
+  return arrays
+
+
+def _place(config: ModelConfig, arrays: dict[str, np.ndarray]) -> GPT2:
+  """The model on the mesh in force that holds `arrays`, with zeros where the mesh asks for padding."""
+  target = concrete(jax.eval_shape(lambda: GPT2(config, jax.random.key(0))), jax.sharding.get_mesh())
+
+  def put(path, leaf):
+    array = arrays[name_of(path)]
+    room = [(0, size - n) for size, n in zip(leaf.shape, array.shape, strict=True)]
+    return jax.device_put(np.pad(array, room).astype(np.float32), leaf.sharding)
+
+  return jax.tree_util.tree_map_with_path(put, target)
+
+
+def _unpadded(tree, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The leaves of a model-shaped tree by name, cut to the shapes of `arrays`; fails unless the rest is exactly zero."""
+  cut = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    name, leaf = name_of(path), np.array(leaf)
+    inside = tuple(slice(n) for n in arrays[name].shape)
+    cut[name] = leaf[inside].copy()
+    leaf[inside] = 0
+    assert not leaf.any(), f"the padding of {name} is not zero"
+  return cut
+
+
+@pytest.fixture(scope="session")
+def mesh():
+  """mesh(replica, data, model): puts a mesh over as many of the devices in force, as a context."""
+  return _mesh
+
+
+@pytest.fixture(scope="session")
+def parameters():
+  return _parameters
+
+
+@pytest.fixture(scope="session")
+def place():
+  return _place
+
+
+@pytest.fixture(scope="session")
+def unpadded():
+  return _unpadded
+
+
+@pytest.fixture(scope="session")
+def tokens():
+  """tokens(rows, length, n_vocab): random tokens [rows, length], NumPy int32, always the same."""
+  return lambda rows, length, n_vocab: np.random.default_rng(1).integers(0, n_vocab, (rows, length)).astype(np.int32)
+
+
+@pytest.fixture(scope="session")
+def put():
+  """put(array, spec): the array on the mesh in force."""
+  return lambda array, spec: jax.device_put(
+    jnp.asarray(array), jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec)
+  )
