@@ -10,7 +10,7 @@ two models are shown to be one (logits, greedy tokens, losses of three training 
 over the faster of eager and compiled in the same round; its median, least and greatest.
 
 Theirs: GPT2LMHeadModel with sdpa attention, torch's faster AdamW (fused here), clipping, bfloat16 training by autocast
-over float32 weights and generation in bfloat16 weights; ours casts float32 weights within each call of generate.
+over float32 weights and generation in bfloat16 weights, as ours (`ready`) are. Our training step unrolls its layers, as compiled torch does.
 Compiled is torch.compile(dynamic=False) for loss and backward, and transformers' own compiled decoding with a static
 cache for generation (its prefill stays eager). The tiny opponent is a bare torch module, not transformers.
 
@@ -50,7 +50,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import gpt2, shakespeare
 from gpt2_jax.data import Batches, encode_corpus
-from gpt2_jax.generate import generate
+from gpt2_jax.generate import generate, ready
 from gpt2_jax.metrics import Metrics
 from gpt2_jax.model import GPT2, ModelConfig, model_config
 from gpt2_jax.optimizer import adamw, name_of
@@ -293,7 +293,8 @@ def bench_train(rounds: int) -> list[Row]:
     for B, T in TRAIN_SHAPES:
       theirs = their_model(model_config("124M"))
       kind = kind or faster_adamw(theirs)
-      ours = our_model(theirs, dataclasses.replace(model_config("124M"), dtype=dtype))
+      config = model_config("124M")
+      ours = our_model(theirs, dataclasses.replace(config, dtype=dtype, unroll=config.n_layer))
       tokens_BT = random_tokens(B, T + 1)
       sides = {"ours": our_train(ours, tokens_BT)}
       del ours
@@ -336,7 +337,7 @@ def bench_generate(rounds: int) -> list[Row]:
   for dtype in DTYPES:
     config = dataclasses.replace(model_config("124M"), dtype=dtype)
     theirs = their_model(config)
-    ours = our_model(theirs, config)
+    ours = jax.jit(ready)(our_model(theirs, config))
     theirs = theirs.to(getattr(torch, dtype))
     for B in GENERATE_BATCHES:
       prompts = random_tokens(B, PROMPT)

@@ -1,36 +1,98 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Causal attention. Letters as in model.py; softmax and its sums are float32 whatever the operands are."""
+"""Causal attention. Letters as in model.py; scores, softmax and sums are float32 whatever the operands are."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
 QUERIES = 256  # queries in one chunk; a chunk reads no key that lies after its last query
 
+einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
 
 def attend(q_BTHK, k_BSHK, v_BSHK, mask, dropout=None):
   """softmax(q k' / sqrt(K)) v, [B, T, H, K], where `mask` broadcasts to [B, H, T, S]; False is hidden."""
-  scale = q_BTHK.shape[-1] ** -0.5
-  scores_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK * scale, k_BSHK, preferred_element_type=jnp.float32)
+  scores_BHTS = einsum("bthk,bshk->bhts", q_BTHK, k_BSHK) / math.sqrt(q_BTHK.shape[-1])
   p_BHTS = jax.nn.softmax(jnp.where(mask, scores_BHTS, -jnp.inf), axis=-1)
   if dropout:
     p_BHTS = dropout(p_BHTS)
-  return jnp.einsum("bhts,bshk->bthk", p_BHTS.astype(v_BSHK.dtype), v_BSHK)
+  return einsum("bhts,bshk->bthk", p_BHTS.astype(v_BSHK.dtype), v_BSHK).astype(q_BTHK.dtype)
 
 
 def causal_attention(q_BTHK, k_BTHK, v_BTHK, dropout=None):
   """Each position attends to itself and what came before, [B, T, H, K].
 
-  Queries go in chunks, so that the half of the square that the mask would hide is mostly never computed. `dropout`
-  maps the probabilities of a chunk, and the chunk's first query, to what is left of them.
+  Queries go in chunks, so that the half of the square that the mask would hide is mostly never computed, and no square
+  is kept for the backward pass. `dropout` maps the probabilities of a chunk, and the chunk's first query, to what is
+  left of them.
   """
-  T = q_BTHK.shape[1]
-  remembering_little = jax.checkpoint(attend, static_argnums=4)  # the squares are computed again, not kept
+  if dropout is None:
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
+    return jnp.swapaxes(_causal(q, k, v), 1, 2)
   outputs = []
-  for start in range(0, T, QUERIES):
-    stop = min(start + QUERIES, T)
-    chunk_dropout = dropout and functools.partial(dropout, start=start)
-    mask = jnp.arange(stop)[None, :] <= jnp.arange(start, stop)[:, None]
-    outputs.append(remembering_little(q_BTHK[:, start:stop], k_BTHK[:, :stop], v_BTHK[:, :stop], mask, chunk_dropout))
-  return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+  for start, stop in _chunks(q_BTHK.shape[1]):
+    chunk = jax.checkpoint(functools.partial(attend, dropout=functools.partial(dropout, start=start)))
+    outputs.append(chunk(q_BTHK[:, start:stop], k_BTHK[:, :stop], v_BTHK[:, :stop], _mask(start, stop)))
+  return jnp.concatenate(outputs, axis=1)
+
+
+def attend_cached(q_B1HK, k_BHSK, v_BHSK, seen_BS):
+  """Attention of one query a row, [B, 1, H, K], over the slots of a cache that `seen_BS` allows."""
+  scores_BHS = einsum("bhk,bhsk->bhs", q_B1HK[:, 0], k_BHSK) / math.sqrt(q_B1HK.shape[-1])
+  p_BHS = jax.nn.softmax(jnp.where(seen_BS[:, None], scores_BHS, -jnp.inf), axis=-1)
+  return einsum("bhs,bhsk->bhk", p_BHS.astype(v_BHSK.dtype), v_BHSK).astype(q_B1HK.dtype)[:, None]
+
+
+def _chunks(T: int):
+  return [(start, min(start + QUERIES, T)) for start in range(0, T, QUERIES)]
+
+
+def _mask(start: int, stop: int):
+  return jnp.arange(stop) <= jnp.arange(start, stop)[:, None]
+
+
+def _scores(q_BHTK, k_BHSK, start: int, stop: int):
+  scores_BHTS = einsum("bhtk,bhsk->bhts", q_BHTK[:, :, start:stop], k_BHSK[:, :, :stop])
+  return jnp.where(_mask(start, stop), scores_BHTS / math.sqrt(q_BHTK.shape[-1]), -jnp.inf)
+
+
+@jax.custom_vjp
+def _causal(q_BHTK, k_BHTK, v_BHTK):
+  return _causal_forward(q_BHTK, k_BHTK, v_BHTK)[0]
+
+
+def _causal_forward(q_BHTK, k_BHTK, v_BHTK):
+  outputs, lses = [], []
+  for start, stop in _chunks(q_BHTK.shape[2]):
+    scores_BHTS = _scores(q_BHTK, k_BHTK, start, stop)
+    max_BHT1 = scores_BHTS.max(-1, keepdims=True)
+    e_BHTS = jnp.exp(scores_BHTS - max_BHT1)
+    sum_BHT1 = e_BHTS.sum(-1, keepdims=True)
+    y_BHTK = einsum("bhts,bhsk->bhtk", e_BHTS.astype(v_BHTK.dtype), v_BHTK[:, :, :stop]) / sum_BHT1
+    outputs.append(y_BHTK.astype(q_BHTK.dtype))
+    lses.append(max_BHT1 + jnp.log(sum_BHT1))
+  y_BHTK, lse_BHT1 = jnp.concatenate(outputs, axis=2), jnp.concatenate(lses, axis=2)
+  return y_BHTK, (q_BHTK, k_BHTK, v_BHTK, y_BHTK, lse_BHT1)
+
+
+def _causal_backward(saved, dy_BHTK):
+  """The probabilities again from their logsumexp; their gradient as in FlashAttention (Dao et al. 2022), appendix B."""
+  q, k, v, y, lse = saved
+  scale = 1 / math.sqrt(q.shape[-1])
+  inner_BHT1 = jnp.sum(dy_BHTK.astype(jnp.float32) * y, axis=-1, keepdims=True)
+  dqs, dk, dv = [], 0.0, 0.0
+  for start, stop in _chunks(q.shape[2]):
+    dy = dy_BHTK[:, :, start:stop]
+    p_BHTS = jnp.exp(_scores(q, k, start, stop) - lse[:, :, start:stop])
+    dp_BHTS = einsum("bhtk,bhsk->bhts", dy, v[:, :, :stop])
+    ds_BHTS = (p_BHTS * (dp_BHTS - inner_BHT1[:, :, start:stop]) * scale).astype(q.dtype)
+    after = ((0, 0), (0, 0), (0, q.shape[2] - stop), (0, 0))
+    dqs.append(einsum("bhts,bhsk->bhtk", ds_BHTS, k[:, :, :stop]))
+    dk += jnp.pad(einsum("bhts,bhtk->bhsk", ds_BHTS, q[:, :, start:stop]), after)
+    dv += jnp.pad(einsum("bhts,bhtk->bhsk", p_BHTS.astype(v.dtype), dy), after)
+  return jnp.concatenate(dqs, axis=2).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+_causal.defvjp(_causal_forward, _causal_backward)

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.attention import attend, causal_attention
+from gpt2_jax.attention import attend_cached, causal_attention
 from gpt2_jax.linear import Linear
 from gpt2_jax.model import GPT2
 from gpt2_jax.sharding import BATCH, ROWS, axis_size, padded
 
-BUCKET = 64  # prompts are padded to a multiple, so that few shapes are compiled
+BUCKET = 32  # prompts are padded to a multiple, so that few shapes are compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +113,13 @@ def generate(model: GPT2, prompts: Sequence[Sequence[int]], n_new: int, sampler=
 
 @functools.partial(jax.jit, static_argnames=("n_new", "sampler"))
 def _generate(model: GPT2, tokens_BT, lengths_B, keys_B, n_new: int, sampler, eot):
+  """The new tokens [B, n_new], and how many of them come before `eot`, [B]."""
   model = ready(model)
   blocks = [jax.tree.map(lambda x, layer=layer: x[layer], model.h) for layer in range(model.config.n_layer)]
-  size = min(model.config.n_ctx, tokens_BT.shape[1] + n_new)
-  x_BTD, caches = prefill(model, tokens_BT, size)
-  last_BTD = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)
+  B, T = tokens_BT.shape
+  slots_S = jnp.arange(T + n_new)
+  x_BTD, caches = prefill(model, tokens_BT, T + n_new)
+  last_B1D = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)
 
   def pick(x_B1D, n):
     logits_BV = jax.sharding.reshard(model.head(x_B1D)[:, 0], BATCH)[:, : model.config.n_vocab]
@@ -128,18 +130,22 @@ def _generate(model: GPT2, tokens_BT, lengths_B, keys_B, n_new: int, sampler, eo
     done_B |= token_B == eot
     new_BN = jax.lax.dynamic_update_slice_in_dim(new_BN, token_B[:, None], n, 1)
     counts_B += ~done_B
-    x_B1D, caches = decode(model, blocks, token_B, lengths_B + n, caches)
+    seen_BS = (slots_S < lengths_B[:, None]) | ((slots_S >= T) & (slots_S <= T + n))  # all but the prompts' padding
+    x_B1D, caches = decode(model, blocks, token_B, lengths_B + n, T + n, seen_BS, caches)
     return n + 1, pick(x_B1D, n + 1), new_BN, counts_B, done_B, caches
 
-  new_BN = jnp.zeros((tokens_BT.shape[0], n_new), jnp.int32, out_sharding=BATCH)
+  new_BN = jnp.zeros((B, n_new), jnp.int32, out_sharding=BATCH)
   counts_B = jnp.zeros_like(lengths_B)
-  carry = (0, pick(last_BTD, 0), new_BN, counts_B, counts_B > 0, caches)
+  carry = (0, pick(last_B1D, 0), new_BN, counts_B, counts_B > 0, caches)
   carry = jax.lax.while_loop(lambda c: (c[0] < n_new) & ~jnp.all(c[4]), step, carry)
   return carry[2], carry[3]
 
 
 def ready(model: GPT2) -> GPT2:
-  """The model with its matrices in the compute dtype and gathered over `data`, once for all steps."""
+  """The model with its matrices in the compute dtype and gathered over `data`, once for all steps.
+
+  Each call of `generate` does this; a model that came from here has nothing left to be done.
+  """
 
   def cast(node):
     if not isinstance(node, Linear):
@@ -158,28 +164,33 @@ def apply_block(block, x_BTD, attention):
 
 
 def prefill(model: GPT2, tokens_BT, size: int):
-  """The normed output at every position of the prompts and, a layer, keys and values [B, size, H, K]."""
+  """The normed output at every position of the prompts and, a layer, keys and values [B, H, size, K]."""
 
   def attention(q, k, v):
-    room = ((0, 0), (0, size - tokens_BT.shape[1]), (0, 0), (0, 0))
-    return causal_attention(q, k, v), (jnp.pad(k, room), jnp.pad(v, room))
+    room = ((0, 0), (0, 0), (0, size - tokens_BT.shape[1]), (0, 0))
+    return causal_attention(q, k, v), tuple(jnp.pad(jnp.swapaxes(x_BTHK, 1, 2), room) for x_BTHK in (k, v))
 
   x_BTD, memory = jax.lax.scan(lambda x, block: apply_block(block, x, attention), model.embed(tokens_BT), model.h)
   caches = [jax.tree.map(lambda x, layer=layer: x[layer], memory) for layer in range(model.config.n_layer)]
   return model.ln_f(x_BTD), caches
 
 
-def decode(model: GPT2, blocks, token_B, position_B, caches):
-  """The normed output [B, 1, D] for one more token a row, at its position, and the caches with it."""
-  x_B1D = model.embed(token_B[:, None], position_B[:, None])
-  write = jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
-  after = []
-  for block, (keys, values) in zip(blocks, caches, strict=True):
+def decode(model: GPT2, blocks, token_B, position_B, slot, seen_BS, caches):
+  """The normed output [B, 1, D] for one more token a row, and the caches with it.
 
-    def attention(q, k, v, keys=keys, values=values):
-      keys, values = write(keys, k, position_B), write(values, v, position_B)
-      seen = jnp.arange(keys.shape[1]) <= position_B[:, None, None, None]
-      return attend(q, keys, values, seen), (keys, values)
+  Rows have positions of their own and one slot of the caches in common: writing at one place is a copy of a few bytes,
+  at a place a row it would be a scatter of the whole cache.
+  """
+  x_B1D = model.embed(token_B[:, None], position_B[:, None])
+  after = []
+  for block, cache in zip(blocks, caches, strict=True):
+
+    def attention(q, k, v, cache=cache):
+      keys, values = (
+        jax.lax.dynamic_update_slice_in_dim(old, jnp.swapaxes(x, 1, 2), slot, 2)
+        for old, x in zip(cache, (k, v), strict=True)
+      )
+      return attend_cached(q, keys, values, seen_BS), (keys, values)
 
     x_B1D, memory = apply_block(block, x_B1D, attention)
     after.append(memory)

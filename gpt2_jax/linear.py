@@ -52,33 +52,41 @@ def turned(x_BTI):
   return jax.lax.platform_dependent(x_BTI, cpu=in_blocks, default=lambda x: rows_of(x).T)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def project(x_BTI, w_IO, gathered: P, contract: int = 0, out_dtype=None):
-  """`x @ w` over dimension `contract` of the float32 weight (1: `x @ w.T`), in x's dtype or `out_dtype`.
+def column_sums(y):
+  """The sum over rows, [O], as a product: XLA's CPU backend reduces rows many times slower."""
+  ones = jnp.ones((8, y.shape[0]), y.dtype, out_sharding=P(None, ROWS))
+  return dot(ones, y, (1, 0), P(None, jax.typeof(y).sharding.spec[1]))[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def project(x_BTI, w_IO, b_O, gathered: P, contract: int = 0, out_dtype=None):
+  """`x @ w + b` over dimension `contract` of the float32 weight (1: `x @ w.T`), in x's dtype or `out_dtype`.
 
   The weight is stored sharded over `data` as well; `gathered` is its spec while it is multiplied: a split of
   the output stays a split of the output, a split of the summed dimension becomes an all-reduce.
   """
-  return _project_forward(x_BTI, w_IO, gathered, contract, out_dtype)[0]
+  return _project_forward(x_BTI, w_IO, b_O, gathered, contract, out_dtype)[0]
 
 
 def _gather(w_IO, gathered: P, dtype):
   return jax.sharding.reshard(w_IO.astype(dtype), gathered)
 
 
-def _project_forward(x_BTI, w_IO, gathered, contract, out_dtype):
+def _project_forward(x_BTI, w_IO, b_O, gathered, contract, out_dtype):
   w = _gather(w_IO, gathered, x_BTI.dtype)
   y = dot(rows_of(x_BTI), w, (1, contract), P(ROWS, gathered[1 - contract]))
-  return unrows(y.astype(out_dtype or x_BTI.dtype), x_BTI), (x_BTI, w_IO)
+  y = y if b_O is None else y + b_O
+  return unrows(y.astype(out_dtype or x_BTI.dtype), x_BTI), (x_BTI, w_IO, b_O)
 
 
 def _project_backward(gathered, contract, out_dtype, saved, dy_BTO):
-  x_BTI, w_IO = saved
+  x_BTI, w_IO, b_O = saved
   x, dy = rows_of(x_BTI), rows_of(dy_BTO.astype(x_BTI.dtype))
   dx = dot(dy, _gather(w_IO, gathered, x.dtype), (1, 1 - contract), P(ROWS, gathered[contract]))
   a_BTI, b = (x_BTI, dy) if contract == 0 else (dy_BTO, x)
   dw_IO = dot(turned(a_BTI.astype(x.dtype)), b, (1, 0), jax.typeof(w_IO).sharding.spec)
-  return unrows(dx.astype(x.dtype), x_BTI), dw_IO
+  db_O = None if b_O is None else column_sums(dy)
+  return unrows(dx.astype(x.dtype), x_BTI), dw_IO, db_O
 
 
 project.defvjp(_project_forward, _project_backward)
@@ -108,5 +116,6 @@ class Linear(nnx.Module):
     self.b = nnx.Param(jnp.zeros(shape[1:], out_sharding=P(self.gathered[1]))) if use_bias else None
 
   def __call__(self, x_BTI):
-    y_BTO = checkpoint_name(project(x_BTI, self.w[...], self.gathered), "linear")
-    return y_BTO if self.b is None else y_BTO + self.b[...].astype(y_BTO.dtype)
+    return checkpoint_name(
+      project(x_BTI, self.w[...], None if self.b is None else self.b[...], self.gathered), "linear"
+    )

@@ -6,6 +6,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from gpt2_jax.sharding import AXES, BATCH, axis_size
+
 
 def _real(logits_BTV, n_vocab: int):
   """Logits with the padding of the vocabulary at minus infinity."""
@@ -16,17 +18,24 @@ def _real(logits_BTV, n_vocab: int):
 def cross_entropy(logits_BTV, labels_BT, n_vocab: int):
   """-log p(label), in nats, float32 [B, T].
 
-  The label's logit is a masked sum, not a gather, so the vocabulary may be sharded; the backward pass rebuilds
-  the softmax from the logits and their logsumexp, so that no second array of the logits' size is kept.
+  The backward pass rebuilds the softmax from the logits and their logsumexp, so that no second array of the logits'
+  size is kept.
   """
   return _forward(logits_BTV, labels_BT, n_vocab)[0]
 
 
 def _forward(logits_BTV, labels_BT, n_vocab):
   lse_BT = jax.nn.logsumexp(_real(logits_BTV, n_vocab), axis=-1)
+  return lse_BT - _of_label(logits_BTV, labels_BT), (logits_BTV, labels_BT, lse_BT)
+
+
+def _of_label(logits_BTV, labels_BT):
+  """The label's logit, [B, T]: a gather on one device; a masked sum where the batch or the vocabulary is split."""
+  if axis_size(*AXES) == 1:
+    row_B1, time_T = jnp.arange(labels_BT.shape[0])[:, None], jnp.arange(labels_BT.shape[1])
+    return logits_BTV.at[row_B1, time_T, labels_BT].get(out_sharding=BATCH)
   is_label = jnp.arange(logits_BTV.shape[-1]) == labels_BT[..., None]
-  nats_BT = lse_BT - jnp.sum(jnp.where(is_label, logits_BTV, 0.0), axis=-1)
-  return nats_BT, (logits_BTV, labels_BT, lse_BT)
+  return jnp.sum(jnp.where(is_label, logits_BTV, 0.0), axis=-1)
 
 
 def _backward(n_vocab, saved, d_BT):

@@ -69,6 +69,6 @@ def test_scores_and_softmax_are_float32_under_bfloat16():
 def test_dropout_meets_the_probabilities():
   q, k, v = (jnp.float32(x) for x in qkv(9))
   np.testing.assert_allclose(
-    causal_attention(q, k, v, lambda p: p * 0.5), causal_attention(q, k, v) * 0.5, rtol=1e-6, atol=1e-7
+    causal_attention(q, k, v, lambda p, start: p * 0.5), causal_attention(q, k, v) * 0.5, rtol=1e-6, atol=1e-7
   )
-  assert not causal_attention(q, k, v, jnp.zeros_like).any()
+  assert not causal_attention(q, k, v, lambda p, start: jnp.zeros_like(p)).any()

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.linear import Linear, dot, normal, project, turned
-from gpt2_jax.sharding import RESIDUAL, ROWS
+from gpt2_jax.sharding import HIDDEN, RESIDUAL, ROWS
 
 B, T, IN, OUT = 8, 6, 16, 24
 
@@ -40,7 +40,7 @@ def test_project_and_its_gradients_are_the_plain_product(kind, sizes, mesh, put)
 
   @functools.partial(jax.jit, static_argnums=3)
   def both(x, w, dy, out_dtype):
-    y, pull = jax.vjp(lambda x, w: project(x, w, gathered, contract, out_dtype), x, w)
+    y, pull = jax.vjp(lambda x, w: project(x, w, None, gathered, contract, out_dtype), x, w)
     return y, *pull(dy)
 
   with mesh(*sizes):
@@ -69,7 +69,7 @@ def test_project_keeps_float32_sums_where_asked(mesh, put):
   x, w = rng.normal(size=(1, 4, IN)), rng.normal(size=(OUT, IN))
   with mesh(1, 1, 1):
     x_BTI = put(x, RESIDUAL).astype(jnp.bfloat16)
-    y = project(x_BTI, put(w.astype(np.float32), P(None, None)), P("model", None), 1, jnp.float32)
+    y = project(x_BTI, put(w.astype(np.float32), P(None, None)), None, P("model", None), 1, jnp.float32)
   assert y.dtype == jnp.float32
   assert relative(y, rounded(x, jnp.bfloat16) @ rounded(w, jnp.bfloat16).T) < 1e-6
 
@@ -117,3 +117,19 @@ def test_linear_adds_its_bias(mesh, put):
     without = Linear(jax.random.key(0), (IN, OUT), P("data", "model"), 0.5, False)
     assert len(jax.tree.leaves(without)) == 1
   assert relative(y, x @ np.array(linear.w[...], np.float64) + b) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_bias_is_added_once_and_its_gradient_is_the_sum_over_rows(mesh, put, dtype):
+  rng = np.random.default_rng(3)
+  x, dy = (jnp.asarray(rng.normal(size=(4, 6, n)), dtype) for n in (8, 16))
+  w, b = (np.float32(rng.normal(size=shape)) for shape in ((8, 16), (16,)))
+  with mesh(2, 2, 2):
+    args = put(x, RESIDUAL), put(w, P("data", "model")), put(b, P("model"))
+    y, pull = jax.vjp(lambda *args: project(*args, P(None, "model")), *args)
+    *_, db = pull(put(dy, HIDDEN))
+  tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]  # bfloat16 rounds y to 8 bits; db is summed in float32
+  np.testing.assert_allclose(
+    np.float32(y), np.float32(x) @ np.float32(jnp.asarray(w, dtype)) + b, rtol=tolerance, atol=tolerance
+  )
+  np.testing.assert_allclose(db, np.float32(dy).sum((0, 1)), rtol=1e-5, atol=1e-5)
