@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 QUERIES = 256  # queries in one chunk; a chunk reads no key that lies after its last query
 
@@ -73,7 +74,7 @@ def _causal_forward(q_BHTK, k_BHTK, v_BHTK):
     y_BHTK = einsum("bhts,bhsk->bhtk", e_BHTS.astype(v_BHTK.dtype), v_BHTK[:, :, :stop]) / sum_BHT1
     outputs.append(y_BHTK.astype(q_BHTK.dtype))
     lses.append(max_BHT1 + jnp.log(sum_BHT1))
-  y_BHTK, lse_BHT1 = jnp.concatenate(outputs, axis=2), jnp.concatenate(lses, axis=2)
+  y_BHTK, lse_BHT1 = (checkpoint_name(jnp.concatenate(x, axis=2), "attend") for x in (outputs, lses))
   return y_BHTK, (q_BHTK, k_BHTK, v_BHTK, y_BHTK, lse_BHT1)
 
 

@@ -15,7 +15,6 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.attention import causal_attention
@@ -146,7 +145,7 @@ class Attention(nnx.Module):
   def merge(self, y_BTHK):
     """Heads back into the residual stream, [B, T, D]."""
     B, T, H, K = y_BTHK.shape
-    return self.c_proj(checkpoint_name(jnp.reshape(y_BTHK, (B, T, H * K), out_sharding=HIDDEN), "attend"))
+    return self.c_proj(jnp.reshape(y_BTHK, (B, T, H * K), out_sharding=HIDDEN))
 
   def __call__(self, x_BTD, key=None):
     k_attn, k_resid = split(key, 2)
@@ -155,7 +154,7 @@ class Attention(nnx.Module):
     def dropout(p_BHTS, start):
       return drop(p_BHTS, self.config.attn_pdrop, jax.random.fold_in(k_attn, start))
 
-    y_BTHK = causal_attention(q, k, v, None if key is None else dropout)
+    y_BTHK = causal_attention(q, k, v, dropout if key is not None and self.config.attn_pdrop else None)
     return drop(self.merge(y_BTHK), self.config.resid_pdrop, k_resid)
 
 

@@ -80,13 +80,13 @@ def train_step(state: TrainState, tokens_BT, *, optimizer, microbatches: int = 1
   key = None if dropout_key is None else jax.random.fold_in(dropout_key, state.step)
   loss, grads = gradients(state.model, tokens_BT, microbatches, key)
   norm = optax.tree.norm(grads)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
-  model = optax.apply_updates(state.model, updates)
+
+  def update(model, opt_state):
+    updates, opt_state = optimizer.update(grads, opt_state, model)
+    return optax.apply_updates(model, updates), opt_state
 
   finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-  model, opt_state = jax.tree.map(
-    lambda new, old: jnp.where(finite, new, old), (model, opt_state), (state.model, state.opt_state)
-  )
+  model, opt_state = jax.lax.cond(finite, update, lambda *old: old, state.model, state.opt_state)
   skips = jnp.where(finite, 0, state.skips + 1)
   skipped = state.skipped + ~finite
   metrics = {"loss": loss, "grad_norm": norm, "skipped": skipped, "skips": skips, "batch_hash": batch_hash(tokens_BT)}
