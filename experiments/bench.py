@@ -118,8 +118,10 @@ def tell(text: str) -> None:
   print(f"[{time.monotonic() - BEGIN:4.0f} s] {text}", file=sys.stderr, flush=True)
 
 
-def alternate(name: str, target: str, tokens: int, sides: dict[str, Callable], rounds: int) -> Row:
+def alternate(name: str, target: str, tokens: int, sides: dict[str, Callable], rounds: int, settle: int = 1) -> Row:
   """Warms each side up, then lets them take turns, in another order each round; `tokens` is what one call handles.
+
+  The first `settle` calls of a turn are not timed: a side runs a fifth slower just after another one ran.
 
   A compiled side that fails is left out, aloud.
   """
@@ -139,6 +141,8 @@ def alternate(name: str, target: str, tokens: int, sides: dict[str, Callable], r
   for number in range(rounds):
     order = list(working)
     for side in order if number % 2 == 0 else reversed(order):
+      for _ in range(settle):
+        working[side]()
       begin = time.perf_counter()
       working[side]()
       rates[side].append(tokens / (time.perf_counter() - begin))
@@ -348,7 +352,7 @@ def bench_generate(rounds: int) -> list[Row]:
         "compiled": functools.partial(their_generate, copy.deepcopy(theirs), prompts, compiled=True),
       }
       name = f"generate 124M batch {B} {dtype}"
-      rows.append(alternate(name, f"{GENERATE_TARGETS[dtype]} x", B * N_NEW, sides, rounds))
+      rows.append(alternate(name, f"{GENERATE_TARGETS[dtype]} x", B * N_NEW, sides, rounds, settle=0))
       forget(sides)
   return rows
 
