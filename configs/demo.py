@@ -17,6 +17,6 @@ def get_config() -> ConfigDict:
   config.data.update(
     train="runs/demo/data/train", validation="runs/demo/data/validation", tokenizer="runs/demo/data/python.model"
   )
-  config.update(steps=700, batch_size=32, steps_per_call=10, learning_rate=3e-3, warmup_steps=50)
-  config.update(log_every=10, eval_every=100, eval_windows=256, save_every=350, keep=1)
+  config.update(steps=900, batch_size=32, steps_per_call=10, learning_rate=3e-3, warmup_steps=50)
+  config.update(log_every=10, eval_every=100, eval_windows=256, save_every=450, keep=1)
   return config
