@@ -201,6 +201,8 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
 
   Raises ValueError or OSError with one clear line on input that cannot be, FloatingPointError on a run that diverged.
   """
+  if "://" in workdir:
+    raise ValueError(f"--workdir={workdir} is not a local path, and metrics.jsonl is appended to; give a mounted one")
   with jax.set_mesh(make_mesh(**config.mesh)), Stop() as stop:
     model_config = ModelConfig(**config.model)
     check_batch(config)

@@ -209,6 +209,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(data, tmp_path, knobs, message
   assert not (tmp_path / "run").exists()
 
 
+def test_a_workdir_that_cannot_be_appended_to_is_refused(data):
+  with pytest.raises(ValueError, match="is not a local path"):
+    train.run(config_for(data), "gs://bucket/run")
+
+
 def test_a_store_of_another_tokenizer_is_refused(data, tmp_path):
   other = train_characters([TEXT.replace("a", "A")])
   (tmp_path / "other.json").write_text(json.dumps(other.to_json()))
