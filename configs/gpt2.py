@@ -45,7 +45,7 @@ def get_config(size: str = "117M") -> ConfigDict:
       "log_every": 10,  # steps between lines of metrics.jsonl
       "eval_every": 1000,  # steps between evaluations
       "eval_windows": 512,  # first windows of the validation store that are scored; 0 is all
-      "save_every": 1000,  # steps between checkpoints
+      "save_every": 1000,  # steps between checkpoints; an evaluation that is the best so far saves too
       "keep": 3,  # newest checkpoints kept; the best one stays besides
       "profile_steps": 0,  # steps of a JAX trace in workdir/profile
     }

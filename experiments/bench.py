@@ -518,7 +518,7 @@ def loop_round(state, call, store, clock: Clock, ahead: list[bool]):
   with tempfile.TemporaryDirectory() as workdir:
     stop = types.SimpleNamespace(signal=None)  # SIGTERM ends a benchmark as it ends any script
     metrics = Metrics(workdir, 1, config.steps)
-    log = TimedLog(clock, metrics, config, model, optax.constant_schedule(LEARNING_RATE))
+    log = TimedLog(clock, metrics, config, model)
     batches = TimedBatches(Batches(store, model.n_ctx, config.batch_size, config.seed), clock)
     begin = time.perf_counter()
     for _, last in segments(timed, state, 1, config, batches, log, stop, Profile(workdir, 0)):

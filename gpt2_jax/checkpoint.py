@@ -8,6 +8,7 @@ of heads and vocabulary lies at the end of an axis: a restore onto another mesh 
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -35,7 +36,7 @@ def named(tree) -> dict:
 UNREADABLE = (ValueError, OSError, KeyError)  # what a damaged checkpoint raises, at any depth of Orbax
 
 # Knobs that may change when a run goes on: they say where and how it computes, not what.
-FREE = ("mesh", "microbatches", "steps_per_call", "log_every", "eval_every", "eval_windows", "save_every", "keep")
+FREE = ("mesh", "microbatches", "steps_per_call", "log_every", "eval_every", "save_every", "keep")
 FREE += ("max_skips", "profile_steps", "data", "model.dtype", "model.remat", "model.unroll", "model.pad_heads")
 
 
@@ -111,7 +112,9 @@ class Checkpoints:
       state=ocp.args.PyTreeSave(arrays), about=ocp.args.JsonSave(about), sums=ocp.args.JsonSave(sums)
     )
     with self._writing():
-      self.manager.save(step, args=items, metrics={"val_loss": min(val_loss, 1e30)}, force=True)
+      self.manager.save(
+        step, args=items, metrics={"val_loss": val_loss if math.isfinite(val_loss) else 1e30}, force=True
+      )
 
   def about(self, step: int) -> dict:
     """The config, tokenizer and manifest saved with `step`."""
@@ -167,7 +170,8 @@ class Checkpoints:
     return None
 
   def _set_aside(self, step: int, error: Exception):
-    aside = epath.Path(self.path).parent / f"damaged-{step}"
+    names = (f"damaged-{step}{'-again' * n}" for n in itertools.count())
+    aside = next(path for name in names if not (path := epath.Path(self.path).parent / name).exists())
     (epath.Path(self.path) / str(step)).rename(aside)
     self.manager.reload()
     print(f"checkpoint {step} cannot be read ({_reason(error)}); moved to {aside}", file=sys.stderr)
@@ -219,8 +223,20 @@ def load(workdir: str, step: str = "latest", dtype: str | None = None):
   wanted = {"latest": steps[0], "best": checkpoints.manager.best_step()}.get(step, step)
   if str(wanted) not in map(str, steps):
     raise FileNotFoundError(f"no checkpoint of step {step} in {checkpoints.path}; there are {steps}, latest and best")
-  about = checkpoints.about(int(wanted))
+  with _readable(checkpoints, wanted):
+    about = checkpoints.about(int(wanted))
   model_config = ModelConfig(**about["config"]["model"])
   model_config = dataclasses.replace(model_config, dtype=dtype or model_config.dtype, pad_heads=True)
   model = jax.eval_shape(functools.partial(GPT2, model_config), jax.random.key(0))
-  return checkpoints.restore(int(wanted), model, "model."), from_json(about["tokenizer"])
+  with _readable(checkpoints, wanted):
+    return checkpoints.restore(int(wanted), model, "model."), from_json(about["tokenizer"])
+
+
+@contextlib.contextmanager
+def _readable(checkpoints: Checkpoints, step):
+  try:
+    yield
+  except UNREADABLE as error:
+    raise ValueError(
+      f"checkpoint {step} in {checkpoints.path} cannot be read ({_reason(error)}); take one of {checkpoints.steps()}"
+    ) from error

@@ -101,7 +101,7 @@ def generate(model: GPT2, prompts: Sequence[Sequence[int]], n_new: int, sampler=
   tokens_BT = np.zeros((rows, min(n_ctx, padded(max(lengths), BUCKET))), np.int32)
   for row, prompt in enumerate(prompts):
     tokens_BT[row, : len(prompt)] = prompt
-  lengths_B = np.array(lengths + [1] * (rows - len(prompts)), np.int32)
+  lengths_B = np.array(lengths + [0] * (rows - len(prompts)), np.int32)
   place = functools.partial(jax.device_put, device=jax.sharding.NamedSharding(jax.sharding.get_mesh(), P(ROWS)))
   keys_B = jax.random.split(jax.random.key(seed), rows)
   ends = -1 if eot is None else eot
@@ -119,7 +119,7 @@ def _generate(model: GPT2, tokens_BT, lengths_B, keys_B, n_new: int, sampler, eo
   B, T = tokens_BT.shape
   slots_S = jnp.arange(T + n_new)
   x_BTD, caches = prefill(model, tokens_BT, T + n_new)
-  last_B1D = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)
+  last_B1D = jnp.take_along_axis(x_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
 
   def pick(x_B1D, n):
     logits_BV = jax.sharding.reshard(model.head(x_B1D)[:, 0], BATCH)[:, : model.config.n_vocab]
@@ -136,7 +136,7 @@ def _generate(model: GPT2, tokens_BT, lengths_B, keys_B, n_new: int, sampler, eo
 
   new_BN = jnp.zeros((B, n_new), jnp.int32, out_sharding=BATCH)
   counts_B = jnp.zeros_like(lengths_B)
-  carry = (0, pick(last_B1D, 0), new_BN, counts_B, counts_B > 0, caches)
+  carry = (0, pick(last_B1D, 0), new_BN, counts_B, lengths_B == 0, caches)  # rows that only fill the mesh are done
   carry = jax.lax.while_loop(lambda c: (c[0] < n_new) & ~jnp.all(c[4]), step, carry)
   return carry[2], carry[3]
 

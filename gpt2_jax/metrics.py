@@ -109,8 +109,8 @@ class Metrics:
 class Log:
   """Reads the metrics of calls that are over, writes every `log_every`-th step of them and moves the live line."""
 
-  def __init__(self, metrics: Metrics, config: ConfigDict, model_config: ModelConfig, rate):
-    self.metrics, self.config, self.model_config, self.rate = metrics, config, model_config, rate
+  def __init__(self, metrics: Metrics, config: ConfigDict, model_config: ModelConfig):
+    self.metrics, self.config, self.model_config = metrics, config, model_config
     self.mark = None
 
   def start_clock(self):
@@ -129,7 +129,7 @@ class Log:
     for i, step in enumerate(range(last - count + 1, last + 1)):
       one = {name: values[i].item() for name, values in stacked.items()}
       if step % self.config.log_every == 0 or one["skips"]:
-        self.metrics.write(step, **one, learning_rate=float(self.rate(step - 1 - one["skipped"])), **pace)
+        self.metrics.write(step, **one, **pace)
       if one["skips"]:
         self.metrics.say(f"step {step}: loss or gradient is not finite, update skipped ({one['skips']} in a row)")
       if one["skips"] >= self.config.max_skips:
@@ -171,7 +171,7 @@ def plot_losses(workdir: str) -> str:
 
   lines = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
   figure = Figure(figsize=(8, 5), layout="constrained")
-  axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token", title=os.path.basename(workdir))
+  axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token", title=pathlib.Path(workdir).name)
   for name, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
     points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
     if points:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: state in, state out, and the loop around it."""
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import math
 import os
@@ -75,7 +77,7 @@ def batch_hash(tokens_BT):
   return jnp.sum((tokens_BT.astype(jnp.uint32) + 1) * (place_BT | 1), dtype=jnp.uint32)
 
 
-def train_step(state: TrainState, tokens_BT, *, optimizer, microbatches: int = 1, dropout_key=None):
+def train_step(state: TrainState, tokens_BT, *, optimizer, microbatches: int = 1, dropout_key=None, rate=None):
   """One update from tokens [B, T + 1]; metrics are scalars. An update that is not finite is not made."""
   key = None if dropout_key is None else jax.random.fold_in(dropout_key, state.step)
   loss, grads = gradients(state.model, tokens_BT, microbatches, key)
@@ -90,6 +92,8 @@ def train_step(state: TrainState, tokens_BT, *, optimizer, microbatches: int = 1
   skips = jnp.where(finite, 0, state.skips + 1)
   skipped = state.skipped + ~finite
   metrics = {"loss": loss, "grad_norm": norm, "skipped": skipped, "skips": skips, "batch_hash": batch_hash(tokens_BT)}
+  if rate is not None:  # the schedule that `optimizer` follows, to be told
+    metrics["learning_rate"] = rate(state.step - state.skipped)
   return TrainState(state.step + 1, skipped, skips, model, opt_state), metrics
 
 
@@ -116,7 +120,7 @@ def evaluate(model: GPT2, store: TokenStore, batch_size: int, windows: int) -> f
   for tokens_BT, real_B in tqdm(batches, "evaluation", leave=False, disable=None, unit="batch"):
     sums.append(evaluation_sums(model, tokens_BT, real_B))
   sums = jax.device_get(sums)
-  return float(sum(s["nats"] for s in sums) / sum(int(s["tokens"]) for s in sums))
+  return sum(float(s["nats"]) for s in sums) / sum(int(s["tokens"]) for s in sums)
 
 
 @jax.jit
@@ -124,6 +128,10 @@ def health(model: GPT2, tokens_BT):
   """Loss in nats and the RMS of the residual stream after each layer, [L], on tokens [B, T + 1]."""
   x_BTD, rms_L = model.hidden(tokens_BT[:, :-1])
   return cross_entropy(model.head(x_BTD), tokens_BT[:, 1:], model.config.n_vocab).mean(), rms_L
+
+
+COUNTS = ("steps", "batch_size", "microbatches", "steps_per_call", "log_every", "eval_every", "save_every", "keep")
+COUNTS += ("max_skips",)
 
 
 class Stop:
@@ -137,6 +145,7 @@ class Stop:
   def _ask(self, number, frame):
     if self.signal:
       os._exit(128 + number)
+    os.write(2, b"\nfinishing the step, then saving; a second signal ends at once\n")
     self.signal = signal.Signals(number).name
 
   def __exit__(self, *_):
@@ -155,9 +164,9 @@ def open_stores(config: ConfigDict, model_config: ModelConfig):
   stores = []
   for path in (config.data.train, config.data.validation):
     store = TokenStore.open(path)
-    if store.tokenizer.fingerprint != tokenizer.fingerprint:
+    if store.fingerprint != tokenizer.fingerprint:
       raise ValueError(
-        f"{path} was made with another tokenizer (fingerprint {store.tokenizer.fingerprint[:12]}, "
+        f"{path} was made with another tokenizer (fingerprint {store.fingerprint[:12]}, "
         f"{config.data.tokenizer} has {tokenizer.fingerprint[:12]}); set --config.data.tokenizer or tokenize again"
       )
     stores.append(store)
@@ -181,8 +190,14 @@ def say_health(metrics: Metrics, model: GPT2, tokens_BT):
   metrics.say(f"health: loss {loss:.3f}, ln V {expected:.3f} ({verdict}); residual RMS by layer: {scales}")
 
 
-def check_batch(config: ConfigDict):
-  """Raises ValueError unless every microbatch splits evenly over the mesh in force."""
+def check_knobs(config: ConfigDict):
+  """Raises ValueError on a count that is none, and unless every microbatch splits evenly over the mesh in force."""
+  for name in COUNTS:
+    if config[name] < 1:
+      raise ValueError(f"{name} of {config[name]} is below 1; set --config.{name} (a large one is never)")
+  for name in ("eval_windows", "profile_steps"):
+    if config[name] < 0:
+      raise ValueError(f"{name} of {config[name]} is below 0; set --config.{name}")
   if config.batch_size % config.microbatches:
     raise ValueError(
       f"batch_size of {config.batch_size} does not divide by microbatches of {config.microbatches}; "
@@ -203,36 +218,38 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
   """
   if "://" in workdir:
     raise ValueError(f"--workdir={workdir} is not a local path, and metrics.jsonl is appended to; give a mounted one")
-  with jax.set_mesh(make_mesh(**config.mesh)), Stop() as stop:
+  with jax.set_mesh(make_mesh(**config.mesh)), Stop() as stop, contextlib.ExitStack() as held:
     model_config = ModelConfig(**config.model)
-    check_batch(config)
+    check_knobs(config)
     rate = schedule(config.learning_rate, config.steps, config.warmup_steps, config.final_lr_fraction)
     train, validation, tokenizer = open_stores(config, model_config)
     batches = Batches(train, model_config.n_ctx, config.batch_size, config.seed)
     optimizer = adamw(rate, config.b1, config.b2, config.weight_decay, config.clip_norm)
     key, dropout_key = jax.random.split(jax.random.key(config.seed))
     about = tell_about(config, train, validation, tokenizer)
+    held.enter_context(alone_in(workdir))
     checkpoints = Checkpoints(workdir, config.keep)
     init = functools.partial(init_state, model_config=model_config, optimizer=optimizer)
     state, first = checkpoints.newest(jax.eval_shape(init, key), about) or (jax.jit(init)(key), 0)
     metrics = Metrics(workdir, first, config.steps)
-    log = Log(metrics, config, model_config, rate)
+    log = Log(metrics, config, model_config)
     if first:
       metrics.say(f"going on from step {first}" if first < config.steps else f"all {first} steps were done before")
-    how = {"optimizer": optimizer, "microbatches": config.microbatches, "dropout_key": dropout_key}
+    how = {"optimizer": optimizer, "microbatches": config.microbatches, "dropout_key": dropout_key, "rate": rate}
     call = jax.jit(functools.partial(train_steps, **how), donate_argnums=0)
     try:
       profile = Profile(workdir, config.profile_steps)
       for step, state in segments(call, state, first, config, batches, log, stop, profile):  # noqa: B020
         val_loss = math.inf
         if due(step, config.eval_every, config):
-          val_loss = evaluate(state.model, validation, config.batch_size, config.eval_windows)
+          val_loss = evaluate(state.model, validation, config.batch_size // config.microbatches, config.eval_windows)
           metrics.write(step, val_loss=val_loss)
           metrics.say(f"step {step}: validation {val_loss:.4f} nats a token")
-        if due(step, config.save_every, config) or stop.signal or val_loss < checkpoints.best:
+        asked = stop.signal
+        if due(step, config.save_every, config) or asked or val_loss < checkpoints.best:
           checkpoints.save(step, state, about, val_loss)
-        if stop.signal:
-          metrics.say(f"{stop.signal}: stopped and saved at step {step}; the same command goes on from there")
+        if asked:
+          metrics.say(f"{asked}: stopped and saved at step {step}; the same command goes on from there")
           break
     finally:
       metrics.close()
@@ -240,6 +257,17 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     if metrics.active:
       plot_losses(workdir)
     return state
+
+
+def alone_in(workdir: str):
+  """A lock on the workdir, held until it is closed or the process ends. Raises OSError if another run holds it."""
+  os.makedirs(workdir, exist_ok=True)
+  lock = open(os.path.join(workdir, f"lock-{jax.process_index()}"), "w")  # noqa: SIM115
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    raise OSError(f"{workdir} is in use by another run; wait for it, or take another --workdir") from None
+  return lock
 
 
 def due(step: int, every: int, config: ConfigDict) -> bool:
@@ -255,18 +283,21 @@ def segments(call, state, step, config, batches, log, stop, profile):
   sharding = NamedSharding(jax.sharding.get_mesh(), P(None, *BATCH))
   past = None
   log.start_clock()
-  for tokens_SBT in batches.prefetch(step, config.steps, config.steps_per_call, sharding):
-    if step == 0:
-      say_health(log.metrics, state.model, tokens_SBT[0])
-    profile.before(step, state)
-    state, now = call(state, tokens_SBT)
-    if past:
-      log.read(*past)
-    step += tokens_SBT.shape[0]
-    past = step, now
-    if due(step, config.eval_every, config) or due(step, config.save_every, config) or stop.signal:
-      log.read(*past)
-      past = None
-      yield step, state
-      log.start_clock()
-  profile.end(state)
+  try:
+    for tokens_SBT in batches.prefetch(step, config.steps, config.steps_per_call, sharding):
+      if step == 0:
+        rows = config.batch_size // config.microbatches
+        say_health(log.metrics, state.model, jax.lax.slice_in_dim(tokens_SBT[0], 0, rows))
+      profile.before(step, state)
+      state, now = call(state, tokens_SBT)
+      if past:
+        log.read(*past)
+      step += tokens_SBT.shape[0]
+      past = step, now
+      if due(step, config.eval_every, config) or due(step, config.save_every, config) or stop.signal:
+        log.read(*past)
+        past = None
+        yield step, state
+        log.start_clock()
+  finally:
+    profile.end(state)

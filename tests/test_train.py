@@ -245,3 +245,21 @@ def test_a_finished_run_says_so_and_changes_nothing(whole, data, tmp_path, capfd
   train.run(config_for(data), str(tmp_path))
   assert "all 24 steps were done before" in capfd.readouterr().err
   assert (tmp_path / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("knob", ["eval_every", "save_every", "log_every", "microbatches", "max_skips", "keep"])
+def test_a_count_of_none_is_refused(data, tmp_path, knob):
+  with pytest.raises(ValueError, match=f"{knob} of 0 is below 1"):
+    train.run(config_for(data, **{knob: 0}), str(tmp_path / "run"))
+
+
+def test_two_runs_do_not_share_a_workdir(data, tmp_path):
+  with train.alone_in(str(tmp_path)), pytest.raises(OSError, match="is in use by another run"):
+    train.run(config_for(data), str(tmp_path))
+
+
+def test_a_damaged_checkpoint_does_not_load(whole, tmp_path):
+  broken_off(whole, tmp_path, 24)
+  (tmp_path / "checkpoints/16/about/metadata").write_text("{")
+  with jax.set_mesh(make_mesh(8, 1, 1)), pytest.raises(ValueError, match="checkpoint 16 in .* cannot be read"):
+    load(str(tmp_path), "16")
