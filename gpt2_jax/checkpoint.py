@@ -163,8 +163,9 @@ class Checkpoints:
         self._set_aside(damaged, error)
       return state, step
     if unreadable:
+      newest = _reason(unreadable[max(unreadable)])
       raise ValueError(
-        f"none of the checkpoints {list(unreadable)} in {self.path} can be read ({_reason(*unreadable.values())}); "
+        f"none of the checkpoints {list(unreadable)} in {self.path} can be read ({newest}); "
         f"move that folder away to begin anew"
       )
     return None
@@ -205,8 +206,8 @@ class Checkpoints:
     )
 
 
-def _reason(error: Exception, *_) -> str:
-  return str(error).splitlines()[0][:200]
+def _reason(error: Exception) -> str:
+  return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def load(workdir: str, step: str = "latest", dtype: str | None = None):
