@@ -355,7 +355,7 @@ def bench_generate(rounds: int) -> list[Row]:
   for dtype in DTYPES:
     config = dataclasses.replace(model_config("124M"), dtype=dtype)
     theirs = their_model(config)
-    ours = jax.jit(ready)(our_model(theirs, config))
+    ours = ready(our_model(theirs, config))
     theirs = theirs.to(getattr(torch, dtype))
     for B in GENERATE_BATCHES:
       prompts = random_tokens(B, PROMPT)

@@ -8,7 +8,7 @@ print(tokenizer.decode(gpt2_jax.generate(model, [tokenizer.encode("Hello")], 50)
 """
 
 from gpt2_jax.checkpoint import load
-from gpt2_jax.generate import Greedy, Sample, Temperature, TopK, TopP, generate
+from gpt2_jax.generate import Decoder, Greedy, Sample, Temperature, TopK, TopP, generate, ready
 from gpt2_jax.model import GPT2, SIZES, ModelConfig, model_config
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.tokenizer import Characters, Gpt2Bpe, SentencePiece, load_tokenizer
@@ -17,6 +17,7 @@ __all__ = [
   "GPT2",
   "SIZES",
   "Characters",
+  "Decoder",
   "Gpt2Bpe",
   "Greedy",
   "ModelConfig",
@@ -30,4 +31,5 @@ __all__ = [
   "load_tokenizer",
   "make_mesh",
   "model_config",
+  "ready",
 ]

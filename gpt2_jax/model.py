@@ -209,6 +209,11 @@ class GPT2(nnx.Module):
     self.ln_f = LayerNorm(D, config.use_bias)
     self.config = config
 
+  @property
+  def mesh(self) -> jax.sharding.Mesh:
+    """Where its parameters live."""
+    return self.wte[...].sharding.mesh
+
   def embed(self, tokens_BT, positions_BT=None, key=None):
     """Token plus position, [B, T, D]; positions count from 0 where none are given."""
     wte_VD = jax.sharding.reshard(self.wte[...], P("model", None))
