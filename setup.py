@@ -18,6 +18,9 @@ setup(
     "tensorflow-datasets>=4.9.10",
     "importlib_resources>=6.0",  # tensorflow-datasets imports it without asking for it
     "tensorstore>=0.1.86",
+    "safetensors>=0.8",
+    "huggingface_hub>=2.4",
+    "tokenizers>=0.23",
     "sentencepiece>=0.2.3",
     "ml-collections>=1.1.0",
     "grain>=0.2.18",
@@ -29,6 +32,7 @@ setup(
   extras_require={
     "tpu": ["jax[tpu]>=0.10.2"],
     "cuda": ["jax[cuda12]>=0.10.2"],
+    "convert": ["torch>=2.13", "tensorflow-cpu>=2.21"],  # nanoGPT's and pickled files; OpenAI's
     "test": ["pytest>=9.0", "hypothesis>=6.170", "psutil>=7.2", "ruff>=0.17"],
     "bench": ["torch>=2.13", "transformers>=5.0"],
   },

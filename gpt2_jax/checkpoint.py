@@ -230,7 +230,7 @@ def load(workdir: str, step: str = "latest", dtype: str | None = None):
   model_config = dataclasses.replace(model_config, dtype=dtype or model_config.dtype, pad_heads=True)
   model = jax.eval_shape(functools.partial(GPT2, model_config), jax.random.key(0))
   with _readable(checkpoints, wanted):
-    return checkpoints.restore(int(wanted), model, "model."), from_json(about["tokenizer"])
+    return checkpoints.restore(int(wanted), model, "model."), about["tokenizer"] and from_json(about["tokenizer"])
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to token ids and back: GPT-2's byte-level BPE, SentencePiece, and single characters.
+"""Text to token ids and back: GPT-2's byte-level BPE, others like it, SentencePiece, and single characters.
 
-The three classes share one interface: `vocab_size`, `eot` (the id of `<|endoftext|>`, or None), `fingerprint`
+The classes share one interface: `vocab_size`, `eot` (the id of `<|endoftext|>`, or None), `fingerprint`
 (sha256 of what defines the mapping), `encode`, `encode_batch`, `decode` and `to_json`. `<|endoftext|>` inside a
 text is plain text unless `allow_eot`, so that no document can pretend to end.
 """
@@ -20,6 +20,7 @@ from collections.abc import Iterable
 import numpy as np
 import sentencepiece
 import tiktoken
+import tokenizers
 
 EOT = "<|endoftext|>"
 
@@ -58,11 +59,96 @@ class Gpt2Bpe:
     return [self._encoding.encode_ordinary(text) for text in texts]
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Ids that spell no whole UTF-8 character give U+FFFD."""
-    return self._encoding.decode([int(i) for i in ids])
+    """Ids that spell no whole UTF-8 character give U+FFFD; ids past the vocabulary, of a padded model, give nothing."""
+    return self._encoding.decode([int(i) for i in ids if i < self.vocab_size])
 
   def to_json(self) -> dict:
     return {"kind": "gpt2"}
+
+  def merges(self) -> list[tuple[bytes, bytes]]:
+    """The pairs in the order in which they are merged: each token's last two parts before it became whole."""
+    ranks = {self._encoding.decode_single_token_bytes(i): i for i in range(self.eot)}
+    pairs = []
+    for piece, rank in ranks.items():
+      parts = [piece[i : i + 1] for i in range(len(piece))]
+      while len(parts) > 2:
+        at = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+      pairs += [tuple(parts)] if len(parts) == 2 else []
+    return pairs
+
+  def vocab(self) -> dict[bytes, int]:
+    """The id of each token's bytes."""
+    return {self._encoding.decode_single_token_bytes(i): i for i in range(self.vocab_size)}
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFace:
+  """A tokenizer of the `tokenizers` library, held as the text of its tokenizer.json: byte-level BPE, mostly."""
+
+  payload: str = dataclasses.field(repr=False)
+
+  @classmethod
+  def from_merges(cls, vocab: dict[str, int], merges: list[tuple[str, str]]) -> "HuggingFace":
+    """GPT-2's scheme with the content of a vocab.json (or encoder.json) and a merges.txt (or vocab.bpe)."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    if EOT in vocab:
+      made.add_special_tokens([tokenizers.AddedToken(EOT, normalized=False)])
+    return cls(made.to_str())
+
+  @functools.cached_property
+  def _tokenizer(self) -> tokenizers.Tokenizer:
+    try:
+      made = tokenizers.Tokenizer.from_str(self.payload)
+    except Exception as error:  # the library raises plain Exception
+      raise ValueError(f"{len(self.payload):,} characters are no tokenizer.json ({error})") from error
+    made.encode_special_tokens = True  # what looks like a special token is text
+    made.no_padding()
+    made.no_truncation()
+    return made
+
+  @property
+  def vocab_size(self) -> int:
+    return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+  @functools.cached_property
+  def eot(self) -> int | None:
+    return self._tokenizer.token_to_id(EOT)
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """With GPT-2's own vocabulary, that of Gpt2Bpe."""
+    alphabet = {character: byte for byte, character in byte_alphabet().items()}
+    table = self._tokenizer.get_vocab(with_added_tokens=True)
+    pieces = [
+      bytes(alphabet[c] for c in piece) if alphabet.keys() >= set(piece) else piece.encode()
+      for piece, _ in sorted(table.items(), key=lambda item: item[1])
+    ]
+    return _sha256("gpt2", " ".join(piece.hex() for piece in pieces).encode())
+
+  def encode(self, text: str, allow_eot: bool = False) -> list[int]:
+    if allow_eot and self.eot is not None:
+      return _join(self.eot, (self.encode(part) for part in text.split(EOT)))
+    return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+  def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    return [found.ids for found in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Ids that spell no whole UTF-8 character give U+FFFD."""
+    return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+  def to_json(self) -> dict:
+    return {"kind": "huggingface", "payload": self.payload}
+
+
+def byte_alphabet() -> dict[int, str]:
+  """The printable character by which GPT-2's vocabulary files write each byte."""
+  plain = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), ord("\xff") + 1)]
+  others = (byte for byte in range(256) if byte not in plain)
+  return {byte: chr(byte) for byte in plain} | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +248,7 @@ class Characters:
     return {"kind": "characters", "alphabet": self.alphabet}
 
 
-Tokenizer = Gpt2Bpe | SentencePiece | Characters
+Tokenizer = Gpt2Bpe | HuggingFace | SentencePiece | Characters
 
 
 def from_json(payload: dict) -> Tokenizer:
@@ -170,11 +256,13 @@ def from_json(payload: dict) -> Tokenizer:
   match payload:
     case {"kind": "gpt2"}:
       return Gpt2Bpe()
+    case {"kind": "huggingface", "payload": payload}:
+      return HuggingFace(payload)
     case {"kind": "sentencepiece", "proto": proto}:
       return SentencePiece(base64.b64decode(proto))
     case {"kind": "characters", "alphabet": alphabet}:
       return Characters(alphabet)
-  raise ValueError(f"no tokenizer in {str(payload)[:60]!r}; its kind is gpt2, sentencepiece or characters")
+  raise ValueError(f"no tokenizer in {str(payload)[:60]!r}; its kind is gpt2, huggingface, sentencepiece or characters")
 
 
 def load_tokenizer(name_or_path: str) -> Tokenizer:

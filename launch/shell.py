@@ -24,7 +24,7 @@ def run(main: Callable[[], None]) -> None:
       if argv[1:]:
         raise ValueError(f"{argv[1]!r} is no flag; see --help, and quote patterns")
       main()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
       if flags.FLAGS.traceback:
         raise
       sys.exit(_line(error))

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of other people: JSON and pickles that run no code, and output that is whole or absent."""
+
+import contextlib
+import json
+import os
+import pathlib
+import pickle
+import shutil
+from collections.abc import Iterator
+
+PICKLED = "it is no torch file of tensors alone (a pickle may run code, so nothing else in it is read)"
+
+
+def read_json(path: pathlib.Path) -> dict:
+  """The object in a JSON file. Raises ValueError with the path."""
+  if not path.is_file():
+    raise FileNotFoundError(f"{path} is not there; the checkpoint is not complete without it")
+  try:
+    found = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} is no JSON ({error})") from error
+  if not isinstance(found, dict):
+    raise ValueError(f"{path} holds a {type(found).__name__}, not an object of names and values")
+  return found
+
+
+def read_torch(path: pathlib.Path):
+  """What torch.save wrote, tensors and plain values only, its tensors mapped from the file. Raises ValueError."""
+  try:
+    import torch
+  except ImportError as error:
+    raise ImportError(f"{path} is a torch file: pip install torch, or convert it where torch is") from error
+  try:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+  except pickle.UnpicklingError as error:
+    raise ValueError(f"{path} is refused: {PICKLED}") from error
+  except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+    raise ValueError(f"{path} cannot be read; it is truncated or no torch file") from error
+
+
+def _is_zip(path: pathlib.Path) -> bool:
+  with open(path, "rb") as file:
+    return file.read(2) == b"PK"  # what torch.save has written since 1.6
+
+
+class _PlainUnpickler(pickle.Unpickler):
+  def find_class(self, module, name):
+    raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_plain_pickle(path: pathlib.Path):
+  """A pickle of dicts, lists, strings and numbers. Raises ValueError at anything that would have to be imported."""
+  with open(path, "rb") as file:
+    try:
+      return _PlainUnpickler(file).load()
+    except Exception as error:  # a damaged pickle may raise anything
+      raise ValueError(f"{path} is refused: more than plain values, or damaged ({error})") from error
+
+
+@contextlib.contextmanager
+def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A path to write a file or a folder to, which becomes `path` at the end, or is removed if anything goes wrong.
+
+  Raises FileExistsError if `path` is there: nothing is overwritten.
+  """
+  if path.exists():
+    raise FileExistsError(f"{path} is there already; take another name, or move it away")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+  try:
+    yield partial
+    partial.rename(path)
+  finally:
+    if partial.is_dir():
+      shutil.rmtree(partial)
+    partial.unlink(missing_ok=True)

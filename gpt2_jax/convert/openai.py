@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OpenAI's TensorFlow folder: hparams.json, model.ckpt.*, encoder.json, vocab.bpe; read only."""
+
+import os
+import pathlib
+
+from gpt2_jax.convert import names
+from gpt2_jax.convert.files import read_json
+from gpt2_jax.convert.vocabulary import read_vocabulary
+from gpt2_jax.convert.weights import Weights
+from gpt2_jax.model import ModelConfig
+
+
+def recognizes(path: pathlib.Path) -> bool:
+  return (path / "hparams.json").is_file() or any(path.glob("*.index"))
+
+
+def read(path: pathlib.Path) -> Weights:
+  """The weights of a folder. Raises ValueError if they are not those of its hparams, ImportError without TensorFlow."""
+  hparams = read_json(path / "hparams.json")
+  fields = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
+  if missing := [name for name in fields if name not in hparams]:
+    raise ValueError(f"{path}/hparams.json says nothing of {', '.join(missing)}")
+  config = ModelConfig(**{name: hparams[name] for name in fields})
+  prefixes = [file.with_suffix("") for file in path.glob("*.index")]
+  if len(prefixes) != 1:
+    raise FileNotFoundError(f"{path} has {len(prefixes)} files *.index; an OpenAI folder has one, model.ckpt.index")
+  reader = _reader(prefixes[0])
+  expected = {}
+  for name, shape in names.shapes(config).items():
+    expected["model/" + names.foreign(name, names.OPENAI)] = (1, *shape) if names.is_matrix(name) else shape
+  names.check({name: tuple(shape) for name, shape in reader.get_variable_to_shape_map().items()}, expected, str(path))
+
+  def read_tensor(name):
+    tensor = reader.get_tensor("model/" + names.foreign(name, names.OPENAI))
+    return tensor[0] if names.is_matrix(name) else tensor
+
+  return Weights(config, read_tensor, read_vocabulary(path, config.n_vocab), f"{path} (OpenAI)")
+
+
+def _reader(prefix: pathlib.Path):
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # or it prints a line about them; nothing is computed
+  try:
+    import tensorflow as tf
+  except ImportError as error:
+    raise ImportError(f"{prefix} is a TensorFlow checkpoint: pip install tensorflow-cpu to read it") from error
+  try:
+    return tf.train.load_checkpoint(str(prefix))
+  except (tf.errors.OpError, ValueError, RuntimeError) as error:
+    raise ValueError(f"{prefix}.* is no whole TensorFlow checkpoint; fetch it again") from error

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokenizer in a checkpoint's folder: tokenizer.json, or a vocabulary and its merges by either of their names."""
+
+import json
+import pathlib
+
+from gpt2_jax.convert.files import read_json
+from gpt2_jax.tokenizer import EOT, Gpt2Bpe, HuggingFace, Tokenizer, byte_alphabet, from_json
+
+OURS = "gpt2_jax_tokenizer.json"  # for tokenizers that the other names cannot hold
+PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # Hugging Face's names, OpenAI's
+
+
+def read_vocabulary(path: pathlib.Path, n_vocab: int) -> Tokenizer | None:
+  """The tokenizer of a folder, or else the usual one for `n_vocab` tokens. Raises ValueError for a damaged one."""
+  if (path / OURS).is_file():
+    return from_json(read_json(path / OURS))
+  try:
+    if (path / "tokenizer.json").is_file():
+      found = HuggingFace((path / "tokenizer.json").read_text(encoding="utf-8"))
+      found.encode("")  # opens it now rather than at the first text
+      return found
+    for vocab, merges in PAIRS:
+      if (path / vocab).is_file() and (path / merges).is_file():
+        lines = (path / merges).read_text(encoding="utf-8").split("\n")
+        pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+        return HuggingFace.from_merges(read_json(path / vocab), pairs)
+  except Exception as error:  # the tokenizers library raises plain Exception
+    raise ValueError(f"the vocabulary in {path} is damaged ({error}); fetch it again") from error
+  return usual_tokenizer(n_vocab)
+
+
+def usual_tokenizer(n_vocab: int) -> Tokenizer | None:
+  """GPT-2's where the model has its vocabulary, padded or not; else None."""
+  return Gpt2Bpe() if n_vocab in (50257, 50304) else None
+
+
+def write_vocabulary(tokenizer: Tokenizer | None, path: pathlib.Path, n_ctx: int) -> None:
+  """Writes the files by which `transformers`, or at least `read_vocabulary`, finds the tokenizer again."""
+  if isinstance(tokenizer, Gpt2Bpe):
+    alphabet = byte_alphabet()
+    text = lambda piece: "".join(alphabet[byte] for byte in piece)  # noqa: E731
+    vocab = {EOT if i == tokenizer.eot else text(piece): i for piece, i in tokenizer.vocab().items()}
+    pairs = [(text(a), text(b)) for a, b in tokenizer.merges()]
+    (path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    (path / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, pairs), ""]), encoding="utf-8")
+    tokenizer = HuggingFace.from_merges(vocab, pairs)
+  if isinstance(tokenizer, HuggingFace):
+    (path / "tokenizer.json").write_text(tokenizer.payload, encoding="utf-8")
+    special = {} if tokenizer.eot is None else dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT)
+    about = special | {"tokenizer_class": "GPT2Tokenizer", "model_max_length": n_ctx}
+    (path / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+  elif tokenizer is not None:
+    (path / OURS).write_text(json.dumps(tokenizer.to_json()))
