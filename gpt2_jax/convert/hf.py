@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import shutil
 from collections.abc import Callable
 
 import huggingface_hub
@@ -146,6 +147,8 @@ def write(weights: Weights, path: pathlib.Path, dtype: str = "float32") -> None:
     eot = weights.tokenizer.eot if weights.tokenizer else None
     (folder / "config.json").write_text(json.dumps(_payload(config, dtype, eot), indent=2, sort_keys=True) + "\n")
     write_vocabulary(weights.tokenizer, folder, config.n_ctx)
+    for file in folder.glob("*.safetensors"):  # which that library makes readable for their owner alone
+      shutil.copymode(folder / "config.json", file)
 
 
 def _payload(config: ModelConfig, dtype: str, eot: int | None) -> dict:

@@ -12,22 +12,31 @@ PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # Hugging
 
 
 def read_vocabulary(path: pathlib.Path, n_vocab: int) -> Tokenizer | None:
-  """The tokenizer of a folder, or else the usual one for `n_vocab` tokens. Raises ValueError for a damaged one."""
-  if (path / OURS).is_file():
-    return from_json(read_json(path / OURS))
+  """The tokenizer of a folder, or else the usual one for `n_vocab` tokens.
+
+  Raises ValueError for a damaged one, and for one with more tokens than the model has.
+  """
   try:
-    if (path / "tokenizer.json").is_file():
-      found = HuggingFace((path / "tokenizer.json").read_text(encoding="utf-8"))
-      found.encode("")  # opens it now rather than at the first text
-      return found
-    for vocab, merges in PAIRS:
-      if (path / vocab).is_file() and (path / merges).is_file():
-        lines = (path / merges).read_text(encoding="utf-8").split("\n")
-        pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
-        return HuggingFace.from_merges(read_json(path / vocab), pairs)
+    found = _read(path)
+    size = 0 if found is None else found.vocab_size
   except Exception as error:  # the tokenizers library raises plain Exception
     raise ValueError(f"the vocabulary in {path} is damaged ({error}); fetch it again") from error
-  return usual_tokenizer(n_vocab)
+  if size > n_vocab:
+    raise ValueError(f"the vocabulary in {path} has {size:,} tokens, and the model {n_vocab:,}")
+  return found or usual_tokenizer(n_vocab)
+
+
+def _read(path: pathlib.Path) -> Tokenizer | None:
+  if (path / OURS).is_file():
+    return from_json(read_json(path / OURS))
+  if (path / "tokenizer.json").is_file():
+    return HuggingFace((path / "tokenizer.json").read_text(encoding="utf-8"))
+  for vocab, merges in PAIRS:
+    if (path / vocab).is_file() and (path / merges).is_file():
+      lines = (path / merges).read_text(encoding="utf-8").split("\n")
+      pairs = [tuple(line.split()) for line in lines[lines[0].startswith("#version") :] if line]
+      return HuggingFace.from_merges(read_json(path / vocab), pairs)
+  return None
 
 
 def usual_tokenizer(n_vocab: int) -> Tokenizer | None:

@@ -29,12 +29,6 @@ class Weights:
   tokenizer: Tokenizer | None
   source: str  # the path and format, for messages
 
-  def __post_init__(self):
-    if self.tokenizer is not None and self.tokenizer.vocab_size > self.config.n_vocab:
-      raise ValueError(
-        f"{self.source}: the tokenizer has {self.tokenizer.vocab_size:,} tokens and the model {self.config.n_vocab:,}"
-      )
-
 
 def digest(weights: Weights) -> str:
   """SHA-256 of names, shapes and float32 values in sorted order: the same for the same model in every format.
