@@ -5,8 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 READY = $(VENV)/ready
 BENCH = $(VENV)/ready-bench
-SMOKE = $(addprefix tests/,test_tokenizer.py test_linear.py test_attention.py test_loss.py generate test_train.py)
-SMOKE += tests/data/test_batches.py
+SMOKE = $(addprefix tests/,test_tokenizer.py test_linear.py test_attention.py test_loss.py test_train.py)
+SMOKE += tests/data/test_batches.py tests/decoding tests/test_quantization.py tests/test_pretrained.py
 
 .PHONY: demo test smoke lint bench clean
 

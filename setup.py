@@ -33,7 +33,18 @@ setup(
     "tpu": ["jax[tpu]>=0.10.2"],
     "cuda": ["jax[cuda12]>=0.10.2"],
     "convert": ["torch>=2.13", "tensorflow-cpu>=2.21"],  # nanoGPT's and pickled files; OpenAI's
-    "test": ["pytest>=9.0", "hypothesis>=6.170", "psutil>=7.2", "ruff>=0.17"],
+    "test": [
+      "pytest>=9.0",
+      "hypothesis>=6.170",
+      "psutil>=7.2",
+      "ruff>=0.17",
+      "nbclient>=0.11",
+      "ipykernel>=7.0",
+      # The oracles; where they are missing, the tests against them skip.
+      "torch==2.13.0; python_version < '3.12'",
+      "transformers>=5.0; python_version < '3.12'",
+      "tensorflow-cpu>=2.21; python_version < '3.12'",
+    ],
     "bench": ["torch>=2.13", "transformers>=5.0"],
   },
 )

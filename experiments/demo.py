@@ -40,9 +40,7 @@ def main() -> None:
   command("launch/tokenize.py", *prepared, "--split=train[95%:]", f"--out={OUT}/data/validation")
   command("launch/train.py", "--config=configs/demo.py", f"--workdir={OUT}")
   prompts = ("def __init__(self", "class ", "import ")
-  command(
-    "launch/sample.py", f"--workdir={OUT}", *(f"--prompt={p}" for p in prompts), "--n_new=100", "--temperature=0.7"
-  )
+  command("launch/sample.py", f"--model={OUT}", *(f"--prompt={p}" for p in prompts), "--n_new=100", "--temperature=0.7")
   print(f"\nThe loss curve: {OUT}/loss.png. Metrics: {OUT}/metrics.jsonl, and tensorboard --logdir {OUT}/tensorboard")
 
 

@@ -39,11 +39,11 @@ def causal_attention(q_BTHK, k_BTHK, v_BTHK, dropout=None):
   return jnp.concatenate(outputs, axis=1)
 
 
-def attend_cached(q_B1HK, k_BHSK, v_BHSK, seen_BS):
-  """Attention of one query a row, [B, 1, H, K], over the slots of a cache that `seen_BS` allows."""
-  scores_BHS = einsum("bhk,bhsk->bhs", q_B1HK[:, 0], k_BHSK) / math.sqrt(q_B1HK.shape[-1])
-  p_BHS = jax.nn.softmax(jnp.where(seen_BS[:, None], scores_BHS, -jnp.inf), axis=-1)
-  return einsum("bhs,bhsk->bhk", p_BHS.astype(v_BHSK.dtype), v_BHSK).astype(q_B1HK.dtype)[:, None]
+def attend_cached(q_BTHK, k_BHSK, v_BHSK, seen_BTS):
+  """Attention of a few queries a row, [B, T, H, K], over the slots of a cache that `seen_BTS` allows each."""
+  scores_BHTS = einsum("bhtk,bhsk->bhts", jnp.swapaxes(q_BTHK, 1, 2), k_BHSK) / math.sqrt(q_BTHK.shape[-1])
+  p_BHTS = jax.nn.softmax(jnp.where(seen_BTS[:, None], scores_BHTS, -jnp.inf), axis=-1)
+  return jnp.swapaxes(einsum("bhts,bhsk->bhtk", p_BHTS.astype(v_BHSK.dtype), v_BHSK).astype(q_BTHK.dtype), 1, 2)
 
 
 def _chunks(T: int):

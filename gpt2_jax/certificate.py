@@ -85,10 +85,15 @@ def recorded(path: str, config: ModelConfig) -> tuple[Side, tuple[np.ndarray, np
   try:
     with np.load(path, allow_pickle=False) as file:
       tokens_BT, logits_BTV = file["tokens"], file["logits"]
-  except (KeyError, ValueError) as error:
+  except OSError:
+    raise
+  except Exception as error:  # a damaged zip raises many kinds
     raise ValueError(f"{path} is no .npz file of tokens [B, T] and logits [B, T, V]") from error
-  if logits_BTV.shape != (*tokens_BT.shape, config.n_vocab):
-    raise ValueError(f"{path} has logits {logits_BTV.shape} for tokens {tokens_BT.shape} of {config.n_vocab}")
+  if tokens_BT.ndim != 2 or tokens_BT.shape[1] < 2 or logits_BTV.shape != (*tokens_BT.shape, config.n_vocab):
+    raise ValueError(
+      f"{path} has logits {logits_BTV.shape} for tokens {tokens_BT.shape} of {config.n_vocab}; "
+      f"it takes [B, T, {config.n_vocab}] for [B, T], of two tokens or more"
+    )
   rows = iter(logits_BTV)
   labels_BT = np.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
   side = Side(f"{path} (recorded)", config, None, lambda: lambda tokens_BT: np.stack([next(rows) for _ in tokens_BT]))

@@ -18,8 +18,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.attention import causal_attention
-from gpt2_jax.linear import Linear, normal, project
-from gpt2_jax.sharding import HEADS, HIDDEN, RESIDUAL, axis_size, padded
+from gpt2_jax.linear import Linear, normal, project, take, whole
+from gpt2_jax.sharding import HEADS, HIDDEN, axis_size, padded
 
 GELU = ("tanh", "erf")
 REMAT = {
@@ -212,17 +212,15 @@ class GPT2(nnx.Module):
   @property
   def mesh(self) -> jax.sharding.Mesh:
     """Where its parameters live."""
-    return self.wte[...].sharding.mesh
+    return self.wpe[...].sharding.mesh
 
   def embed(self, tokens_BT, positions_BT=None, key=None):
     """Token plus position, [B, T, D]; positions count from 0 where none are given."""
-    wte_VD = jax.sharding.reshard(self.wte[...], P("model", None))
-    wpe_TD = jax.sharding.reshard(self.wpe[...], P(None, None))
-    x_BTD = wte_VD.at[tokens_BT].get(out_sharding=RESIDUAL)
+    x_BTD = take(self.wte[...], tokens_BT)
     if positions_BT is None:
-      x_BTD += wpe_TD[: tokens_BT.shape[1]]
+      x_BTD += whole(self.wpe[...])[: tokens_BT.shape[1]]
     else:
-      x_BTD += wpe_TD.at[positions_BT].get(out_sharding=RESIDUAL)
+      x_BTD += take(self.wpe[...], positions_BT)
     return drop(x_BTD.astype(self.config.dtype), self.config.embd_pdrop, key)
 
   def hidden(self, tokens_BT, key=None):

@@ -10,8 +10,9 @@ import jax
 from gpt2_jax import checkpoint
 from gpt2_jax.convert import hf, hub, llmc, nanogpt, openai
 from gpt2_jax.convert.files import whole
-from gpt2_jax.convert.weights import Weights, from_model, to_model
+from gpt2_jax.convert.weights import Weights, from_model, rounded, to_model
 from gpt2_jax.model import GPT2
+from gpt2_jax.quantization import quantize as int8
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.tokenizer import Tokenizer
 
@@ -23,26 +24,31 @@ def load_pretrained(
   name_or_path: str,
   mesh: jax.sharding.Mesh | None = None,
   dtype: str = "float32",
+  quantize: str | None = None,
   revision: str | None = None,
+  step: str = "latest",
 ) -> tuple[GPT2, Tokenizer | None]:
   """The model and tokenizer of a checkpoint; the tokenizer is None if the checkpoint has none and is not GPT-2's size.
 
   `name_or_path` is a published name (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2), a repository of the Hub with
   a GPT-2 in it, at `revision`; or a path: Hugging Face's folder, OpenAI's, nanoGPT's ckpt.pt, llm.c's file, or the
-  workdir of a run. Its content decides which. `mesh` is by default the one in force, or one over all devices;
-  `dtype` is that of activations and products, parameters are float32.
+  workdir of a run, at `step` ("latest", "best", or a number). Its content decides which. `mesh` is by default the one
+  in force, or one over all devices. `dtype` is that of activations and products; parameters are float32, unless
+  `quantize="int8"` makes the matrices int8.
 
   Raises ValueError, OSError or ImportError, in one line, for what is no whole GPT-2.
   """
+  if quantize not in (None, "int8"):
+    raise ValueError(f"quantize is {quantize!r}; it is None or 'int8'")
   mesh = mesh or _mesh_in_force()
   path = find(name_or_path, revision)
   if is_workdir(path):
     with jax.set_mesh(mesh):
-      model, tokenizer = checkpoint.load(str(path), dtype=dtype)
+      model, tokenizer = checkpoint.load(str(path), step, dtype)
   else:
     weights = _read(path)
     model, tokenizer = to_model(weights, mesh, dtype), weights.tokenizer
-  return model, tokenizer
+  return (int8(model) if quantize else model), tokenizer
 
 
 def _mesh_in_force() -> jax.sharding.Mesh:
@@ -52,6 +58,7 @@ def _mesh_in_force() -> jax.sharding.Mesh:
 
 def find(name_or_path: str, revision: str | None = None) -> pathlib.Path:
   """The path itself, or where the Hub's repository of that name lies once it is fetched."""
+  name_or_path = os.fspath(name_or_path)
   path = pathlib.Path(name_or_path).expanduser()
   looks_local = path.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1
   if path.exists() and name_or_path not in hub.PUBLISHED:
@@ -106,13 +113,14 @@ def write(weights: Weights, path: str, form: str, dtype: str = "float32", other_
   """`save_pretrained` for weights of any source."""
   if form not in WRITABLE:
     raise ValueError(f"format {form!r} cannot be written; take one of {', '.join(WRITABLE)}")
+  path, weights = pathlib.Path(path).expanduser(), rounded(weights, dtype)
   if form == "orbax":
     if dtype != "float32":
       raise ValueError(f"a run's parameters are float32, not {dtype}; leave the dtype out")
-    return _write_workdir(weights, pathlib.Path(path))
+    return _write_workdir(weights, path)
   if form == "nanogpt":
-    return nanogpt.write(weights, pathlib.Path(path), dtype, other_gelu)
-  return FORMATS[form].write(weights, pathlib.Path(path), dtype)
+    return nanogpt.write(weights, path, dtype, other_gelu)
+  return FORMATS[form].write(weights, path, dtype)
 
 
 def _write_workdir(weights: Weights, path: pathlib.Path) -> None:

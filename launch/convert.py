@@ -44,11 +44,12 @@ def convert() -> None:
   """Writes --to, reads it back, and compares."""
   if not _TO.value:
     raise ValueError("--from wants a --to: the folder or file to write")
-  if pathlib.Path(_TO.value).exists():
+  to = pathlib.Path(_TO.value).expanduser().absolute()  # as a name, gpt2 would be the Hub's
+  if to.exists():
     raise FileExistsError(f"{_TO.value} is there already; take another --to, or move it away")
   weights = pretrained.open_weights(_FROM.value, _REVISION.value)
-  pretrained.write(weights, _TO.value, _FORMAT.value, _DTYPE.value, _OTHER_GELU.value)
-  before, after = digest(rounded(weights, _DTYPE.value)), digest(pretrained.open_weights(_TO.value))
+  pretrained.write(weights, str(to), _FORMAT.value, _DTYPE.value, _OTHER_GELU.value)
+  before, after = digest(rounded(weights, _DTYPE.value)), digest(pretrained.open_weights(str(to)))
   if before != after:
     raise ValueError(f"{_TO.value} was written, but reads back as other weights ({after[:16]}, not {before[:16]})")
   print(f"{weights.source} -> {_TO.value} ({_FORMAT.value}, {_DTYPE.value})")
@@ -62,6 +63,8 @@ def verify() -> None:
     raise FileExistsError(f"{out} is there already; take another --out, or move it away")
   if (_AGAINST.value is None) == (_LOGITS.value is None):
     raise ValueError("--verify wants either --against=CHECKPOINT or --logits=FILE")
+  if _REVISION.value:
+    raise ValueError("--revision is for --from; convert that revision first, and verify what was written")
   if _TEXT.value and _LOGITS.value:
     raise ValueError("recorded logits are for their own tokens; leave --text out")
   a = certificate.ours(_VERIFY.value)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Continues prompts with a model that launch/train.py trained.
+"""Continues texts with any GPT-2: a published name, a checkpoint of any format, or the workdir of a run.
 
-python launch/sample.py --workdir=runs/117M --prompt='Once upon a time' --n_new=100 --temperature=0.8 --top_k=40
+python launch/sample.py --model=gpt2 --prompt='Once upon a time' --temperature=0.8 --top_k=40
+python launch/sample.py --model=runs/117M --step=best --samples=3 --n_new=200 --window=256
+python launch/sample.py --model=gpt2-xl --quantize=int8 --interactive
 """
 
 import os
@@ -10,52 +12,62 @@ import sys
 if __name__ == "__main__":  # the root in place of launch/, whose tokenize.py would hide the standard library's
   sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-import jax
+import dataclasses
+
 from absl import flags
 
-from gpt2_jax.checkpoint import load
-from gpt2_jax.generate import Greedy, Sample, Temperature, TopK, TopP, generate
+from gpt2_jax.decoding import complete, stream
+from gpt2_jax.pretrained import load_pretrained
 from gpt2_jax.sharding import make_mesh
 from launch import shell
+from launch.console import Console, Settings
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
-_STEP = flags.DEFINE_string("step", "latest", "Which checkpoint: latest, best (least validation loss), or a step.")
+_MODEL = flags.DEFINE_string("model", None, "A published name (gpt2, gpt2-xl, ...), a checkpoint's path, or a workdir.")
+_STEP = flags.DEFINE_string("step", "latest", "Of a workdir: latest, best (least validation loss), or a step.")
+_REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit of the Hub's repository.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue; may be repeated. Default: <|endoftext|>.")
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Continuations of each prompt.", lower_bound=1)
-_N_NEW = flags.DEFINE_integer("n_new", 100, "Tokens to add, at most.", lower_bound=1)
-_GREEDY = flags.DEFINE_bool("greedy", False, "Take the likeliest token each time.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Below 1 is surer, above 1 is wilder.")
-_TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k likeliest tokens.")
-_TOP_P = flags.DEFINE_float("top_p", None, "Draw from the likeliest tokens that hold this probability.")
-_SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
-_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Compute dtype (default: the run's).")
+_INTERACTIVE = flags.DEFINE_bool("interactive", False, "Read prompts from the terminal, one after another.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of activations and products.")
+_QUANTIZE = flags.DEFINE_enum("quantize", None, ["int8"], "Make the matrices int8.")
 _DATA = flags.DEFINE_integer("mesh_data", -1, "Size of the data axis; -1 takes the devices that are left.")
-_MODEL = flags.DEFINE_integer("mesh_model", 1, "Size of the model axis.")
+_MESH_MODEL = flags.DEFINE_integer("mesh_model", 1, "Size of the model axis.")
+
+DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool, str: flags.DEFINE_multi_string}
+_SETTINGS = {
+  field.name: DEFINE[field.metadata["kind"]](field.name, field.default, field.metadata["help"])
+  for field in dataclasses.fields(Settings)
+}
 
 
-def sampler():
-  """The sampler of the flags."""
-  filters = [Temperature(_TEMPERATURE.value)]
-  filters += [TopK(_TOP_K.value)] if _TOP_K.value is not None else []
-  filters += [TopP(_TOP_P.value)] if _TOP_P.value is not None else []
-  return Greedy() if _GREEDY.value else Sample(tuple(filters))
+def settings() -> Settings:
+  """The settings of the flags."""
+  values = {name: flag.value for name, flag in _SETTINGS.items()}
+  return Settings(**values | {"stop": tuple(values["stop"])})
 
 
 def main() -> None:
-  with jax.set_mesh(make_mesh(1, _DATA.value, _MODEL.value)):
-    model, tokenizer = load(_WORKDIR.value, _STEP.value, _DTYPE.value)
-    texts = [text for text in _PROMPT.value for _ in range(_SAMPLES.value)]
-    prompts = [tokenizer.encode(text) for text in texts]
-    if not prompts:
-      if tokenizer.eot is None:
-        raise ValueError("this tokenizer has no <|endoftext|> to begin with; give a --prompt")
-      texts, prompts = [""] * _SAMPLES.value, [[tokenizer.eot]] * _SAMPLES.value
-    continuations = generate(model, prompts, _N_NEW.value, sampler(), _SEED.value, tokenizer.eot)
-  for text, tokens in zip(texts, continuations, strict=True):
+  how = settings().how()  # a number that cannot be is refused before anything is loaded
+  mesh = make_mesh(1, _DATA.value, _MESH_MODEL.value)
+  model, tokenizer = load_pretrained(
+    _MODEL.value, mesh, _DTYPE.value, revision=_REVISION.value, quantize=_QUANTIZE.value, step=_STEP.value
+  )
+  if tokenizer is None:
+    raise ValueError(f"{_MODEL.value} has no tokenizer; put its files beside the checkpoint")
+  if _INTERACTIVE.value:
+    return Console(model, tokenizer, settings()).run()
+  prompts = _PROMPT.value or [""]
+  if len(prompts) * _SAMPLES.value == 1:
+    print(prompts[0], end="")
+    for piece in stream(model, tokenizer, prompts[0], **how):
+      print(piece, end="", flush=True)
+    return print()
+  texts = complete(model, tokenizer, prompts, samples=_SAMPLES.value, **how)
+  for row, text in enumerate(texts):
     print("-" * 80)
-    print(text + tokenizer.decode(tokens))
+    print(prompts[row // _SAMPLES.value] + text)
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["workdir"])
+  flags.mark_flags_as_required(["model"])
   shell.run(main)

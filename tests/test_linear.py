@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.linear import Linear, dot, normal, project, turned
+from gpt2_jax.linear import Int8, Linear, digits, dot, int8, normal, project, turned
 from gpt2_jax.sharding import HIDDEN, RESIDUAL, ROWS
 
 B, T, IN, OUT = 8, 6, 16, 24
@@ -74,7 +74,7 @@ def test_project_keeps_float32_sums_where_asked(mesh, put):
   assert relative(y, rounded(x, jnp.bfloat16) @ rounded(w, jnp.bfloat16).T) < 1e-6
 
 
-@pytest.mark.parametrize("rows", [1, 7, 8])
+@pytest.mark.parametrize("rows", [1, 2, 8])
 def test_dot_of_a_few_rows_is_those_rows(rows, mesh, put):
   rng = np.random.default_rng(0)
   a, b = rounded(rng.normal(size=(rows, IN)), jnp.bfloat16), rounded(rng.normal(size=(IN, OUT)), jnp.bfloat16)
@@ -133,3 +133,92 @@ def test_the_bias_is_added_once_and_its_gradient_is_the_sum_over_rows(mesh, put,
     np.float32(y), np.float32(x) @ np.float32(jnp.asarray(w, dtype)) + b, rtol=tolerance, atol=tolerance
   )
   np.testing.assert_allclose(db, np.float32(dy).sum((0, 1)), rtol=1e-5, atol=1e-5)
+
+
+def dequantized(w: Int8):
+  return np.asarray(w.q_OI, np.float64) * np.asarray(w.scale_O, np.float64)[..., None]
+
+
+def test_int8_is_the_nearest_step_of_each_row(mesh, put):
+  rng = np.random.default_rng(0)
+  w = rng.normal(size=(3, 40, 64)) * np.logspace(-35, 30, 40)[:, None]  # rows of very different sizes
+  w[:, 7], w[0, 3, 5] = 0, 0
+  w = w.astype(np.float32)
+  with mesh(1, 1, 1):
+    found = jax.jit(int8)(put(w, P(None, None, None)))
+  q, most = np.asarray(found.q_OI), np.abs(w).max(-1)
+  assert q.dtype == np.int8 and found.scale_O.dtype == jnp.float32
+  assert np.isfinite(found.scale_O).all() and (np.asarray(found.scale_O) > 0).all()
+  assert (np.abs(q.astype(int)).max(-1) == np.where(most > 0, 127, 0)).all(), "all of the range, both ways alike"
+  half = np.asarray(found.scale_O, np.float64)[..., None] / 2
+  assert (np.abs(dequantized(found) - w) <= half * (1 + 127 * 2**-22)).all()  # half a step and float32's rounding of it
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_digits_add_up(n):
+  x = (np.random.default_rng(0).normal(size=(5, 300)) * np.logspace(-20, 20, 5)[:, None]).astype(np.float32)
+  x[2] = 0
+  found, unit = (np.asarray(a, np.float64) for a in jax.jit(digits, static_argnums=1)(x, n))
+  total = sum(digit / 254.0**i for i, digit in enumerate(np.split(found, n))) * unit
+  most = np.abs(x).max(1, keepdims=True).astype(np.float64)
+  assert np.abs(found).max() <= 127
+  assert (np.abs(total - x) <= most * (0.5 / (127 * 254 ** (n - 1)) + 2**-23)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 1, 2)], ids=str)
+def test_project_takes_int8_for_the_values_it_stands_for(kind, sizes, mesh, put):
+  """Few rows go another way than many on the CPU; both keep the activations."""
+  stored, gathered, contract, x_spec, y_spec = KINDS[kind]
+  rng = np.random.default_rng(0)
+  w, b = rng.normal(size=(OUT, IN)).astype(np.float32), rng.normal(size=OUT).astype(np.float32)
+  w[5] = 0
+  with mesh(*sizes):
+    w_int8 = jax.jit(int8)(put(w, stored if contract else P(*stored[::-1])))
+    b_O = put(b, P(gathered[1 - contract]))
+    for rows in ((8, 1), (8, 6)) if sizes == (2, 2, 2) else ((1, 1), (8, 6)):
+      x = (
+        rng.normal(size=(*rows, IN)) * np.array([1, 100, 1, 1e-4, 1, 0])[: rows[1], None]
+      )  # a row alone has its digits
+      for dtype in (jnp.float32, jnp.bfloat16):
+        y = jax.jit(project, static_argnums=(3, 4, 5))(
+          put(x, x_spec).astype(dtype), w_int8, b_O, gathered, contract, jnp.float32
+        )
+        assert y.sharding.spec == y_spec
+        given = rounded(x, dtype)
+        expected = given @ dequantized(w_int8).T + b
+        # of a row's largest value: two digits of base 254 for bfloat16, three for float32; sums as elsewhere
+        left_out = np.abs(given).max(-1) * np.abs(dequantized(w_int8)).sum(1).max() * 0.5 / (127 * 254)
+        once = 1e-6 * np.abs(expected).max(-1) + (left_out if dtype == jnp.bfloat16 else left_out / 254)
+        assert (np.abs(np.asarray(y, np.float64) - expected).max(-1) <= once).all()
+
+
+def test_few_rows_read_int8_and_no_float_copy_of_it(mesh, put):
+  """What makes decoding fast: as temporary memory, not even a bfloat16 weight."""
+  with mesh(1, 1, 1):
+    w = jax.jit(int8)(put(np.ones((512, 256), np.float32), P(None, None)))
+    for dtype in (jnp.float32, jnp.bfloat16):
+      x = put(np.ones((2, 1, 256)), RESIDUAL).astype(dtype)
+      compiled = jax.jit(lambda x, w: project(x, w, None, P(None, None))).lower(x, w).compile()
+      assert compiled.memory_analysis().temp_size_in_bytes < 512 * 256
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_accelerators_convert_int8_behind_a_barrier(platform, mesh, put):
+  with mesh(1, 1, 1):
+    w = jax.jit(int8)(put(np.ones((OUT, IN), np.float32), P(None, None)))
+    x = put(np.ones((1, 1, IN)), RESIDUAL).astype(jnp.bfloat16)
+    text = (
+      jax.jit(lambda x, w: project(x, w, None, P(None, None)))
+      .trace(x, w)
+      .lower(lowering_platforms=(platform,))
+      .as_text()
+    )
+  assert "optimization_barrier" in text and "xi32" not in text
+
+
+def test_int8_has_no_gradient(mesh, put):
+  with mesh(1, 1, 1):
+    w = int8(put(np.ones((OUT, IN), np.float32), P(None, None)))
+    with pytest.raises(TypeError, match="an int8 model has no gradient; train the float32 model"):
+      jax.grad(lambda x: project(x, w, None, P(None, None)).sum())(put(np.ones((1, 2, IN), np.float32), RESIDUAL))

@@ -6,11 +6,11 @@ import pickle
 
 import pytest
 import tiktoken
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2_jax import tokenizer as tokenizer_lib
-from gpt2_jax.tokenizer import EOT, Characters, Gpt2Bpe, SentencePiece
+from gpt2_jax.tokenizer import EOT, Characters, Gpt2Bpe, HuggingFace, SentencePiece, byte_alphabet
 
 needs_gpt2 = pytest.mark.skipif(
   "TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR is not set: no vocabulary of GPT-2"
@@ -73,6 +73,7 @@ def test_too_little_text_for_the_vocabulary_is_one_line(source):
 
 
 @needs_gpt2
+@settings(deadline=None)  # the first example opens the vocabulary
 @given(text=texts)
 def test_gpt2_is_tiktokens(text):
   ours, raw = Gpt2Bpe(), tiktoken.get_encoding("gpt2")
@@ -87,6 +88,74 @@ def test_gpt2_facts():
   assert (ours.vocab_size, ours.eot) == (50257, 50256)
   assert ours.encode("Hello world") == [15496, 995]
   assert ours.encode(EOT, allow_eot=True) == [50256] and 50256 not in ours.encode(EOT)
+
+
+@pytest.fixture(scope="module")
+def from_files() -> HuggingFace:
+  """GPT-2's vocabulary and merges as tiktoken read them, in the characters of vocab.json and merges.txt."""
+  gpt2, alphabet = Gpt2Bpe(), byte_alphabet()
+  text = lambda piece: "".join(alphabet[byte] for byte in piece)  # noqa: E731
+  vocab = {EOT if i == gpt2.eot else text(piece): i for piece, i in gpt2.vocab().items()}
+  return HuggingFace.from_merges(vocab, [(text(a), text(b)) for a, b in gpt2.merges()])
+
+
+@needs_gpt2
+@settings(deadline=None)  # the first example opens the vocabulary
+@given(text=texts)
+def test_gpt2s_files_encode_and_decode_as_tiktoken(from_files, text):
+  raw = tiktoken.get_encoding("gpt2")
+  ids = raw.encode_ordinary(text)
+  assert from_files.encode(text) == ids == from_files.encode_batch(["", text])[1]
+  assert from_files.encode(text, allow_eot=True) == raw.encode(text, allowed_special="all")
+  assert from_files.decode(ids) == text
+  assert from_files.decode([50256, *ids, 50256]) == EOT + text + EOT
+
+
+@needs_gpt2
+@settings(deadline=None)  # the first example opens the vocabulary
+@given(ids=st.lists(st.integers(0, 50256), max_size=20))
+def test_gpt2s_files_decode_any_ids_as_tiktoken(from_files, ids):
+  """Parts of characters become U+FFFD alike."""
+  assert from_files.decode(ids) == tiktoken.get_encoding("gpt2").decode(ids)
+
+
+@needs_gpt2
+def test_gpt2s_files_are_gpt2(from_files):
+  assert (from_files.vocab_size, from_files.eot, from_files.fingerprint) == (50257, 50256, Gpt2Bpe().fingerprint)
+  assert len(Gpt2Bpe().merges()) == 50000 and Gpt2Bpe().merges()[0] == (b" ", b"t")
+  assert from_files.decode([15496, 50300, 995]) == Gpt2Bpe().decode([15496, 50300, 995]) == "Hello world"
+  source = "".join(library_sources(10))
+  assert from_files.encode(source) == Gpt2Bpe().encode(source)
+
+
+def test_the_byte_alphabet_is_one_printable_character_a_byte():
+  alphabet = byte_alphabet()
+  assert sorted(alphabet) == list(range(256)) and len(set(alphabet.values())) == 256
+  assert all(character.isprintable() and not character.isspace() for character in alphabet.values())
+  assert (alphabet[ord("a")], alphabet[ord(" ")], alphabet[ord("\n")]) == ("a", "\u0120", "\u010a")
+
+
+def small_bpe() -> HuggingFace:
+  vocab = {piece: i for i, piece in enumerate([*byte_alphabet().values(), "ab", "abc", "\u0120a", EOT])}
+  return HuggingFace.from_merges(vocab, [("a", "b"), ("ab", "c"), ("\u0120", "a")])
+
+
+def test_merges_go_in_their_order_and_specials_are_text():
+  ours, space = small_bpe(), [*byte_alphabet().values()].index("\u0120")
+  assert ours.encode("abc ab") == [257, space, 256], "ab is merged before the space and a are"
+  assert ours.encode(" a") == [258] and ours.eot == 259 and ours.vocab_size == 260
+  assert 259 not in ours.encode(EOT) and ours.decode(ours.encode(EOT)) == EOT
+  assert ours.encode(f"ab{EOT}{EOT}ab", allow_eot=True) == [256, 259, 259, 256]
+
+
+def test_padding_and_truncation_of_a_file_are_left_out():
+  """As sentence embedders and others write into their tokenizer.json."""
+  payload = json.loads(small_bpe().payload)
+  payload["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+  payload["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
+  payload["padding"] |= {"pad_type_id": 0, "pad_token": "!"}
+  ours = HuggingFace(json.dumps(payload))
+  assert ours.encode("abcabcabc") == [257] * 3 and ours.encode_batch(["ab", "abc"]) == [[256], [257]]
 
 
 def test_gpt2_without_a_vocabulary_is_one_line(monkeypatch):
@@ -122,7 +191,7 @@ def test_an_alphabet_is_sorted_and_without_repeats(alphabet):
 
 def test_json_and_pickle_carry_the_tokenizer_whole(pieces):
   sample = "def f(x):\n  return x"
-  for ours in (pieces, tokenizer_lib.train_characters([sample])):
+  for ours in (pieces, tokenizer_lib.train_characters([sample]), small_bpe()):
     copies = [tokenizer_lib.from_json(json.loads(json.dumps(ours.to_json()))), pickle.loads(pickle.dumps(ours))]
     for copy in copies:
       assert (copy.fingerprint, copy.vocab_size, copy.eot) == (ours.fingerprint, ours.vocab_size, ours.eot)
@@ -144,7 +213,8 @@ def test_load_reads_what_was_written(tmp_path, pieces):
     ("gone.model", None, "no such file"),
     ("bad.model", b"not a model", "11 bytes are no SentencePiece model"),
     ("bad.json", b"{", "bad.json"),
-    ("bad.json", b'{"kind": "words"}', "its kind is gpt2, sentencepiece or characters"),
+    ("bad.json", b'{"kind": "words"}', "its kind is gpt2, huggingface, sentencepiece or characters"),
+    ("bad.json", b'{"kind": "huggingface", "payload": "{"}', "1 characters are no tokenizer.json"),
   ],
 )
 def test_what_is_no_tokenizer_is_one_line(tmp_path, name, content, message):

@@ -15,7 +15,7 @@ from configs import gpt2
 from gpt2_jax import train
 from gpt2_jax.checkpoint import Checkpoints, load
 from gpt2_jax.data import TokenStore, encode_corpus
-from gpt2_jax.generate import generate
+from gpt2_jax.decoding import generate
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.tokenizer import train_characters
 
@@ -169,7 +169,7 @@ def test_a_checkpoint_loads_on_any_mesh_and_dtype_and_speaks(whole):
   for mesh in ((8, 1, 1), (1, 4, 2), (1, 1, 8)):
     with jax.set_mesh(make_mesh(*mesh)):
       model, tokenizer = load(str(whole))
-      texts.append(tokenizer.decode(generate(model, [tokenizer.encode("abc")], 10)[0]))
+      texts.append(tokenizer.decode(generate(model, [tokenizer.encode("abc")], 10)[0].tokens))
   assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 10
   with jax.set_mesh(make_mesh(8, 1, 1)):
     assert load(str(whole), dtype="bfloat16")[0].config.dtype == "bfloat16"

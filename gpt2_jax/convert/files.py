@@ -7,9 +7,15 @@ import os
 import pathlib
 import pickle
 import shutil
+import warnings
 from collections.abc import Iterator
 
 PICKLED = "it is no torch file of tensors alone (a pickle may run code, so nothing else in it is read)"
+
+
+def reason(error: Exception) -> str:
+  """The first line of an error's text."""
+  return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def read_json(path: pathlib.Path) -> dict:
@@ -32,11 +38,18 @@ def read_torch(path: pathlib.Path):
   except ImportError as error:
     raise ImportError(f"{path} is a torch file: pip install torch, or convert it where torch is") from error
   try:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    with warnings.catch_warnings(action="ignore"):  # it warns of what it then refuses
+      return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
   except pickle.UnpicklingError as error:
     raise ValueError(f"{path} is refused: {PICKLED}") from error
-  except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+  except Exception as error:  # a damaged file may raise anything
     raise ValueError(f"{path} cannot be read; it is truncated or no torch file") from error
+
+
+def check_tensors(found, path: pathlib.Path) -> None:
+  """Raises ValueError unless `found` is a dictionary of tensors by name."""
+  if not isinstance(found, dict) or not all(isinstance(k, str) and hasattr(x, "shape") for k, x in found.items()):
+    raise ValueError(f"{path} holds no dictionary of tensors by name")
 
 
 def _is_zip(path: pathlib.Path) -> bool:
@@ -55,7 +68,7 @@ def read_plain_pickle(path: pathlib.Path):
     try:
       return _PlainUnpickler(file).load()
     except Exception as error:  # a damaged pickle may raise anything
-      raise ValueError(f"{path} is refused: more than plain values, or damaged ({error})") from error
+      raise ValueError(f"{path} is refused: more than plain values, or damaged ({reason(error)})") from error
 
 
 @contextlib.contextmanager
@@ -68,10 +81,15 @@ def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
     raise FileExistsError(f"{path} is there already; take another name, or move it away")
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+  _remove(partial)  # that of a process which was killed, and had this number
   try:
     yield partial
     partial.rename(path)
   finally:
-    if partial.is_dir():
-      shutil.rmtree(partial)
-    partial.unlink(missing_ok=True)
+    _remove(partial)
+
+
+def _remove(path: pathlib.Path) -> None:
+  if path.is_dir():
+    shutil.rmtree(path)
+  path.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gpt2_jax.convert import names
-from gpt2_jax.convert.files import read_json, read_torch, whole
+from gpt2_jax.convert.files import check_tensors, read_json, read_torch, whole
 from gpt2_jax.convert.vocabulary import read_vocabulary, write_vocabulary
 from gpt2_jax.convert.weights import DTYPES, Weights, progress
 from gpt2_jax.model import ModelConfig
@@ -61,19 +61,20 @@ def _model_config(payload: dict, path: pathlib.Path) -> ModelConfig:
   if payload.get("model_type") != "gpt2":
     raise ValueError(f"{path} holds a model of type {payload.get('model_type')!r}, not gpt2; this is GPT-2 only")
   try:
-    sizes = [payload[name] for name in ("vocab_size", "n_embd", "n_head", "n_layer")]
-    sizes.append(payload["n_positions"] if "n_positions" in payload else payload["n_ctx"])
+    sizes = {name: payload[name] for name in ("n_embd", "n_head", "n_layer")}
+    sizes["n_vocab"] = payload["vocab_size"]
+    sizes["n_ctx"] = payload["n_positions"] if "n_positions" in payload else payload["n_ctx"]
   except KeyError as error:
     raise ValueError(f"{path}/config.json says nothing of {error}") from error
-  kind = payload.get("activation_function", "gelu_new")
+  kind = str(payload.get("activation_function", "gelu_new"))
+  rates = {name: payload.get(name, 0.0) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
+  config = names.model_config(sizes, f"{path}/config.json", gelu=GELU.get(kind, "tanh"), **rates)
   other = [f"{name}={payload[name]}" for name, fixed in FIXED.items() if payload.get(name, fixed) != fixed]
   other += [f"activation_function={kind}"] if kind not in GELU else []
-  other += [f"n_inner={payload['n_inner']}"] if payload.get("n_inner") not in (None, 4 * sizes[1]) else []
+  other += [f"n_inner={payload['n_inner']}"] if payload.get("n_inner") not in (None, 4 * config.n_embd) else []
   if other:
     raise ValueError(f"{path} departs from GPT-2 ({', '.join(other)}), which this model does not do")
-  n_vocab, n_embd, n_head, n_layer, n_ctx = sizes
-  rates = {name: payload.get(name, 0.0) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
-  return ModelConfig(n_vocab, n_ctx, n_embd, n_head, n_layer, gelu=GELU[kind], **rates)
+  return config
 
 
 def _tensors(path: pathlib.Path) -> dict[str, tuple[tuple, Callable[[], np.ndarray]]]:
@@ -83,8 +84,8 @@ def _tensors(path: pathlib.Path) -> dict[str, tuple[tuple, Callable[[], np.ndarr
     if (path / stem).is_file():
       return open_file(path / stem)
     if index.is_file():
-      parts = read_json(index).get("weight_map", {})
-      if not parts or any(pathlib.Path(part).name != part for part in parts.values()):
+      parts = read_json(index).get("weight_map")
+      if not isinstance(parts, dict) or not parts or any(pathlib.Path(str(x)).name != x for x in parts.values()):
         raise ValueError(f"{index} names no files, or some outside of its folder")
       found = {}
       for part in sorted(set(parts.values())):
@@ -116,8 +117,7 @@ def _torch_tensors(path: pathlib.Path):
   if not path.is_file():
     raise FileNotFoundError(f"{path} is not there; the checkpoint is not complete without it")
   tensors = read_torch(path)
-  if not isinstance(tensors, dict) or not all(hasattr(tensor, "shape") for tensor in tensors.values()):
-    raise ValueError(f"{path} is no dictionary of tensors")
+  check_tensors(tensors, path)
   return {name: (tuple(tensor.shape), lambda tensor=tensor: tensor.float().numpy()) for name, tensor in tensors.items()}
 
 
@@ -137,6 +137,7 @@ def write(weights: Weights, path: pathlib.Path, dtype: str = "float32") -> None:
   )
   with whole(path) as folder:
     folder.mkdir()
+    write_vocabulary(weights.tokenizer, folder, config.n_ctx)
     torch_name = {name: "transformer." + names.foreign(name, names.TORCH) for name in shapes}
     for file, held in progress(split.filename_to_tensors.items(), "writing"):
       save_file({torch_name[name]: tensor(name) for name in held}, folder / file, metadata={"format": "pt"})
@@ -146,7 +147,6 @@ def write(weights: Weights, path: pathlib.Path, dtype: str = "float32") -> None:
       (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     eot = weights.tokenizer.eot if weights.tokenizer else None
     (folder / "config.json").write_text(json.dumps(_payload(config, dtype, eot), indent=2, sort_keys=True) + "\n")
-    write_vocabulary(weights.tokenizer, folder, config.n_ctx)
     for file in folder.glob("*.safetensors"):  # which that library makes readable for their owner alone
       shutil.copymode(folder / "config.json", file)
 

@@ -5,6 +5,7 @@ import pathlib
 
 import huggingface_hub
 
+from gpt2_jax.convert.files import reason
 from gpt2_jax.model import ALIASES
 
 PUBLISHED = {name: f"openai-community/{aliases[0]}" for size, aliases in ALIASES.items() for name in (size, *aliases)}
@@ -24,10 +25,9 @@ def fetch(name: str, revision: str | None = None) -> pathlib.Path:
     path = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=SMALL + SAFETENSORS)
     if not any(pathlib.Path(path).glob("model*.safetensors")):
       path = huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=SMALL + PICKLED)
-  except (OSError, ValueError) as error:
+  except Exception as error:  # the HTTP library's own are no OSErrors
     at = f" at revision {revision}" if revision else ""
-    reason = str(error).strip().splitlines()[0]
     raise OSError(
-      f"{name} is no path here, and {repo}{at} cannot be had from the Hub ({type(error).__name__}: {reason})"
+      f"{name} is no path here, and {repo}{at} cannot be had from the Hub ({type(error).__name__}: {reason(error)})"
     ) from error
   return pathlib.Path(path)

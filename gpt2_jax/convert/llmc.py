@@ -12,7 +12,6 @@ from gpt2_jax.convert import names
 from gpt2_jax.convert.files import whole
 from gpt2_jax.convert.vocabulary import usual_tokenizer
 from gpt2_jax.convert.weights import Weights, progress
-from gpt2_jax.model import ModelConfig
 from gpt2_jax.sharding import padded
 
 MAGIC = 20240326
@@ -35,9 +34,10 @@ def read(path: pathlib.Path) -> Weights:
   version, n_ctx, n_vocab, n_layer, n_head, n_embd, rows = (int(number) for number in header[1:8])
   if version not in DTYPES:
     raise ValueError(f"{path} is of llm.c's version {version}; 3 (float32) and 5 (bfloat16) hold a model")
-  if min(n_ctx, n_vocab, n_layer, n_head, n_embd) < 1 or rows < n_vocab:
-    raise ValueError(f"the header of {path} is damaged: sizes {header[2:8].tolist()}")
-  config, dtype = ModelConfig(n_vocab, n_ctx, n_embd, n_head, n_layer), DTYPES[version]
+  sizes = {"n_vocab": n_vocab, "n_ctx": n_ctx, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
+  config, dtype = names.model_config(sizes, f"the header of {path}"), DTYPES[version]
+  if rows < n_vocab:
+    raise ValueError(f"the header of {path} pads {n_vocab:,} tokens to {rows:,} rows; fetch it again")
   shapes, places, size = names.shapes(config), {}, 4 * HEADER
   for name, shape in shapes.items():
     places[name] = size

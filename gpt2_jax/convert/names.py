@@ -34,6 +34,18 @@ TABLE = (  # canonical, shape, Hugging Face and nanoGPT (after "transformer."), 
 )
 TORCH = {canonical: torch for canonical, _, torch, _ in TABLE}
 OPENAI = {canonical: openai for canonical, _, _, openai in TABLE}
+MOST = {"n_vocab": 10**7, "n_ctx": 10**7, "n_embd": 10**6, "n_head": 10**6, "n_layer": 10**4}
+
+
+def model_config(sizes: Mapping[str, object], what: str, **others) -> ModelConfig:
+  """The ModelConfig of sizes that a file states. Raises ValueError if they are none, before they are used."""
+  odd = [f"{k} is {str(n)[:40]!r}" for k, n in sizes.items() if type(n) is not int or not 0 < n <= MOST[k]]
+  if odd:
+    raise ValueError(f"{what} states sizes that no GPT-2 has: {', '.join(odd)}")
+  try:
+    return ModelConfig(**sizes, **others)
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{what} is of no GPT-2: {error}") from error
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

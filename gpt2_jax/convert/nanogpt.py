@@ -10,7 +10,7 @@ import pickle
 import numpy as np
 
 from gpt2_jax.convert import names
-from gpt2_jax.convert.files import read_plain_pickle, read_torch, whole
+from gpt2_jax.convert.files import check_tensors, read_plain_pickle, read_torch, whole
 from gpt2_jax.convert.hf import MASKS
 from gpt2_jax.convert.vocabulary import usual_tokenizer
 from gpt2_jax.convert.weights import Weights, progress
@@ -21,7 +21,7 @@ FIELDS = {"vocab_size": "n_vocab", "block_size": "n_ctx", "n_embd": "n_embd", "n
 
 
 def recognizes(path: pathlib.Path) -> bool:
-  if path.is_dir():
+  if not path.is_file():
     return (path / "ckpt.pt").is_file()
   with open(path, "rb") as file:
     return file.read(2) in (b"PK", b"\x80\x02")  # torch.save's zip, and its older pickle
@@ -33,11 +33,8 @@ def read(path: pathlib.Path) -> Weights:
   saved = read_torch(path)
   if not isinstance(saved, dict) or not {"model", "model_args"} <= saved.keys():
     raise ValueError(f"{path} is no nanoGPT checkpoint (model, model_args); give a Hugging Face folder whole")
-  given = saved["model_args"]
-  if missing := [name for name in FIELDS if name not in given]:
-    raise ValueError(f"the model_args of {path} say nothing of {', '.join(missing)}")
-  sizes = {ours: given[theirs] for theirs, ours in FIELDS.items()}
-  config = ModelConfig(**sizes, use_bias=given.get("bias", True), gelu=(saved.get("config") or {}).get("gelu", "erf"))
+  check_tensors(saved["model"], path)
+  config = _model_config(saved, path)
   tensors = {name.removeprefix("_orig_mod.").removeprefix("transformer."): x for name, x in saved["model"].items()}
   tensors = {name: x for name, x in tensors.items() if not MASKS.match(name)}
   head = tensors.pop("lm_head.weight", None)
@@ -53,6 +50,15 @@ def read(path: pathlib.Path) -> Weights:
   return Weights(config, read_tensor, _tokenizer(path.with_name("meta.pkl"), config), f"{path} (nanoGPT)")
 
 
+def _model_config(saved: dict, path: pathlib.Path) -> ModelConfig:
+  given, knobs = (saved.get(name) if isinstance(saved.get(name), dict) else {} for name in ("model_args", "config"))
+  if missing := [name for name in FIELDS if name not in given]:
+    raise ValueError(f"the model_args of {path} say nothing of {', '.join(missing)}")
+  sizes = {ours: given[theirs] for theirs, ours in FIELDS.items()}
+  use_bias, gelu = bool(given.get("bias", True)), knobs.get("gelu", "erf")
+  return names.model_config(sizes, f"{path}'s model_args", use_bias=use_bias, gelu=gelu)
+
+
 def _turned(name: str, shape: tuple) -> tuple:
   return shape[::-1] if names.is_matrix(name) else shape
 
@@ -65,7 +71,14 @@ def _tokenizer(meta: pathlib.Path, config: ModelConfig):
   characters = found.get("itos") if isinstance(found, dict) else None
   if not isinstance(characters, dict) or list(characters) != list(range(len(characters))):
     raise ValueError(f"{meta} is no vocabulary of characters (itos, from 0 on)")
-  return Characters("".join(characters.values()))
+  if not all(isinstance(x, str) and len(x) == 1 for x in characters.values()) or len(characters) > config.n_vocab:
+    raise ValueError(f"{meta} is no vocabulary of at most {config.n_vocab:,} single characters")
+  found = Characters("".join(characters.values()))
+  try:
+    found.encode("")
+  except ValueError as error:
+    raise ValueError(f"{meta}: {error}") from error
+  return found
 
 
 def write(weights: Weights, path: pathlib.Path, dtype: str = "float32", other_gelu: bool = False) -> None:
@@ -84,13 +97,13 @@ def write(weights: Weights, path: pathlib.Path, dtype: str = "float32", other_ge
     )
   args = {theirs: getattr(config, ours) for theirs, ours in FIELDS.items()} | {"bias": config.use_bias, "dropout": 0.0}
   model = {}
-  for name in progress(names.shapes(config), "reading"):
-    tensor = weights.read(name).astype(np.float32)
-    tensor = np.ascontiguousarray(tensor.T if names.is_matrix(name) else tensor)
-    model["transformer." + names.foreign(name, names.TORCH)] = torch.from_numpy(tensor).to(getattr(torch, dtype))
-  model["lm_head.weight"] = model["transformer.wte.weight"]
   with whole(path) as folder:
     folder.mkdir()
+    for name in progress(names.shapes(config), "reading"):
+      tensor = weights.read(name).astype(np.float32)
+      tensor = np.ascontiguousarray(tensor.T if names.is_matrix(name) else tensor)
+      model["transformer." + names.foreign(name, names.TORCH)] = torch.from_numpy(tensor).to(getattr(torch, dtype))
+    model["lm_head.weight"] = model["transformer.wte.weight"]
     about = {"model_args": args, "iter_num": 0, "best_val_loss": 1e9, "config": {"gelu": config.gelu}}
     torch.save({"model": model} | about, folder / "ckpt.pt")
     if isinstance(weights.tokenizer, Characters):

@@ -3,12 +3,14 @@
 
 import os
 import pathlib
+import re
 
 from gpt2_jax.convert import names
 from gpt2_jax.convert.files import read_json
 from gpt2_jax.convert.vocabulary import read_vocabulary
 from gpt2_jax.convert.weights import Weights
-from gpt2_jax.model import ModelConfig
+
+TRAINING = re.compile(r"/Adam(_1)?$|^(?!model/)")  # what an optimizer left beside the model
 
 
 def recognizes(path: pathlib.Path) -> bool:
@@ -21,21 +23,35 @@ def read(path: pathlib.Path) -> Weights:
   fields = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
   if missing := [name for name in fields if name not in hparams]:
     raise ValueError(f"{path}/hparams.json says nothing of {', '.join(missing)}")
-  config = ModelConfig(**{name: hparams[name] for name in fields})
-  prefixes = [file.with_suffix("") for file in path.glob("*.index")]
-  if len(prefixes) != 1:
-    raise FileNotFoundError(f"{path} has {len(prefixes)} files *.index; an OpenAI folder has one, model.ckpt.index")
-  reader = _reader(prefixes[0])
-  expected = {}
+  config = names.model_config({name: hparams[name] for name in fields}, f"{path}/hparams.json")
+  prefix = _prefix(path)
+  reader, expected = _reader(prefix), {}
   for name, shape in names.shapes(config).items():
     expected["model/" + names.foreign(name, names.OPENAI)] = (1, *shape) if names.is_matrix(name) else shape
-  names.check({name: tuple(shape) for name, shape in reader.get_variable_to_shape_map().items()}, expected, str(path))
+  found = {name: tuple(shape) for name, shape in reader.get_variable_to_shape_map().items()}
+  names.check({name: found[name] for name in found if not TRAINING.search(name)}, expected, str(path))
 
   def read_tensor(name):
-    tensor = reader.get_tensor("model/" + names.foreign(name, names.OPENAI))
+    try:
+      tensor = reader.get_tensor("model/" + names.foreign(name, names.OPENAI))
+    except Exception as error:  # TensorFlow's own, and IndexError for a file that ends too soon
+      raise ValueError(f"{prefix}.data-* is damaged or not there; fetch it again") from error
     return tensor[0] if names.is_matrix(name) else tensor
 
   return Weights(config, read_tensor, read_vocabulary(path, config.n_vocab), f"{path} (OpenAI)")
+
+
+def _prefix(path: pathlib.Path) -> pathlib.Path:
+  """The checkpoint that the file `checkpoint` names, as fine-tuning leaves several; or the only one."""
+  prefixes = {file.with_suffix("").name: file.with_suffix("") for file in path.glob("*.index")}
+  if len(prefixes) > 1 and (path / "checkpoint").is_file():
+    named = re.match(r'model_checkpoint_path: "(?:.*/)?([^"/]+)"', (path / "checkpoint").read_text(encoding="utf-8"))
+    prefixes = {named[1]: prefixes[named[1]]} if named and named[1] in prefixes else prefixes
+  if len(prefixes) != 1:
+    raise FileNotFoundError(
+      f"{path} has {len(prefixes)} files *.index; it takes one, model.ckpt.index, or a file `checkpoint` that names one"
+    )
+  return next(iter(prefixes.values()))
 
 
 def _reader(prefix: pathlib.Path):

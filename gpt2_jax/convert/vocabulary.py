@@ -4,7 +4,7 @@
 import json
 import pathlib
 
-from gpt2_jax.convert.files import read_json
+from gpt2_jax.convert.files import read_json, reason
 from gpt2_jax.tokenizer import EOT, Gpt2Bpe, HuggingFace, Tokenizer, byte_alphabet, from_json
 
 OURS = "gpt2_jax_tokenizer.json"  # for tokenizers that the other names cannot hold
@@ -20,7 +20,7 @@ def read_vocabulary(path: pathlib.Path, n_vocab: int) -> Tokenizer | None:
     found = _read(path)
     size = 0 if found is None else found.vocab_size
   except Exception as error:  # the tokenizers library raises plain Exception
-    raise ValueError(f"the vocabulary in {path} is damaged ({error}); fetch it again") from error
+    raise ValueError(f"the vocabulary in {path} is damaged ({reason(error)}); fetch it again") from error
   if size > n_vocab:
     raise ValueError(f"the vocabulary in {path} has {size:,} tokens, and the model {n_vocab:,}")
   return found or usual_tokenizer(n_vocab)
@@ -57,7 +57,8 @@ def write_vocabulary(tokenizer: Tokenizer | None, path: pathlib.Path, n_ctx: int
   if isinstance(tokenizer, HuggingFace):
     (path / "tokenizer.json").write_text(tokenizer.payload, encoding="utf-8")
     special = {} if tokenizer.eot is None else dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT)
-    about = special | {"tokenizer_class": "GPT2Tokenizer", "model_max_length": n_ctx}
+    kind = "GPT2Tokenizer" if special else "PreTrainedTokenizerFast"  # which does not add a token of its own
+    about = special | {"tokenizer_class": kind, "model_max_length": n_ctx}
     (path / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
   elif tokenizer is not None:
     (path / OURS).write_text(json.dumps(tokenizer.to_json()))

@@ -14,7 +14,7 @@ import tqdm
 from gpt2_jax.convert import names
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.optimizer import name_of
-from gpt2_jax.sharding import concrete
+from gpt2_jax.sharding import check_divides, concrete
 from gpt2_jax.tokenizer import Tokenizer
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -45,8 +45,17 @@ def digest(weights: Weights) -> str:
 
 
 def rounded(weights: Weights, dtype: str) -> Weights:
-  """The same with its tensors rounded to `dtype`."""
-  return dataclasses.replace(weights, read=lambda name: weights.read(name).astype(DTYPES[dtype]))
+  """The same with its tensors rounded to `dtype`; reading raises ValueError where a number is too large for it."""
+
+  def read(name):
+    tensor = weights.read(name)
+    with np.errstate(over="ignore"):
+      found = tensor.astype(DTYPES[dtype])
+    if np.isinf(found).sum() > np.isinf(tensor).sum():
+      raise ValueError(f"{name} of {weights.source} has numbers too large for {dtype}; take bfloat16 or float32")
+    return found
+
+  return dataclasses.replace(weights, read=read)
 
 
 def progress(items, what: str):
@@ -62,6 +71,8 @@ def to_model(weights: Weights, mesh: jax.sharding.Mesh, dtype: str) -> GPT2:
   """
   config = dataclasses.replace(weights.config, dtype=dtype, pad_heads=True)
   with jax.set_mesh(mesh):
+    check_divides(config.n_embd, "n_embd", "data", way_out="give a mesh whose data axis divides it")
+    check_divides(4 * config.n_embd, "4 n_embd", "model", way_out="give a mesh whose model axis divides it")
     target = concrete(jax.eval_shape(functools.partial(GPT2, config), jax.random.key(0)), mesh)
   leaves = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(target)}
   arrays = {}
@@ -96,16 +107,19 @@ def from_model(model: GPT2, tokenizer: Tokenizer | None, source: str = "a model"
   """The weights of a model, brought to the host a tensor at a time, without padding."""
   leaves = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
   shapes = names.shapes(model.config)
+  if "wte" not in leaves:
+    raise ValueError("an int8 model is not written; load it without quantize, and write that")
 
   def read(name: str) -> np.ndarray:
     layer = name.split(".")[1] if name.startswith("h.") else None
     leaf = leaves[name if layer is None else name.replace(f"h.{layer}.", "h.", 1)]
-    shape = leaf.shape if layer is None else leaf.shape[1:]
-    whole = np.empty(shape, leaf.dtype)
+    if layer is not None:
+      with jax.set_mesh(model.mesh):  # whichever is in force
+        leaf = leaf[int(layer)]
+    whole = np.empty(leaf.shape, leaf.dtype)
     for shard in leaf.addressable_shards:
       if shard.replica_id == 0:
-        at, part = (shard.index, shard.data) if layer is None else (shard.index[1:], shard.data[int(layer)])
-        whole[at] = part
+        whole[shard.index] = shard.data
     whole = whole[tuple(slice(n) for n in shapes[name])]
     return names.all_queries_first(whole, model.config.n_head) if ".c_attn." in name else whole
 

@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import pickle
+import subprocess
 import sys
 
 import numpy as np
@@ -66,11 +67,22 @@ def one_line(error) -> str:
   return str(error.value)
 
 
-def test_files_are_documents_byte_for_byte_without_tensorflow(files, tmp_path):
+def test_files_are_documents_byte_for_byte(files, tmp_path):
   documents = read(f"{files}/*.txt, {files}/deep/**/*", tmp_path)
   assert sorted(documents) == sorted(TEXTS.values())
   assert len(documents) == 3 and documents[-1] == documents[2]
-  assert "tensorflow" not in sys.modules
+
+
+def test_files_are_read_without_tensorflow(files, tmp_path):
+  """In a process of its own, for other tests import it."""
+  code = (
+    "import sys; from gpt2_jax.data import corpus; "
+    "found = corpus.file_documents(sys.argv[1], data_dir=sys.argv[2]); print(len(found), 'tensorflow' in sys.modules)"
+  )
+  command = [sys.executable, "-c", code, f"{files}/**/*", str(tmp_path / "prepared")]
+  environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+  done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+  assert done.stdout.split() == ["3", "False"]
 
 
 def test_lines_of_jsonl_are_documents(tmp_path):

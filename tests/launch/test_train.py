@@ -108,7 +108,7 @@ def test_a_signal_saves_the_step_and_the_next_start_goes_on(data, whole, tmp_pat
 
 
 def test_sampling_is_seeded_and_continues_the_prompt(whole):
-  ask = ("sample", f"--workdir={whole}", "--prompt=abc", "--n_new=4", "--samples=2")
+  ask = ("sample", f"--model={whole}", "--prompt=abc", "--n_new=4", "--samples=2")
   texts = [run(*ask, f"--seed={seed}")[0] for seed in (1, 1, 2)]
   assert texts[0] == texts[1] != texts[2]
   assert [len(line) for line in texts[0].splitlines() if line.startswith("abc")] == [7, 7]
@@ -130,8 +130,8 @@ def test_sampling_is_seeded_and_continues_the_prompt(whole):
     ("train", ["--workdir={tmp}"], "--config"),
     ("train", ["--config={root}/configs/gpt2.py", "--workdir={tmp}", "--config.steps=many"], "many"),
     ("train", ["--config={root}/configs/gpt2.py", "--workdir={tmp}", "--wrokdir=x"], "wrokdir"),
-    ("sample", ["--workdir={tmp}"], "holds no checkpoint"),
-    ("sample", ["--workdir={tmp}", "extra"], "'extra' is no flag"),
+    ("sample", ["--model={tmp}"], "is no GPT-2 checkpoint"),
+    ("sample", ["--model={tmp}", "extra"], "'extra' is no flag"),
   ],
 )
 def test_bad_input_is_one_line_and_a_status(tmp_path, script, flags, message):

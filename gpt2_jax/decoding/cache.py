@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The key-value cache: a forward pass over prompts that fills it, and one over a few tokens more that reads it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gpt2_jax.attention import attend_cached, causal_attention
+from gpt2_jax.linear import Linear, whole
+from gpt2_jax.model import GPT2, Block
+from gpt2_jax.sharding import ROWS, axis_size, padded
+
+BUCKET = 32  # lengths are padded to a multiple, so that few shapes are compiled
+
+
+class Decoder(NamedTuple):
+  """A GPT-2 made ready to decode: matrices in the compute dtype, gathered over `data`, and the layers apart as well."""
+
+  model: GPT2
+  blocks: list[Block]
+
+  @property
+  def mesh(self) -> jax.sharding.Mesh:
+    return self.model.mesh
+
+
+def ready(model: GPT2 | Decoder) -> Decoder:
+  """The Decoder of a model: done once, it serves any number of calls. A Decoder is returned as it is."""
+  if isinstance(model, Decoder):
+    return model
+  with jax.set_mesh(model.mesh):
+    return _ready(model)
+
+
+@jax.jit
+def _ready(model: GPT2) -> Decoder:
+  def cast(node):
+    if not isinstance(node, Linear):
+      return node
+    dtype = model.config.dtype
+    return jax.tree.map(lambda x: whole(x if x.dtype == jnp.int8 else x.astype(dtype)) if x.ndim == 3 else x, node)
+
+  model = jax.tree.map(cast, model, is_leaf=lambda node: isinstance(node, Linear))
+  return Decoder(model, [jax.tree.map(lambda x, i=i: x[i], model.h) for i in range(model.config.n_layer)])
+
+
+def apply_block(block, x_BTD, attention):
+  """One block; `attention` maps q, k, v to its output and to what it wants to remember."""
+  y_BTHK, memory = attention(*block.attn.qkv(block.ln_1(x_BTD)))
+  x_BTD += block.attn.merge(y_BTHK)
+  return x_BTD + block.mlp(block.ln_2(x_BTD)), memory
+
+
+def prefill(model: GPT2, tokens_BT, size: int):
+  """The normed output at every position of the prompts and, a layer, keys and values [B, H, size, K]."""
+
+  def attention(q, k, v):
+    room = ((0, 0), (0, 0), (0, size - tokens_BT.shape[1]), (0, 0))
+    return causal_attention(q, k, v), tuple(jnp.pad(jnp.swapaxes(x_BTHK, 1, 2), room) for x_BTHK in (k, v))
+
+  x_BTD, memory = jax.lax.scan(lambda x, block: apply_block(block, x, attention), model.embed(tokens_BT), model.h)
+  caches = [jax.tree.map(lambda x, layer=layer: x[layer], memory) for layer in range(model.config.n_layer)]
+  return model.ln_f(x_BTD), caches
+
+
+def in_slots(slot):
+  """How `decode` writes where all rows have their slots in common, from `slot` on: a copy of a few bytes."""
+  return lambda old_BHSK, new_BHTK: jax.lax.dynamic_update_slice_in_dim(old_BHSK, new_BHTK, slot, 2)
+
+
+def decode(decoder: Decoder, tokens_BT, positions_BT, seen_BTS, caches, write):
+  """The normed output [B, T, D] for T more tokens a row, and the caches with them.
+
+  `write` puts keys or values [B, H, T, K] into a cache; `seen_BTS` says which of its slots each token reads, its own
+  among them.
+  """
+  x_BTD = decoder.model.embed(tokens_BT, positions_BT)
+  after = []
+  for block, cache in zip(decoder.blocks, caches, strict=True):
+
+    def attention(q, k, v, cache=cache):
+      memory = tuple(write(old, jnp.swapaxes(new, 1, 2)) for old, new in zip(cache, (k, v), strict=True))
+      return attend_cached(q, *memory, seen_BTS), memory
+
+    x_BTD, memory = apply_block(block, x_BTD, attention)
+    after.append(memory)
+  return decoder.model.ln_f(x_BTD), after
+
+
+def check_prompts(decoder: Decoder, prompts, n_new: int, samples: int = 1) -> None:
+  """Raises ValueError unless there are prompts, none of them empty, and their tokens are the model's."""
+  lengths, n_vocab = [len(prompt) for prompt in prompts], decoder.model.config.n_vocab
+  if not lengths or min(lengths) < 1 or n_new < 1 or samples < 1:
+    raise ValueError(
+      f"{len(lengths)} prompts, {samples} samples, {n_new} new tokens: give one of each at least, and no empty prompt"
+    )
+  low, high = min(map(min, prompts)), max(map(max, prompts))
+  if low < 0 or high >= n_vocab:
+    raise ValueError(f"prompts hold tokens {low} to {high}, the vocabulary {n_vocab}; is it the right tokenizer?")
+
+
+def check_room(decoder: Decoder, prompts, n_new: int, way_out: str) -> None:
+  """Raises ValueError unless the longest prompt and `n_new` tokens fit the context."""
+  longest, n_ctx = max(map(len, prompts)), decoder.model.config.n_ctx
+  if longest + n_new > n_ctx:
+    raise ValueError(f"{longest} prompt and {n_new} new tokens exceed the context of {n_ctx}; {way_out}")
+
+
+def place_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], n_new: int):
+  """Tokens [B, T] and lengths [B] on the mesh in force, B and T rounded up; rows that only fill the mesh have length 0.
+
+  Raises ValueError as `check_prompts` and `check_room` do.
+  """
+  check_prompts(decoder, prompts, n_new)
+  check_room(decoder, prompts, n_new, "ask for fewer")
+  n_ctx, lengths = decoder.model.config.n_ctx, [len(prompt) for prompt in prompts]
+  B = padded(len(prompts), axis_size(*ROWS))
+  tokens_BT = np.zeros((B, min(n_ctx, padded(max(lengths), BUCKET))), np.int32)
+  for row, prompt in enumerate(prompts):
+    tokens_BT[row, : len(prompt)] = prompt
+  lengths_B = np.array(lengths + [0] * (B - len(prompts)), np.int32)
+  return jax.device_put((tokens_BT, lengths_B), NamedSharding(jax.sharding.get_mesh(), P(ROWS)))

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+import os
+import pathlib
+import pickle
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from gpt2_jax import pretrained
+from gpt2_jax.convert import files
+from gpt2_jax.convert.weights import Weights
+from gpt2_jax.model import ModelConfig
+
+ROOT = pathlib.Path(__file__).parents[2]
+FORMS = ["hf", "orbax", "nanogpt", "llmc"]
+# Writes every format, and is killed in the middle of each.
+KILLED = """
+import os, signal, sys
+import numpy as np
+from gpt2_jax import pretrained
+from gpt2_jax.convert import names
+from gpt2_jax.convert.weights import Weights
+from gpt2_jax.model import ModelConfig
+config = ModelConfig(131, 16, 16, 4, 2, gelu="erf")
+def read(name):
+  if name == "ln_f.g":
+    os.kill(os.getpid(), signal.SIGKILL)
+  return np.ones(names.shapes(config)[name], np.float32)
+form, to = sys.argv[1:]
+if form == "llmc":
+  config = ModelConfig(131, 16, 16, 4, 2)
+pretrained.write(Weights(config, read, None, "a test"), to, form)
+"""
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_error_in_the_middle_leaves_nothing(form, made, tmp_path):
+  whole = made(ModelConfig(131, 16, 16, 4, 2, gelu="tanh" if form == "llmc" else "erf"))
+  seen = []
+
+  def read(name):
+    seen.append(name)
+    if len(seen) == 20:
+      raise OSError("the disk is gone")
+    return whole.read(name)
+
+  if form == "nanogpt":
+    pytest.importorskip("torch")
+  with pytest.raises(OSError, match="the disk is gone"):
+    pretrained.write(Weights(whole.config, read, None, "a test"), str(tmp_path / "to"), form)
+  assert len(seen) == 20 and not list(tmp_path.iterdir())
+
+
+def test_a_kill_in_the_middle_leaves_no_checkpoint(tmp_path):
+  """None of the name that was asked for."""
+  environment = os.environ | {"PYTHONPATH": str(ROOT)}
+  jobs = {
+    form: subprocess.Popen([sys.executable, "-c", KILLED, form, str(tmp_path / form)], env=environment)
+    for form in ("hf", "llmc")
+  }
+  for form, job in jobs.items():
+    assert job.wait(timeout=60) == -signal.SIGKILL
+    assert not (tmp_path / form).exists()
+    assert any(form in path.name for path in tmp_path.iterdir()), "it was in the middle"
+
+
+def test_nothing_is_overwritten(tmp_path):
+  pytest.importorskip("torch")
+  (tmp_path / "there").write_text("mine")
+  for form in FORMS:
+    weights = Weights(ModelConfig(), None, None, "a test")
+    with pytest.raises(FileExistsError, match="there is there already; take another name, or move it away"):
+      pretrained.write(weights, str(tmp_path / "there"), form, other_gelu=True)
+  assert (tmp_path / "there").read_text() == "mine"
+  assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_the_remains_of_a_killed_process_of_the_same_number_are_no_hindrance(tmp_path):
+  (tmp_path / f".to.{os.getpid()}.partial").mkdir()
+  (tmp_path / f".to.{os.getpid()}.partial" / "half").write_text("a")
+  with files.whole(tmp_path / "to") as folder:
+    folder.mkdir()
+  assert [path.name for path in tmp_path.rglob("*")] == ["to"]
+
+
+@pytest.mark.parametrize("value", [{"a": [1, 2.5, "x", None, (True, b"y")]}, {0: "a"}, []])
+def test_plain_pickles_are_read(value, tmp_path):
+  for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(value, protocol))
+    try:
+      assert files.read_plain_pickle(tmp_path / "x.pkl") == value
+    except ValueError:
+      assert protocol < 3 and "b'y'" in str(value), "bytes, which old protocols made by a call"
+
+
+@pytest.mark.parametrize("value", [print, pathlib.Path("a"), {1, 2, print}, os.system, {"itos": os.getcwd}])
+def test_other_pickles_are_refused(value, tmp_path):
+  (tmp_path / "x.pkl").write_bytes(pickle.dumps(value))
+  with pytest.raises(ValueError, match="more than plain values, or damaged") as error:
+    files.read_plain_pickle(tmp_path / "x.pkl")
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "content", [b"", b"\x80", b"junk", b"P0\n.", b"\x80\x04]\x94K\x01", b"cos\nsystem\n."], ids=ascii
+)
+def test_a_damaged_pickle_is_one_line(content, tmp_path):
+  (tmp_path / "x.pkl").write_bytes(content)
+  with pytest.raises(ValueError, match="x.pkl is refused: more than plain values, or damaged") as error:
+    files.read_plain_pickle(tmp_path / "x.pkl")
+  assert "\n" not in str(error.value)
+
+
+def test_code_in_a_pickle_is_not_run(payload, tmp_path):
+  for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"itos": payload}, protocol))
+    with pytest.raises(ValueError, match="is refused"):
+      files.read_plain_pickle(tmp_path / "x.pkl")

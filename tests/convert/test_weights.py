@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+import collections
+import dataclasses
+import hashlib
+import weakref
+
+import jax
+import numpy as np
+import pytest
+
+from gpt2_jax.convert import names
+from gpt2_jax.convert.weights import Weights, digest, from_model, rounded, to_model
+from gpt2_jax.model import GPT2, ModelConfig
+from gpt2_jax.optimizer import name_of
+from gpt2_jax.sharding import make_mesh
+
+FIVE = ModelConfig(n_vocab=131, n_ctx=16, n_embd=40, n_head=5, n_layer=2)  # heads and vocabulary need padding
+MESHES = [(1, 1, 1), (1, 4, 2), (2, 2, 2)]
+
+
+def mesh_of(sizes):
+  return make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+
+
+@pytest.fixture(scope="module")
+def five(made) -> Weights:
+  """In memory, as a file would give them."""
+  source = made(FIVE)
+  arrays = {name: source.read(name) for name in names.shapes(FIVE)}
+  return Weights(FIVE, arrays.__getitem__, None, "a test")
+
+
+@pytest.fixture(scope="module")
+def loaded(five):
+  return {sizes: to_model(five, mesh_of(sizes), "float32") for sizes in MESHES}
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_every_mesh_gives_the_same_logits(sizes, loaded, tokens):
+  from gpt2_jax.certificate import forward
+
+  tokens_BT = tokens(4, 16, 131)
+  expected = forward(loaded[1, 1, 1])(tokens_BT)
+  assert np.abs(forward(loaded[sizes])(tokens_BT) - expected).max() <= 1e-5
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_a_device_holds_its_shards_alone(sizes, loaded):
+  """Of the specs that training has; over (1, 4, 2) no device holds the whole of a matrix or a table."""
+  model = loaded[sizes]
+  with jax.set_mesh(mesh_of(sizes)):
+    fresh = jax.eval_shape(lambda: GPT2(model.config, jax.random.key(0)))
+  expected = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(fresh)}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+    name = name_of(path)
+    assert (leaf.shape, leaf.dtype, leaf.sharding.spec) == (
+      expected[name].shape,
+      np.float32,
+      expected[name].sharding.spec,
+    )
+    held = [shard.data.size for shard in leaf.addressable_shards]
+    parts = {"wte": sizes[1] * sizes[2], "wpe": sizes[1]}.get(name)
+    parts = sizes[1] * sizes[2] if name.endswith(".w") else parts
+    if parts:
+      assert set(held) == {leaf.size // parts}, name
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_there_and_back_is_bit_identical(sizes, loaded, five):
+  found = from_model(loaded[sizes], None)
+  for name, shape in names.shapes(FIVE).items():
+    assert found.read(name).shape == shape
+    np.testing.assert_array_equal(found.read(name), five.read(name), err_msg=name)
+  assert digest(found) == digest(five)
+
+
+def test_padding_is_zero(loaded, five):
+  model = loaded[2, 2, 2]
+  assert model.wte[...].shape[0] > 131 and not np.asarray(model.wte[...])[131:].any()
+  c_attn = np.asarray(model.h.attn.c_attn.w[...])
+  assert c_attn.shape[2] == 6 * 3 * 8 and c_attn[..., : 5 * 3 * 8].all() and not c_attn[..., 5 * 3 * 8 :].any()
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_each_tensor_is_read_once_the_largest_parameters_first(sizes, five):
+  """And what was read is let go: the host holds no two parameters."""
+  reads, alive = [], []
+
+  def read(name):
+    held = {other for other, ref in alive if ref() is not None}
+    assert len(held) <= 2, f"{sorted(held)} are held while {name} is read"
+    array = five.read(name).copy()
+    reads.append(name)
+    alive.append((name, weakref.ref(array)))
+    return array
+
+  to_model(dataclasses.replace(five, read=read), mesh_of(sizes), "float32")
+  assert collections.Counter(reads) == collections.Counter(names.shapes(FIVE).keys())
+  of = [name if not name.startswith("h.") else name.replace(f"h.{name.split('.')[1]}.", "h.", 1) for name in reads]
+  order = list(dict.fromkeys(of))
+  assert of == sorted(of, key=order.index), "all layers of a parameter, then the next"
+  size = {name: sum(five.read(x).size for x, y in zip(reads, of, strict=True) if y == name) for name in order}
+  sizes_in_order = [size[name] for name in order if name not in ("wte", "wpe")]
+  assert sizes_in_order == sorted(sizes_in_order, reverse=True)
+  assert order.index("h.mlp.c_fc.w") < order.index("wte") < order.index("wpe") < order.index("ln_f.b")
+
+
+@pytest.mark.parametrize(("zero", "absent"), [(None, None), ("ln_f.g", None), ("h.0.mlp.c_fc.b", "h.0.mlp.c_fc.b")])
+def test_the_digest_is_sha256_of_the_float32_values(zero, absent, five):
+  """By a second hand; a bias of zeros counts as none, a gain of zeros counts."""
+  sha, read = hashlib.sha256(), lambda name: five.read(name) * np.float32(name != zero)
+  for name in sorted(set(names.shapes(FIVE)) - {absent}):
+    sha.update(f"{name} {list(names.shapes(FIVE)[name])}\n".encode() + read(name).astype("<f4").tobytes())
+  assert digest(dataclasses.replace(five, read=read)) == sha.hexdigest()
+
+
+def test_one_changed_value_changes_the_digest(five):
+  for changed in ("wte", "h.1.attn.c_attn.b", "ln_f.g"):
+    other = {changed: np.nextafter(five.read(changed), np.float32(9))}
+    assert digest(dataclasses.replace(five, read=lambda name, o=other: o.get(name, five.read(name)))) != digest(five)
+  swapped = {"h.0.ln_1.g": "h.1.ln_1.g", "h.1.ln_1.g": "h.0.ln_1.g"}
+  assert digest(dataclasses.replace(five, read=lambda name: five.read(swapped.get(name, name)))) != digest(five)
+
+
+def test_zero_biases_count_as_none(five):
+  without = dataclasses.replace(five, config=dataclasses.replace(FIVE, use_bias=False))
+  zeros = dataclasses.replace(five, read=lambda name: five.read(name) * (0.0 if name.endswith(".b") else 1.0))
+  assert digest(without) == digest(zeros) != digest(five)
+
+
+def test_rounded_is_what_a_file_of_that_dtype_holds(five):
+  torch = pytest.importorskip("torch")
+  for dtype in ("float16", "bfloat16"):
+    x = five.read("wpe")
+    expected = torch.from_numpy(x).to(getattr(torch, dtype)).float().numpy()
+    np.testing.assert_array_equal(rounded(five, dtype).read("wpe").astype(np.float32), expected)

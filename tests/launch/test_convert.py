@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command as it is typed. What each format refuses stands in tests/convert; here, how that looks from outside."""
+
+import json
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gpt2_jax import pretrained
+from gpt2_jax.convert import llmc
+from gpt2_jax.convert.weights import digest, from_model
+from gpt2_jax.model import ModelConfig
+from gpt2_jax.tokenizer import Characters
+
+ROOT = pathlib.Path(__file__).parents[2]
+SCRIPT = str(ROOT / "launch" / "convert.py")
+LETTERS = Characters("".join(map(chr, range(32, 127))))
+# Runs many command lines in one process, for starting one takes seconds.
+MANY = """
+import contextlib, io, json, sys
+from launch import convert, shell
+for flags in json.loads(sys.argv.pop()):
+  sys.argv, out, err, code = ["convert.py", *flags], io.StringIO(), io.StringIO(), 0
+  shell.flags.FLAGS.unparse_flags()
+  for name in convert.flags.FLAGS.flags_by_module_dict()["launch.convert"]:
+    name.value, name.present = name.default, 0
+  try:
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+      shell.run(convert.main)
+  except SystemExit as exit:
+    code = exit.code
+  print(json.dumps([code or 0, out.getvalue(), err.getvalue()]))
+"""
+
+
+def environment() -> dict[str, str]:
+  usual = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHONPATH", "HF_"))}
+  return usual | {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
+
+
+def run(*flags: str, cwd: pathlib.Path = ROOT) -> tuple[int, str, str]:
+  job = subprocess.run(
+    [sys.executable, SCRIPT, *flags], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=100
+  )
+  return job.returncode, job.stdout, job.stderr
+
+
+def run_many(lines: list[list[str]], cwd: pathlib.Path, first: str = "") -> list[tuple[int, str, str]]:
+  """Exit status, stdout and stderr of each command line; `first` is code that goes before them."""
+  job = subprocess.run(
+    [sys.executable, "-c", first + MANY, json.dumps(lines)],
+    cwd=cwd,
+    env=environment() | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=100,
+  )
+  assert job.returncode == 0, job.stderr
+  return [tuple(json.loads(line)) for line in job.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def weights(mesh, parameters, place):
+  config = ModelConfig(131, 16, 16, 4, 2)
+  with mesh(1, 1, 1):
+    return from_model(place(config, parameters(config)), LETTERS)
+
+
+@pytest.fixture
+def folder(weights, tmp_path):
+  """Hugging Face's folder of a random model, in a folder to work in."""
+  pretrained.write(weights, str(tmp_path / "theirs"), "hf")
+  return tmp_path / "theirs"
+
+
+def tree(path: pathlib.Path) -> list[str]:
+  return sorted(str(file.relative_to(path)) for file in path.rglob("*"))
+
+
+def test_converting_proves_what_it_wrote(folder, weights, tmp_path):
+  """Also to a folder called gpt2, which as a name would be the Hub's."""
+  sha256 = digest(weights)
+  code, out, err = run("--from=theirs", "--to=gpt2", cwd=tmp_path)
+  assert (code, err) == (0, "")
+  assert out.splitlines() == [
+    "theirs (Hugging Face) -> gpt2 (hf, float32)",
+    f"weights sha256 {sha256}: read back, the same",
+  ]
+  again = [["--from=theirs", f"--to=new/{form}", f"--format={form}"] for form in ("orbax", "llmc")]
+  again += [["--from=theirs", "--to=half", "--dtype=bfloat16"], ["--from=half", "--to=whole"]]
+  for code, out, err in run_many(again, tmp_path):
+    assert (code, err) == (0, "") and "read back, the same" in out
+  assert digest(pretrained.open_weights(str(tmp_path / "new/orbax"))) == sha256
+  assert digest(llmc.read(tmp_path / "new/llmc")) == sha256
+  assert digest(pretrained.open_weights(str(tmp_path / "whole"))) != sha256
+
+
+# A disk that keeps other bytes than it was given.
+BAD_DISK = """
+from gpt2_jax.convert import hf
+save = hf.save_file
+hf.save_file = lambda tensors, *args, **kwargs: save({k: x * 1.0001 for k, x in tensors.items()}, *args, **kwargs)
+"""
+
+
+def test_what_reads_back_otherwise_is_an_error(folder, tmp_path):
+  [(code, out, err)] = run_many([["--from=theirs", "--to=to"]], tmp_path, BAD_DISK)
+  assert (code, out, err.count("\n")) == (2, "", 1)
+  assert err.startswith("error: to was written, but reads back as other weights")
+
+
+def test_a_certificate(folder, weights, tmp_path):
+  """Status 0 and the file where they are one model, status 1 and the file where they are not."""
+  moved = np.array(weights.read("h.1.mlp.c_fc.w"))
+  moved[0, 0] += 1e-2
+  other = {"h.1.mlp.c_fc.w": moved}
+  changed = type(weights)(weights.config, lambda name: other.get(name, weights.read(name)), LETTERS, "a test")
+  pretrained.write(changed, str(tmp_path / "changed"), "hf")
+  pretrained.write(weights, str(tmp_path / "model.bin"), "llmc")
+  (tmp_path / "text").write_text("Some text of two windows, or so.")
+  code, out, err = run("--verify=theirs", "--against=changed", cwd=tmp_path)
+  assert (code, err) == (1, "") and "verdict         NOT the same model" in out
+  found = json.loads((tmp_path / "certificate.json").read_text())
+  assert not found["same_model"] and found["a"]["sha256"] == digest(weights) != found["b"]["sha256"]
+  lines = [
+    ["--verify=theirs", "--against=model.bin", "--text=text", "--out=text.json"],
+    ["--verify=theirs", "--against=changed", "--tolerance=10", "--out=loose.json"],
+    ["--verify=theirs", "--against=model.bin"],
+  ]
+  same, loose, taken = run_many(lines, tmp_path)
+  assert same[0] == 0 and "verdict         the same model" in same[1] and "written to text.json" in same[1]
+  found = json.loads((tmp_path / "text.json").read_text())
+  assert found["same_weights"] and found["max_abs_logit_difference"] == 0 and found["a"]["tokens"] == 31
+  assert loose[0] == 0 and not json.loads((tmp_path / "loose.json").read_text())["same_weights"]
+  assert taken[0] == 2 and taken[2] == "error: certificate.json is there already; take another --out, or move it away\n"
+
+
+class Payload:
+  def __init__(self, path):
+    self.path = str(path)
+
+  def __reduce__(self):
+    return open, (self.path, "w")
+
+
+def test_code_in_a_pickle_is_not_run(folder, tmp_path):
+  torch = pytest.importorskip("torch")
+  (folder / "model.safetensors").unlink()
+  torch.save({"wte.weight": Payload(tmp_path / "the-code-ran")}, folder / "pytorch_model.bin")
+  before = tree(tmp_path)
+  code, out, err = run("--from=theirs", "--to=to", cwd=tmp_path)
+  assert (code, out, err.count("\n")) == (2, "", 1)
+  assert err.startswith("error: ") and "pytorch_model.bin is refused" in err
+  assert tree(tmp_path) == before
+  with open(folder / "pytorch_model.bin", "wb") as file:
+    pickle.dump(Payload(tmp_path / "the-code-ran"), file)
+  (tmp_path / "theirs.pt").write_bytes((folder / "pytorch_model.bin").read_bytes())
+  before = tree(tmp_path)
+  for code, out, err in run_many([[f"--from={name}", "--to=to"] for name in ("theirs", "theirs.pt")], tmp_path):
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: ")
+  assert tree(tmp_path) == before
+
+
+@pytest.fixture
+def damaged(folder):
+  """Beside `folder`: checkpoints that are none, each in its own way."""
+  root, whole = folder.parent, (folder / "model.safetensors").read_bytes()
+  config = json.loads((folder / "config.json").read_text())
+
+  def copy(name, weights=whole, **changes):
+    (root / name).mkdir()
+    (root / name / "config.json").write_text(json.dumps(config | changes))
+    (root / name / "model.safetensors").write_bytes(weights)
+
+  copy("cut", whole[: len(whole) // 2])
+  copy("garbage", os.urandom(5000))
+  copy("llama", model_type="llama")
+  copy("odd", n_layer="two", n_head=-1)
+  copy("deep", n_layer=4)
+  copy("outside")
+  (root / "outside" / "model.safetensors").unlink()
+  index = {"weight_map": {"wte.weight": "../theirs/model.safetensors"}}
+  (root / "outside" / "model.safetensors.index.json").write_text(json.dumps(index))
+  copy("words")
+  (root / "words" / "tokenizer.json").write_text("{")
+  (root / "v1.bin").write_bytes(np.array([20240326, 1] + [0] * 254, "<i4").tobytes())
+  (root / "cut.bin").write_bytes(np.array([20240326, 3, 16, 131, 2, 4, 16, 256], "<i4").tobytes())
+  (root / "openai").mkdir()
+  (root / "openai" / "model.ckpt.index").write_text("x")
+  (root / "file").write_text("mine")
+
+
+CASES = [
+  (["--from=cut"], "is no whole safetensors file"),
+  (["--from=garbage"], "is no whole safetensors file"),
+  (["--from=llama"], "holds a model of type 'llama'"),
+  (["--from=odd"], "n_head is '-1', n_layer is 'two'"),
+  (["--from=deep"], "missing: h.2-3.ln_1.weight"),
+  (["--from=outside"], "some outside of its folder"),
+  (["--from=words"], "the vocabulary in words is damaged"),
+  (["--from=v1.bin"], "llm.c's version 1"),
+  (["--from=cut.bin"], "fetch it again"),
+  (["--from=openai"], "hparams.json is not there"),
+  (["--from=file"], "file is no GPT-2 checkpoint"),
+  (["--from=./gone"], "gone is not there"),
+  (["--from=theirs", "--to=file"], "file is there already; take another --to"),
+  (["--from=theirs", "--to=cut"], "cut is there already"),
+  (["--from=theirs", "--to=file/to"], "file"),
+  (["--from=theirs", "--to=/proc/to"], "/proc"),
+  (["--from=theirs", "--to="], "--from wants a --to"),
+  (["--from=theirs", "--format=openai"], "should be one of <hf|orbax|nanogpt|llmc>"),
+  (["--from=theirs", "--format=nanogpt"], "nanoGPT computes the erf one"),
+  (["--from=theirs", "--format=llmc", "--dtype=float16"], "llm.c has no float16"),
+  (["--from=theirs", "--format=orbax", "--dtype=bfloat16"], "float32, not bfloat16"),
+  (["--from=owner/model"], "cannot be had from the Hub"),
+  (["--from=theirs", "--verify=theirs"], "give --from=... --to=... to convert, or --verify"),
+  (["--verify=theirs"], "wants either --against=CHECKPOINT or --logits=FILE"),
+  (["--verify=theirs", "--logits=file"], "file is no .npz file"),
+  (["--verify=theirs", "--against=theirs", "--text=gone"], "gone"),
+  (["--verify=theirs", "--against=cut"], "is no whole safetensors file"),
+]
+
+
+def test_what_cannot_be_is_one_line_status_2_and_nothing_written(damaged, tmp_path):
+  pytest.importorskip("torch")  # for nanoGPT's case
+  before = tree(tmp_path)
+  lines = [
+    flags if any(x.startswith(("--to", "--verify")) for x in flags) else [*flags, "--to=to"] for flags, _ in CASES
+  ]
+  for (flags, message), (code, out, err) in zip(CASES, run_many(lines, tmp_path), strict=True):
+    assert (code, out, err.count("\n")) == (2, "", 1), (flags, err)
+    assert err.startswith("error: ") and message in err, (flags, err)
+  assert tree(tmp_path) == before

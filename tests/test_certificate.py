@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from gpt2_jax import certificate, pretrained
+from gpt2_jax.certificate import Side
+from gpt2_jax.convert.weights import from_model
+from gpt2_jax.model import ModelConfig
+from gpt2_jax.tokenizer import Characters
+
+CONFIG = ModelConfig(131, 16, 16, 4, 2)
+LETTERS = Characters("".join(map(chr, range(32, 127))))
+
+
+@pytest.fixture(scope="module")
+def folder(mesh, parameters, place, tmp_path_factory):
+  """folder(name, changes, config): Hugging Face's folder of a random model, single values of it changed."""
+  root, arrays = tmp_path_factory.mktemp("models"), parameters(CONFIG)
+
+  def make(name, changes=(), config=CONFIG):
+    with mesh(1, 1, 1):
+      weights = from_model(place(config, arrays), LETTERS)
+    moved = {key: np.array(weights.read(key)) for key, _ in changes}
+    for key, by in changes:
+      moved[key].flat[0] += by
+    changed = dataclasses.replace(weights, read=lambda key: moved.get(key, weights.read(key)))
+    pretrained.write(changed, str(root / name), "hf")
+    return str(root / name)
+
+  return make
+
+
+@pytest.fixture(scope="module")
+def same(folder):
+  return folder("same")
+
+
+def table(logits: np.ndarray, config=CONFIG) -> Side:
+  """A side whose forward pass says `logits` [N, T, V], a row after the other."""
+  rows = iter(logits)
+  return Side("a table", config, None, lambda: lambda tokens_BT: np.stack([next(rows) for _ in tokens_BT]))
+
+
+def softmax(x):
+  x = np.exp(x.astype(np.longdouble))
+  return x / x.sum(-1, keepdims=True)
+
+
+def test_figures_are_their_formulas():
+  """KL(A || B), agreement, the largest difference and the loss, from the definitions in extended precision."""
+  rng = np.random.default_rng(0)
+  x, y = (rng.normal(size=(3, 16, 131)).astype(np.float32) * 3 for _ in range(2))
+  inputs, labels = rng.integers(0, 131, (2, 3, 16))
+  labels[2, 5:] = -1
+  found = certificate.certify(table(x), table(y), inputs, labels, 1e-4, rows=2)
+  p, q = softmax(x), softmax(y)
+  kl = (p * np.log(p / q)).sum(-1)
+  assert found["kl_nats_mean"] == pytest.approx(float(kl.mean()), rel=1e-9)
+  assert found["kl_nats_max"] == pytest.approx(float(kl.max()), rel=1e-9)
+  assert found["greedy_agreement"] == np.mean(x.argmax(-1) == y.argmax(-1))
+  assert found["max_abs_logit_difference"] == np.abs(x - y).max()
+  assert found["positions"] == 48 and found["same_weights"] is None and not found["same_model"]
+  for letter, probabilities in (("a", p), ("b", q)):
+    kept = [probabilities[i, j, labels[i, j]] for i in range(3) for j in range(16) if labels[i, j] >= 0]
+    assert found[letter]["loss_nats"] == pytest.approx(float(-np.log(kept).mean()), rel=1e-9)
+    assert found[letter]["tokens"] == 37
+
+
+def test_logits_are_kept_of_the_first_windows_and_losses_of_all():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(7, 16, 131)).astype(np.float32)
+  labels = rng.integers(0, 131, (7, 16))
+  for rows in (1, 3, 7):
+    found = certificate.measure(table(x), labels, labels, rows)
+    np.testing.assert_array_equal(found.logits_NTV, x[: certificate.KEPT])
+    assert found.tokens == 7 * 16
+    assert found.nats == pytest.approx(-np.log(np.take_along_axis(softmax(x), labels[..., None], -1)).sum().item())
+
+
+def test_the_tolerance_decides():
+  x, tokens = np.zeros((1, 4, 131), np.float32), np.zeros((1, 4), np.int32)
+  for delta, tolerance, expected in ((1e-3, 1e-4, False), (1e-3, 0.1, True), (np.nan, 1.0, False)):
+    y = x.copy()
+    y[0, 3, 7] = delta
+    assert certificate.certify(table(x), table(y), tokens, tokens, tolerance)["same_model"] is expected
+
+
+def test_windows_predict_every_token_but_the_first_once():
+  for length, T in ((2, 16), (17, 16), (18, 16), (100, 7), (33, 16)):
+    tokens = np.arange(1, length + 1)
+    inputs, labels = certificate.windows(tokens, T)
+    assert inputs.shape == labels.shape == (math.ceil((length - 1) / T), T)
+    assert labels[labels >= 0].tolist() == tokens[1:].tolist()
+    assert (inputs[labels >= 0] + 1 == labels[labels >= 0]).all()
+
+
+def test_the_same_model_is_the_same(mesh, same):
+  with mesh(1, 1, 1):
+    sides = certificate.ours(same), certificate.ours(same)
+    found = certificate.certify(*sides, *certificate.random_windows(131, 16), 1e-4)
+  assert found["same_model"] and found["same_weights"] and found["config_differences"] == {}
+  assert (found["max_abs_logit_difference"], found["kl_nats_max"], found["greedy_agreement"]) == (0, 0, 1)
+  assert found["a"]["sha256"] == found["b"]["sha256"] and found["a"] == found["b"]
+  assert found["a"]["parameters"] == sum(math.prod(x) for x in certificate.names.shapes(CONFIG).values())
+  assert json.loads(json.dumps(found)) == found
+  text = certificate.table(found)
+  assert "weights         identical" in text and "verdict         the same model" in text
+
+
+def test_one_changed_weight_is_another_model(mesh, same, folder):
+  other = folder("changed", [("h.1.mlp.c_fc.w", 1e-3)])
+  with mesh(1, 1, 1):
+    found = certificate.certify(
+      certificate.ours(same), certificate.ours(other), *certificate.random_windows(131, 16), 1e-5
+    )
+  assert not found["same_model"] and found["same_weights"] is False
+  assert found["a"]["sha256"] != found["b"]["sha256"] and found["kl_nats_mean"] > 0
+  text = certificate.table(found)
+  assert "weights         differ" in text and "verdict         NOT the same model" in text
+
+
+def test_another_config_is_listed(mesh, same, folder):
+  other = folder("erf", config=dataclasses.replace(CONFIG, gelu="erf", attn_pdrop=0.1))
+  with mesh(1, 1, 1):
+    found = certificate.certify(
+      certificate.ours(same), certificate.ours(other), *certificate.random_windows(131, 16), 1e-4
+    )
+  assert found["config_differences"] == {"gelu": ["tanh", "erf"], "attn_pdrop": [0.0, 0.1]}
+  assert not found["same_model"] and found["same_weights"]
+  assert "config          gelu: tanh | erf" in certificate.table(found)
+
+
+def test_transformers_is_the_oracle(mesh, folder):
+  """Without the dropout that the config has for training."""
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  same = folder("dropout", config=dataclasses.replace(CONFIG, embd_pdrop=0.5, attn_pdrop=0.5, resid_pdrop=0.5))
+  text = "A text of a few windows, the last of them not full."
+  windows = certificate.text_windows(text, LETTERS, 16)
+  with mesh(1, 1, 1):
+    found = certificate.certify(certificate.ours(same), certificate.transformers(same), *windows, 1e-4)
+  assert found["same_model"] and found["same_weights"] and found["max_abs_logit_difference"] > 0
+  assert "transformers' forward" in found["b"]["source"]
+  tokens = torch.tensor(LETTERS.encode(text))
+  model, nats = transformers.GPT2LMHeadModel.from_pretrained(same), 0.0
+  for start in range(0, len(tokens) - 1, 16):
+    inputs, labels = tokens[start : start + 16], tokens[start + 1 : start + 17]
+    logits = model(inputs[None, : len(labels)]).logits[0]
+    nats += torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum").item()
+  assert found["a"]["tokens"] == found["b"]["tokens"] == len(tokens) - 1
+  for letter in "ab":
+    assert found[letter]["loss_nats"] == pytest.approx(nats / (len(tokens) - 1), abs=1e-5)
+  broken = folder("broken", [("h.0.attn.c_attn.b", 0.5)])
+  with mesh(1, 1, 1):
+    found = certificate.certify(certificate.ours(broken), certificate.transformers(same), *windows, 1e-4)
+  assert not found["same_model"]
+
+
+def test_recorded_logits(mesh, same, tmp_path):
+  with mesh(1, 1, 1):
+    side = certificate.ours(same)
+    tokens = np.random.default_rng(0).integers(0, 131, (6, 16))
+    logits = certificate.forward(pretrained.load_pretrained(same)[0])(tokens)
+    np.savez(tmp_path / "right.npz", tokens=tokens, logits=logits)
+    np.savez(tmp_path / "wrong.npz", tokens=tokens, logits=np.roll(logits, 1, axis=1))
+    for name, expected in (("right", True), ("wrong", False)):
+      other, windows = certificate.recorded(str(tmp_path / f"{name}.npz"), side.config)
+      found = certificate.certify(side, other, *windows, 1e-4)
+      assert found["same_model"] is expected and found["same_weights"] is None
+      assert found["a"]["tokens"] == 6 * 15
+      assert (abs(found["a"]["loss_nats"] - found["b"]["loss_nats"]) < 1e-6) is expected
+  assert found["b"]["sha256"] is None and "not known" in certificate.table(found)
+
+
+def test_other_recordings_are_one_line(tmp_path):
+  good = {"tokens": np.zeros((2, 4), np.int32), "logits": np.zeros((2, 4, 131), np.float32)}
+  cases = [
+    {"tokens": good["tokens"]},
+    good | {"logits": good["logits"][..., :130]},
+    {"tokens": good["tokens"][0], "logits": good["logits"][0]},
+    {"tokens": good["tokens"][:, :1], "logits": good["logits"][:, :1]},
+    good | {"tokens": np.array([{"an": "object"}])},
+  ]
+  for n, arrays in enumerate(cases):
+    np.savez(tmp_path / f"{n}.npz", **arrays)
+  np.savez(tmp_path / "cut.npz", **good)
+  (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:700])
+  np.save(tmp_path / "single.npy", good["tokens"])
+  (tmp_path / "empty.npz").write_bytes(b"")
+  for name in [*(f"{n}.npz" for n in range(len(cases))), "cut.npz", "single.npy", "empty.npz"]:
+    with pytest.raises(ValueError, match=name) as error:
+      certificate.recorded(str(tmp_path / name), CONFIG)
+    assert "\n" not in str(error.value), name
+  with pytest.raises(FileNotFoundError):
+    certificate.recorded(str(tmp_path / "gone.npz"), CONFIG)
+
+
+def test_a_text_wants_a_tokenizer_and_two_tokens():
+  with pytest.raises(ValueError, match="no tokenizer to read the text with"):
+    certificate.text_windows("text", None, 16)
+  with pytest.raises(ValueError, match="fewer than two tokens"):
+    certificate.text_windows("a", LETTERS, 16)

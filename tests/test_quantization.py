@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from gpt2_jax.decoding import generate, ready
+from gpt2_jax.linear import Int8
+from gpt2_jax.model import ModelConfig
+from gpt2_jax.quantization import quantize
+
+# 5 heads, which a model axis of 2 pads to 6; the vocabulary is padded to 128
+TINY = ModelConfig(n_vocab=97, n_ctx=64, n_embd=40, n_head=5, n_layer=2, dtype="float32", pad_heads=True)
+MESHES = [(1, 1, 1), (1, 4, 2), (2, 2, 2)]
+
+
+def rounded(name: str, array: np.ndarray) -> np.ndarray:
+  """What 127 steps each way leave of a matrix: of each output of a Linear, of each row of the embedding."""
+  if name != "wte" and not name.endswith(".w"):
+    return array
+  axis = -1 if name == "wte" else -2
+  array = array.astype(np.float32).astype(np.float64)
+  step = np.abs(array).max(axis, keepdims=True) / 127
+  return np.round(array / step) * step
+
+
+@pytest.fixture(scope="module")
+def weights(parameters):
+  return parameters(TINY)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokens):
+  return [row[:length].tolist() for row, length in zip(tokens(3, 40, 97), (3, 17, 40), strict=True)]
+
+
+def forward(model, tokens_BT):
+  with jax.set_mesh(model.mesh):
+    return np.array(jax.jit(lambda model, tokens: model(tokens))(model, tokens_BT))[..., : TINY.n_vocab]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_a_quantized_model_is_the_model_of_the_rounded_weights(sizes, mesh, weights, place, tokens, prompts):
+  """The logits of many rows and of few, and what is decoded."""
+  with mesh(*sizes):
+    model = quantize(place(TINY, weights))
+    expected = place(TINY, {name: rounded(name, array) for name, array in weights.items()})
+    for length in (1, 24):
+      ids = tokens(8, length, 97)[: None if length == 24 or sizes != (1, 1, 1) else 1]
+      logits = forward(expected, ids)
+      np.testing.assert_allclose(forward(model, ids), logits, atol=1e-5 * np.abs(logits).max(), rtol=0)
+    assert np.abs(logits - forward(place(TINY, weights), ids)).max() > 1e-3  # the rounding is there to be seen
+    for some in (prompts, prompts[:1]):
+      assert generate(model, some, 12) == generate(expected, some, 12)
+
+
+def test_bfloat16_is_as_near_as_without(mesh, weights, place, tokens):
+  """To the exact logits: the rounding of activations to bfloat16 is all there is."""
+  weights = {name: rounded(name, array) for name, array in weights.items()}
+  ids = tokens(1, 24, 97)
+  with mesh(1, 1, 1):
+    exact = forward(place(TINY, weights), ids)
+    model = place(dataclasses.replace(TINY, dtype="bfloat16"), weights)
+    plain, int8 = (np.sqrt(np.square(forward(model, ids) - exact).mean()) for model in (model, quantize(model)))
+  assert int8 < 1.1 * plain
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_matrices_are_int8_split_as_they_were_and_padding_stays_zero(sizes, mesh, weights, place):
+  with mesh(*sizes):
+    before = place(TINY, weights)
+    for model in (quantize(before), ready(quantize(before)).model):
+      found = [leaf for leaf in jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, Int8)) if isinstance(leaf, Int8)]
+      assert len(found) == 5
+      assert all(leaf.ndim < 3 for leaf in jax.tree.leaves(model) if leaf.dtype == jnp.float32)
+    model = quantize(before)
+    assert model.wte[...].q_OI.sharding == before.wte[...].sharding
+    assert model.h.mlp.c_fc.w[...].q_OI.sharding.spec == P(None, "model", "data")
+    assert not jax.device_get(model.wte[...].q_OI)[97:].any()
+    assert not jax.device_get(model.h.attn.c_proj.w[...].q_OI)[..., 40:].any()
+    assert all(np.isfinite(jax.device_get(leaf)).all() for leaf in jax.tree.leaves(model))
+
+
+def test_quantizing_twice_and_training_are_refused(mesh, weights, place, tokens):
+  with mesh(1, 1, 1):
+    model = quantize(place(TINY, weights))
+    with pytest.raises(ValueError, match="quantized already; give the float32 one"):
+      quantize(model)
+    with pytest.raises(TypeError, match="int8"):
+      jax.grad(lambda model: model(tokens(1, 4, 97)).max())(model)
