@@ -72,10 +72,11 @@ def test_bfloat16_is_as_near_as_without(mesh, weights, place, tokens):
 def test_matrices_are_int8_split_as_they_were_and_padding_stays_zero(sizes, mesh, weights, place):
   with mesh(*sizes):
     before = place(TINY, weights)
-    for model in (quantize(before), ready(quantize(before)).model):
-      found = [leaf for leaf in jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, Int8)) if isinstance(leaf, Int8)]
-      assert len(found) == 5
-      assert all(leaf.ndim < 3 for leaf in jax.tree.leaves(model) if leaf.dtype == jnp.float32)
+    for tree, count in ((quantize(before), 5), (ready(quantize(before)), 1 + 4 * TINY.n_layer)):
+      found = [leaf for leaf in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Int8)) if isinstance(leaf, Int8)]
+      assert len(found) == count
+      floats = [leaf for leaf in jax.tree.leaves(tree) if leaf.dtype == jnp.float32]
+      assert sum(leaf.size for leaf in floats) < sum(leaf.q_OI.size for leaf in found) / 2, "matrices are int8"
     model = quantize(before)
     assert model.wte[...].q_OI.sharding == before.wte[...].sharding
     assert model.h.mlp.c_fc.w[...].q_OI.sharding.spec == P(None, "model", "data")

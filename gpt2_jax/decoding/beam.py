@@ -131,7 +131,7 @@ def _search(decoder: Decoder, tokens_BT, lengths_B, n_new: int, W: int, rule: Ru
   model = decoder.model
   B, T = tokens_BT.shape
   S = T + (n_new - 1) * W  # the last token is never read
-  x_BTD, caches = prefill(model, tokens_BT, S)
+  x_BTD, caches = prefill(decoder, tokens_BT, S)
   last_B1D = jnp.take_along_axis(x_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
 
   def choose(n, x_BWD, state):

@@ -19,9 +19,9 @@ BUCKET = 32  # lengths are padded to a multiple, so that few shapes are compiled
 
 
 class Decoder(NamedTuple):
-  """A GPT-2 made ready to decode: matrices in the compute dtype, gathered over `data`, and the layers apart as well."""
+  """A GPT-2 made ready to decode: matrices in the compute dtype, gathered over `data`, and the layers apart."""
 
-  model: GPT2
+  model: GPT2  # without its `h`
   blocks: list[Block]
 
   @property
@@ -46,7 +46,9 @@ def _ready(model: GPT2) -> Decoder:
     return jax.tree.map(lambda x: whole(x if x.dtype == jnp.int8 else x.astype(dtype)) if x.ndim == 3 else x, node)
 
   model = jax.tree.map(cast, model, is_leaf=lambda node: isinstance(node, Linear))
-  return Decoder(model, [jax.tree.map(lambda x, i=i: x[i], model.h) for i in range(model.config.n_layer)])
+  blocks = [jax.tree.map(lambda x, i=i: x[i], model.h) for i in range(model.config.n_layer)]
+  model.h = None
+  return Decoder(model, blocks)
 
 
 def apply_block(block, x_BTD, attention):
@@ -56,21 +58,35 @@ def apply_block(block, x_BTD, attention):
   return x_BTD + block.mlp(block.ln_2(x_BTD)), memory
 
 
-def prefill(model: GPT2, tokens_BT, size: int):
+def prefill(decoder: Decoder, tokens_BT, size: int):
   """The normed output at every position of the prompts and, a layer, keys and values [B, H, size, K]."""
 
   def attention(q, k, v):
     room = ((0, 0), (0, 0), (0, size - tokens_BT.shape[1]), (0, 0))
     return causal_attention(q, k, v), tuple(jnp.pad(jnp.swapaxes(x_BTHK, 1, 2), room) for x_BTHK in (k, v))
 
-  x_BTD, memory = jax.lax.scan(lambda x, block: apply_block(block, x, attention), model.embed(tokens_BT), model.h)
-  caches = [jax.tree.map(lambda x, layer=layer: x[layer], memory) for layer in range(model.config.n_layer)]
-  return model.ln_f(x_BTD), caches
+  x_BTD, caches = decoder.model.embed(tokens_BT), []
+  for block in decoder.blocks:
+    x_BTD, memory = apply_block(block, x_BTD, attention)
+    caches.append(memory)
+  return decoder.model.ln_f(x_BTD), caches
 
 
 def in_slots(slot):
   """How `decode` writes where all rows have their slots in common, from `slot` on: a copy of a few bytes."""
-  return lambda old_BHSK, new_BHTK: jax.lax.dynamic_update_slice_in_dim(old_BHSK, new_BHTK, slot, 2)
+
+  def plainly(old_BHSK, new_BHTK):
+    return jax.lax.dynamic_update_slice_in_dim(old_BHSK, new_BHTK, slot, 2)
+
+  def apart(old_BHSK, new_BHTK):
+    """XLA's CPU backend would fuse the write with what reads it, and copy the whole cache for that: a condition that
+    always holds keeps them apart. Integers, because a bfloat16 write would go through float32."""
+    bits = jnp.uint16 if old_BHSK.dtype == jnp.bfloat16 else jnp.uint32
+    old, new = (jax.lax.bitcast_convert_type(x, bits) for x in (old_BHSK, new_BHTK))
+    written = jax.lax.cond(slot >= 0, plainly, lambda old, new: old, old, new)
+    return jax.lax.bitcast_convert_type(written, old_BHSK.dtype)
+
+  return lambda old_BHSK, new_BHTK: jax.lax.platform_dependent(old_BHSK, new_BHTK, cpu=apart, default=plainly)
 
 
 def decode(decoder: Decoder, tokens_BT, positions_BT, seen_BTS, caches, write):

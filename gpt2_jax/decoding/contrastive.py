@@ -57,7 +57,7 @@ def _search(decoder: Decoder, tokens_BT, lengths_B, n_new: int, C: int, alpha, e
   model = decoder.model
   B, T = tokens_BT.shape
   S = T + n_new  # tokens that are kept; the candidates for the last of them need C - 1 slots more
-  x_BTD, caches = prefill(model, tokens_BT, S + C - 1)
+  x_BTD, caches = prefill(decoder, tokens_BT, S + C - 1)
   x_B1D = jnp.take_along_axis(x_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
   units_BSD = jnp.pad(_unit(x_BTD), ((0, 0), (0, n_new), (0, 0)))
   slots_S = jnp.arange(S + C - 1)

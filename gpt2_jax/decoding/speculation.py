@@ -202,8 +202,8 @@ def _speculate(target: Decoder, draft: Decoder, tokens_BT, lengths_B, seed, eot,
     done_B |= jnp.any((new_BT == eot) & (jnp.arange(n + 1) <= stand_B[:, None]), axis=1) | (end_B == prompt_B + n_new)
     return rows, done_B, caches, draft_caches, proposed, accepted, passes + 1
 
-  x_BTD, caches = prefill(target.model, tokens_BT, width + room)
-  _, draft_caches = prefill(draft.model, tokens_BT, width + room)
+  x_BTD, caches = prefill(target, tokens_BT, width + room)
+  _, draft_caches = prefill(draft, tokens_BT, width + room)
   rows = Rows(jnp.pad(tokens_BT, ((0, 0), (0, room))), prompt_B, prompt_B)
   x_B1D = jnp.take_along_axis(x_BTD, prompt_B[:, None, None] - 1, axis=1)
   p_BV = rows.distributions(target, x_B1D, sampler)[:, 0]

@@ -183,7 +183,7 @@ def _read(decoder, tokens_BW, first_B, length_B, slot, sizes: tuple[int, int], w
   held_B1 = (length_B - 1 - forgotten_B)[:, None]
   column_BT = first_B[:, None] + jnp.arange(T) + jnp.where(jnp.arange(T) < keep, 0, forgotten_B[:, None])
   context_BT = jnp.take_along_axis(tokens_BW, jnp.minimum(column_BT, tokens_BW.shape[1] - 1), axis=1)
-  caches = prefill(decoder.model, context_BT, S)[1]
+  caches = prefill(decoder, context_BT, S)[1]
   position_BS = jnp.arange(S) + jnp.zeros_like(held_B1)
   if window is not None:
     position_BS = (position_BS - slot + held_B1) % S
