@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPT-2 in JAX and Flax, TPU first. In reading order:
+"""GPT-2 in JAX and Flax, TPU first. In three lines:
 
 import gpt2_jax
 model, tokenizer = gpt2_jax.load_pretrained("gpt2")  # or a path: any format, or the workdir of a run

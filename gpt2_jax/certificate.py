@@ -127,7 +127,7 @@ def measure(side: Side, inputs_NT: np.ndarray, labels_NT: np.ndarray, rows: int 
 
 
 def certify(a: Side, b: Side, inputs_NT: np.ndarray, labels_NT: np.ndarray, tolerance: float, rows: int = 1) -> dict:
-  """What the two sides say to the same windows, one side in memory at a time; see README for the entries."""
+  """What the two sides say to the same windows, one side in memory at a time; `table` puts it in words."""
   found = []
   for side in (a, b):
     found.append(measure(side, inputs_NT, labels_NT, rows))

@@ -22,8 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from gpt2_jax.model import GPT2, ModelConfig
-from gpt2_jax.optimizer import name_of
+from gpt2_jax.model import GPT2, ModelConfig, name_of
 from gpt2_jax.sharding import concrete
 from gpt2_jax.tokenizer import from_json
 

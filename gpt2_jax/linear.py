@@ -103,7 +103,7 @@ def dot_int8(x_RI, q_OI, out_sharding: P):
     y_RO, *lower = [y_NO[rows * i : rows * (i + 1)].astype(jnp.float32) / 254**i for i in range(n)]
     return sum(lower, y_RO) * unit_R1
 
-  few = rows * n <= 32 and axis_size(*ROWS) == 1  # eight rows of float32; at 32 a converted copy is as fast
+  few = rows * n <= 32 and axis_size(*ROWS) == 1  # up to 10 of float32; at 32 a copy is as fast
   return jax.lax.platform_dependent(x_RI, q_OI, cpu=by_digits if few else converted, default=as_it_is_read)
 
 

@@ -92,6 +92,11 @@ def model_config(size: str) -> ModelConfig:
   return SIZES[names[size]]
 
 
+def name_of(path) -> str:
+  """A leaf's name as OpenAI wrote it: `h.attn.c_attn.w`."""
+  return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
 def drop(x, rate: float, key):
   """Dropout; `key` None is evaluation."""
   if key is None or rate == 0.0:

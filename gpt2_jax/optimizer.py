@@ -4,12 +4,9 @@
 import jax
 import optax
 
+from gpt2_jax.model import name_of
+
 DECAYED = ("w", "wte", "wpe")  # matrices, by name: stacked over layers, a LayerNorm gain has two dimensions too
-
-
-def name_of(path) -> str:
-  """A leaf's name as OpenAI wrote it: `h.attn.c_attn.w`."""
-  return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def decayed(model):

@@ -7,12 +7,12 @@ import pathlib
 
 import jax
 
-from gpt2_jax import checkpoint
+from gpt2_jax.checkpoint import Checkpoints, load
 from gpt2_jax.convert import hf, hub, llmc, nanogpt, openai
 from gpt2_jax.convert.files import whole
 from gpt2_jax.convert.weights import Weights, from_model, rounded, to_model
 from gpt2_jax.model import GPT2
-from gpt2_jax.quantization import quantize as int8
+from gpt2_jax.quantization import quantize as quantized
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.tokenizer import Tokenizer
 
@@ -44,11 +44,11 @@ def load_pretrained(
   path = find(name_or_path, revision)
   if is_workdir(path):
     with jax.set_mesh(mesh):
-      model, tokenizer = checkpoint.load(str(path), step, dtype)
+      model, tokenizer = load(str(path), step, dtype)
   else:
     weights = _read(path)
     model, tokenizer = to_model(weights, mesh, dtype), weights.tokenizer
-  return (int8(model) if quantize else model), tokenizer
+  return (quantized(model) if quantize else model), tokenizer
 
 
 def _mesh_in_force() -> jax.sharding.Mesh:
@@ -90,7 +90,7 @@ def open_weights(name_or_path: str, revision: str | None = None) -> Weights:
   if not is_workdir(path):
     return _read(path)
   with jax.set_mesh(make_mesh(1, 1, 1, jax.devices()[:1])):
-    model, tokenizer = checkpoint.load(str(path), dtype="float32")
+    model, tokenizer = load(str(path), dtype="float32")
   return from_model(model, tokenizer, f"{path} (Orbax)")
 
 
@@ -130,6 +130,6 @@ def _write_workdir(weights: Weights, path: pathlib.Path) -> None:
   mesh = make_mesh(1, 1, 1, jax.devices()[:1])
   with whole(path) as folder, jax.set_mesh(mesh):
     os.mkdir(folder)
-    checkpoints = checkpoint.Checkpoints(str(folder))
+    checkpoints = Checkpoints(str(folder))
     checkpoints.save(0, {"model": to_model(weights, mesh, "float32")}, about)
     checkpoints.close()

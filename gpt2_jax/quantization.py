@@ -5,8 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_jax.linear import int8
-from gpt2_jax.model import GPT2
-from gpt2_jax.optimizer import name_of
+from gpt2_jax.model import GPT2, name_of
 
 
 def quantize(model: GPT2) -> GPT2:

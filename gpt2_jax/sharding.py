@@ -35,7 +35,7 @@ def make_mesh(replica: int = 1, data: int = -1, model: int = 1, devices=None) ->
   if math.prod(sizes) != count:
     raise ValueError(
       f"mesh (replica, data, model) = ({replica}, {data}, {model}) does not multiply to the {count} devices here; "
-      f"set --config.mesh.replica, --config.mesh.data and --config.mesh.model (-1 takes the rest)"
+      f"give sizes whose product is {count} (-1 takes the rest)"
     )
   return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
 

@@ -66,7 +66,7 @@ class Settings:
     return Greedy(filters) if self.greedy else Sample(filters)
 
   def how(self) -> dict:
-    """The arguments of `generate.stream` and `generate.complete`."""
+    """The arguments of `stream` and `complete`."""
     window = None if self.window is None else SlidingWindow(self.window)
     return {"n_new": self.n_new, "sampler": self.sampler(), "seed": self.seed, "stop": self.stop, "window": window}
 

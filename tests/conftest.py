@@ -27,8 +27,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))  # where the package is not installed; configs and launch
 
-from gpt2_jax.model import GPT2, ModelConfig  # noqa: E402
-from gpt2_jax.optimizer import name_of  # noqa: E402
+from gpt2_jax.model import (  # noqa: E402
+  GPT2,
+  ModelConfig,
+  name_of,  # noqa: E402
+)
 from gpt2_jax.sharding import abstract_mesh, concrete, make_mesh  # noqa: E402
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from gpt2_jax.model import GPT2, ModelConfig
-from gpt2_jax.optimizer import adamw, decayed, name_of, schedule
+from gpt2_jax.model import GPT2, ModelConfig, name_of
+from gpt2_jax.optimizer import adamw, decayed, schedule
 
 TINY = ModelConfig(n_vocab=97, n_ctx=8, n_embd=8, n_head=2, n_layer=2, dtype="float32")
 MATRICES = {"wte", "wpe", "h.attn.c_attn.w", "h.attn.c_proj.w", "h.mlp.c_fc.w", "h.mlp.c_proj.w"}

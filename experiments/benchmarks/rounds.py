@@ -30,12 +30,12 @@ class Row:
   def __str__(self) -> str:
     medians = {side: f"{statistics.median(rates):,.0f}" for side, rates in self.rates.items()}
     ours, ratios = medians.pop("ours"), self.ratios()
-    theirs = ", ".join(f"{side} {rate}" for side, rate in medians.items())
+    others = ", ".join(f"{side} {rate}" for side, rate in medians.items())
     spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
-    return f"{self.name:<34}{ours:>8}  {theirs:<30}{statistics.median(ratios):>6.2f}  {spread:<12}{self.target}"
+    return f"{self.name:<34}{ours:>8}  {others:<30}{statistics.median(ratios):>6.2f}  {spread:<12}{self.target}"
 
 
-HEADER = f"{'tokens/s, median of rounds':<34}{'ours':>8}  {'theirs':<30}{'ratio':>6}  {'min-max':<12}target"
+HEADER = f"{'tokens/s, median of rounds':<34}{'ours':>8}  {'the others':<30}{'ratio':>6}  {'min-max':<12}target"
 
 
 def tell(text: str) -> None:

@@ -18,10 +18,15 @@ def reason(error: Exception) -> str:
   return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def read_json(path: pathlib.Path) -> dict:
-  """The object in a JSON file. Raises ValueError with the path."""
+def check_there(path: pathlib.Path) -> None:
+  """Raises FileNotFoundError unless the file is there."""
   if not path.is_file():
     raise FileNotFoundError(f"{path} is not there; the checkpoint is not complete without it")
+
+
+def read_json(path: pathlib.Path) -> dict:
+  """The object in a JSON file. Raises ValueError with the path."""
+  check_there(path)
   try:
     found = json.loads(path.read_text(encoding="utf-8"))
   except ValueError as error:
@@ -31,12 +36,18 @@ def read_json(path: pathlib.Path) -> dict:
   return found
 
 
-def read_torch(path: pathlib.Path):
-  """What torch.save wrote, tensors and plain values only, its tensors mapped from the file. Raises ValueError."""
+def import_torch(path: pathlib.Path):
+  """The module, asked for by name where it is missing."""
   try:
     import torch
   except ImportError as error:
     raise ImportError(f"{path} is a torch file: pip install torch, or convert it where torch is") from error
+  return torch
+
+
+def read_torch(path: pathlib.Path):
+  """What torch.save wrote, tensors and plain values only, its tensors mapped from the file. Raises ValueError."""
+  torch = import_torch(path)
   try:
     with warnings.catch_warnings(action="ignore"):  # it warns of what it then refuses
       return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))

@@ -4,7 +4,6 @@
 import dataclasses
 import json
 import pathlib
-import re
 import shutil
 from collections.abc import Callable
 
@@ -14,13 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gpt2_jax.convert import names
-from gpt2_jax.convert.files import check_tensors, read_json, read_torch, whole
+from gpt2_jax.convert.files import check_tensors, check_there, read_json, read_torch, whole
 from gpt2_jax.convert.vocabulary import read_vocabulary, write_vocabulary
 from gpt2_jax.convert.weights import DTYPES, Weights, progress
 from gpt2_jax.model import ModelConfig
 
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "erf"}
-MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # the causal mask, which old files carry as a buffer
 # What transformers can do to a GPT-2 and this model does not: the one value of each that is GPT-2's own.
 FIXED = {
   "scale_attn_weights": True,
@@ -42,13 +40,13 @@ def read(path: pathlib.Path) -> Weights:
   config, shapes, read_tensor = _model_config(payload, path), {}, {}
   for name, (shape, read_one) in _tensors(path).items():
     name = name.removeprefix("transformer.")
-    if not MASKS.match(name):
+    if not names.MASKS.match(name):
       shapes[name], read_tensor[name] = shape, read_one
   expected = {names.foreign(name, names.TORCH): shape for name, shape in names.shapes(config).items()}
   head = shapes.pop("lm_head.weight", None)
   names.check(shapes, expected, str(path))
   if head is not None and not np.array_equal(read_tensor["lm_head.weight"](), read_tensor["wte.weight"]()):
-    raise ValueError(f"{path} has an lm_head that is not wte; in GPT-2 the head is tied to the embedding")
+    raise ValueError(names.UNTIED.format(path))
   tokenizer = read_vocabulary(path, config.n_vocab)
 
   def read_canonical(name):
@@ -95,8 +93,7 @@ def _tensors(path: pathlib.Path) -> dict[str, tuple[tuple, Callable[[], np.ndarr
 
 
 def _safetensors(path: pathlib.Path):
-  if not path.is_file():
-    raise FileNotFoundError(f"{path} is not there; the checkpoint is not complete without it")
+  check_there(path)
 
   def read_one(name):
     with safe_open(path, "np") as file:  # opened anew for each: what was mapped is given back
@@ -106,7 +103,7 @@ def _safetensors(path: pathlib.Path):
     with safe_open(path, "np") as file:
       slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
       odd = {name: part.get_dtype() for name, part in slices.items() if part.get_dtype() not in ("F32", "F16", "BF16")}
-      if odd := {name: kind for name, kind in odd.items() if not MASKS.match(name.removeprefix("transformer."))}:
+      if odd := {name: kind for name, kind in odd.items() if not names.MASKS.match(name.removeprefix("transformer."))}:
         raise ValueError(f"{path} has tensors that are no floats of 16 or 32 bits: {odd}")
       return {name: (tuple(part.get_shape()), lambda name=name: read_one(name)) for name, part in slices.items()}
   except SafetensorError as error:
@@ -114,8 +111,7 @@ def _safetensors(path: pathlib.Path):
 
 
 def _torch_tensors(path: pathlib.Path):
-  if not path.is_file():
-    raise FileNotFoundError(f"{path} is not there; the checkpoint is not complete without it")
+  check_there(path)
   tensors = read_torch(path)
   check_tensors(tensors, path)
   return {name: (tuple(tensor.shape), lambda tensor=tensor: tensor.float().numpy()) for name, tensor in tensors.items()}
@@ -125,9 +121,10 @@ def write(weights: Weights, path: pathlib.Path, dtype: str = "float32") -> None:
   """Writes the folder that `transformers` and `read` load; a model without biases gets biases of zero."""
   config, shapes = weights.config, names.shapes(dataclasses.replace(weights.config, use_bias=True))
 
+  given = names.shapes(config)
+
   def tensor(name):
-    given = name in names.shapes(config)
-    return np.ascontiguousarray(weights.read(name) if given else np.zeros(shapes[name]), DTYPES[dtype])
+    return np.ascontiguousarray(weights.read(name) if name in given else np.zeros(shapes[name]), DTYPES[dtype])
 
   split = huggingface_hub.split_state_dict_into_shards_factory(
     {name: np.broadcast_to(DTYPES[dtype](0), shape) for name, shape in shapes.items()},

@@ -6,11 +6,12 @@ import pathlib
 import huggingface_hub
 
 from gpt2_jax.convert.files import reason
+from gpt2_jax.convert.vocabulary import OURS
 from gpt2_jax.model import ALIASES
 
 PUBLISHED = {name: f"openai-community/{aliases[0]}" for size, aliases in ALIASES.items() for name in (size, *aliases)}
 PUBLISHED["distilgpt2"] = "distilbert/distilgpt2"
-SMALL = ["config.json", "tokenizer.json", "vocab.json", "merges.txt", "gpt2_jax_tokenizer.json"]
+SMALL = ["config.json", "tokenizer.json", "vocab.json", "merges.txt", OURS]
 SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
 PICKLED = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
 

@@ -32,6 +32,8 @@ TABLE = (  # canonical, shape, Hugging Face and nanoGPT (after "transformer."), 
   ("ln_f.g", "D", "ln_f.weight", "ln_f/g"),
   ("ln_f.b", "D", "ln_f.bias", "ln_f/b"),
 )
+MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # the causal mask, which old files carry as a buffer
+UNTIED = "{} has an lm_head that is not wte; in GPT-2 the head is tied to the embedding"
 TORCH = {canonical: torch for canonical, _, torch, _ in TABLE}
 OPENAI = {canonical: openai for canonical, _, _, openai in TABLE}
 MOST = {"n_vocab": 10**7, "n_ctx": 10**7, "n_embd": 10**6, "n_head": 10**6, "n_layer": 10**4}

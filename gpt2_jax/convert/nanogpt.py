@@ -10,8 +10,7 @@ import pickle
 import numpy as np
 
 from gpt2_jax.convert import names
-from gpt2_jax.convert.files import check_tensors, read_plain_pickle, read_torch, whole
-from gpt2_jax.convert.hf import MASKS
+from gpt2_jax.convert.files import check_tensors, import_torch, read_plain_pickle, read_torch, whole
 from gpt2_jax.convert.vocabulary import usual_tokenizer
 from gpt2_jax.convert.weights import Weights, progress
 from gpt2_jax.model import ModelConfig
@@ -36,12 +35,12 @@ def read(path: pathlib.Path) -> Weights:
   check_tensors(saved["model"], path)
   config = _model_config(saved, path)
   tensors = {name.removeprefix("_orig_mod.").removeprefix("transformer."): x for name, x in saved["model"].items()}
-  tensors = {name: x for name, x in tensors.items() if not MASKS.match(name)}
+  tensors = {name: x for name, x in tensors.items() if not names.MASKS.match(name)}
   head = tensors.pop("lm_head.weight", None)
   expected = {names.foreign(name, names.TORCH): _turned(name, shape) for name, shape in names.shapes(config).items()}
   names.check({name: tuple(x.shape) for name, x in tensors.items()}, expected, str(path))
   if head is not None and not head.equal(tensors["wte.weight"]):
-    raise ValueError(f"{path} has an lm_head that is not wte; in GPT-2 the head is tied to the embedding")
+    raise ValueError(names.UNTIED.format(path))
 
   def read_tensor(name):
     tensor = tensors[names.foreign(name, names.TORCH)].float().numpy()
@@ -87,8 +86,7 @@ def write(weights: Weights, path: pathlib.Path, dtype: str = "float32", other_ge
   nanoGPT computes the erf GELU only: a tanh model is written with `other_gelu` alone, which `read` remembers and
   nanoGPT does not know. Raises ValueError otherwise.
   """
-  import torch
-
+  torch = import_torch(path)
   config = weights.config
   if config.gelu != "erf" and not other_gelu:
     raise ValueError(

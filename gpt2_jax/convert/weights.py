@@ -12,8 +12,7 @@ import numpy as np
 import tqdm
 
 from gpt2_jax.convert import names
-from gpt2_jax.model import GPT2, ModelConfig
-from gpt2_jax.optimizer import name_of
+from gpt2_jax.model import GPT2, ModelConfig, name_of
 from gpt2_jax.sharding import check_divides, concrete
 from gpt2_jax.tokenizer import Tokenizer
 
@@ -116,11 +115,11 @@ def from_model(model: GPT2, tokenizer: Tokenizer | None, source: str = "a model"
     if layer is not None:
       with jax.set_mesh(model.mesh):  # whichever is in force
         leaf = leaf[int(layer)]
-    whole = np.empty(leaf.shape, leaf.dtype)
+    found = np.empty(leaf.shape, leaf.dtype)
     for shard in leaf.addressable_shards:
       if shard.replica_id == 0:
-        whole[shard.index] = shard.data
-    whole = whole[tuple(slice(n) for n in shapes[name])]
-    return names.all_queries_first(whole, model.config.n_head) if ".c_attn." in name else whole
+        found[shard.index] = shard.data
+    found = found[tuple(slice(n) for n in shapes[name])]
+    return names.all_queries_first(found, model.config.n_head) if ".c_attn." in name else found
 
   return Weights(model.config, read, tokenizer, source)

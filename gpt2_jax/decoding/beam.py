@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.decoding.cache import Decoder, decode, in_slots, place_prompts, prefill, ready
+from gpt2_jax.decoding.cache import Decoder, at_end, decode, in_slots, logits, place_prompts, prefill, ready
 from gpt2_jax.model import GPT2
-from gpt2_jax.sharding import RESIDUAL, ROWS
+from gpt2_jax.sharding import ROWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,15 +128,13 @@ def _best(k: int, tree):
 @functools.partial(jax.jit, static_argnames=("n_new", "W"))
 def _search(decoder: Decoder, tokens_BT, lengths_B, n_new: int, W: int, rule: Rule) -> Found:
   """The hypotheses of every row, leaves [B, W, ...]."""
-  model = decoder.model
   B, T = tokens_BT.shape
   S = T + (n_new - 1) * W  # the last token is never read
   x_BTD, caches = prefill(decoder, tokens_BT, S)
-  last_B1D = jnp.take_along_axis(x_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
+  last_B1D = at_end(x_BTD, lengths_B)
 
   def choose(n, x_BWD, state):
-    logits_BWV = jax.sharding.reshard(model.head(x_BWD), RESIDUAL)[:, :, : model.config.n_vocab]
-    return jax.vmap(functools.partial(_advance, rule, n))(jax.nn.log_softmax(logits_BWV), *state)
+    return jax.vmap(functools.partial(_advance, rule, n))(jax.nn.log_softmax(logits(decoder, x_BWD)), *state)
 
   def step(carry):
     n, (beams, found, searching), caches = carry

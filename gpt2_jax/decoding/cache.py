@@ -13,13 +13,13 @@ from jax.sharding import PartitionSpec as P
 from gpt2_jax.attention import attend_cached, causal_attention
 from gpt2_jax.linear import Linear, whole
 from gpt2_jax.model import GPT2, Block
-from gpt2_jax.sharding import ROWS, axis_size, padded
+from gpt2_jax.sharding import RESIDUAL, ROWS, axis_size, padded
 
 BUCKET = 32  # lengths are padded to a multiple, so that few shapes are compiled
 
 
 class Decoder(NamedTuple):
-  """A GPT-2 made ready to decode: matrices in the compute dtype, gathered over `data`, and the layers apart."""
+  """A GPT-2 made ready to decode: gathered over `data`, its layers apart and their matrices in the compute dtype."""
 
   model: GPT2  # without its `h`
   blocks: list[Block]
@@ -47,7 +47,7 @@ def _ready(model: GPT2) -> Decoder:
 
   model = jax.tree.map(cast, model, is_leaf=lambda node: isinstance(node, Linear))
   blocks = [jax.tree.map(lambda x, i=i: x[i], model.h) for i in range(model.config.n_layer)]
-  model.h = None
+  model.wte, model.h = jax.tree.map(whole, model.wte), None
   return Decoder(model, blocks)
 
 
@@ -106,6 +106,16 @@ def decode(decoder: Decoder, tokens_BT, positions_BT, seen_BTS, caches, write):
     x_BTD, memory = apply_block(block, x_BTD, attention)
     after.append(memory)
   return decoder.model.ln_f(x_BTD), after
+
+
+def at_end(x_BTD, lengths_B):
+  """What stands at each prompt's last token, [B, 1, D]."""
+  return jnp.take_along_axis(x_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
+
+
+def logits(decoder: Decoder, x_BTD):
+  """Float32 [B, T, V], gathered over `model` and without the vocabulary's padding."""
+  return jax.sharding.reshard(decoder.model.head(x_BTD), RESIDUAL)[..., : decoder.model.config.n_vocab]
 
 
 def check_prompts(decoder: Decoder, prompts, n_new: int, samples: int = 1) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from gpt2_jax.decoding.cache import Decoder, decode, in_slots, place_prompts, prefill, ready
+from gpt2_jax.decoding.cache import Decoder, at_end, decode, in_slots, logits, place_prompts, prefill, ready
 from gpt2_jax.model import GPT2
 from gpt2_jax.sharding import BATCH
 
@@ -54,18 +54,16 @@ def _unit(x_BTD):
 @functools.partial(jax.jit, static_argnames=("n_new", "C"))
 def _search(decoder: Decoder, tokens_BT, lengths_B, n_new: int, C: int, alpha, eot):
   """The new tokens [B, n_new], and how many of them come before `eot`, [B]."""
-  model = decoder.model
   B, T = tokens_BT.shape
   S = T + n_new  # tokens that are kept; the candidates for the last of them need C - 1 slots more
   x_BTD, caches = prefill(decoder, tokens_BT, S + C - 1)
-  x_B1D = jnp.take_along_axis(x_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
+  x_B1D = at_end(x_BTD, lengths_B)
   units_BSD = jnp.pad(_unit(x_BTD), ((0, 0), (0, n_new), (0, 0)))
   slots_S = jnp.arange(S + C - 1)
 
   def step(carry):
     n, x_B1D, units_BSD, new_BN, counts_B, done_B, caches = carry
-    logits_BV = jax.sharding.reshard(model.head(x_B1D)[:, 0], BATCH)[:, : model.config.n_vocab]
-    p_BC, tokens_BC = jax.lax.top_k(jax.nn.softmax(logits_BV), C)
+    p_BC, tokens_BC = jax.lax.top_k(jax.nn.softmax(logits(decoder, x_B1D)[:, 0]), C)
     past_BS = (slots_S < lengths_B[:, None]) | ((slots_S >= T) & (slots_S < T + n))  # all but the prompts' padding
     sees_BCS = past_BS[:, None] | (slots_S == T + n + jnp.arange(C)[:, None])
     positions_BC = jnp.broadcast_to((lengths_B + n)[:, None], (B, C))

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.decoding.cache import Decoder, decode, place_prompts, prefill, ready
+from gpt2_jax.decoding.cache import Decoder, at_end, decode, logits, place_prompts, prefill, ready
 from gpt2_jax.decoding.samplers import Greedy, History, Sample, filtered
 from gpt2_jax.model import GPT2
-from gpt2_jax.sharding import RESIDUAL, ROWS
+from gpt2_jax.sharding import ROWS
 
 
 class Speculation(NamedTuple):
@@ -148,14 +148,13 @@ class Rows(NamedTuple):
 
   def distributions(self, decoder: Decoder, x_BTD, sampler):
     """What the sampler draws from [B, T, V], where `x_BTD` are the outputs at the newest token and those after it."""
-    logits_BTV = jax.sharding.reshard(decoder.model.head(x_BTD), RESIDUAL)[..., : decoder.model.config.n_vocab]
     ends_BT = self.end_B[:, None] + jnp.arange(x_BTD.shape[1])
 
     def of_row(logits_TV, text_S, prompt, ends_T):
       one = functools.partial(distribution, sampler=sampler)
       return jax.vmap(one, (0, History(None, None, None, 0)))(logits_TV, History(text_S, 0, prompt, ends_T))
 
-    return jax.vmap(of_row)(logits_BTV, self.text_BS, self.prompt_B, ends_BT)
+    return jax.vmap(of_row)(logits(decoder, x_BTD), self.text_BS, self.prompt_B, ends_BT)
 
 
 def _propose(draft: Decoder, rows: Rows, keys_B, caches, n: int, sampler):
@@ -205,7 +204,7 @@ def _speculate(target: Decoder, draft: Decoder, tokens_BT, lengths_B, seed, eot,
   x_BTD, caches = prefill(target, tokens_BT, width + room)
   _, draft_caches = prefill(draft, tokens_BT, width + room)
   rows = Rows(jnp.pad(tokens_BT, ((0, 0), (0, room))), prompt_B, prompt_B)
-  x_B1D = jnp.take_along_axis(x_BTD, prompt_B[:, None, None] - 1, axis=1)
+  x_B1D = at_end(x_BTD, prompt_B)
   p_BV = rows.distributions(target, x_B1D, sampler)[:, 0]
   token_B = jax.vmap(functools.partial(draw, sampler=sampler))(_fold(keys_B, 0), p_BV)
   rows = Rows(_write(rows.text_BS, token_B[:, None], prompt_B), prompt_B, prompt_B + 1)

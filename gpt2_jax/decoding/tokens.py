@@ -16,10 +16,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.decoding.cache import BUCKET, Decoder, check_prompts, check_room, decode, in_slots, prefill, ready
+from gpt2_jax.decoding.cache import BUCKET, Decoder, check_prompts, check_room, decode, in_slots, logits, prefill, ready
 from gpt2_jax.decoding.samplers import Greedy, History
 from gpt2_jax.model import GPT2
-from gpt2_jax.sharding import BATCH, ROWS, axis_size, padded
+from gpt2_jax.sharding import ROWS, axis_size, padded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +91,9 @@ def generate(
 ) -> list[Continuation]:
   """Continues each prompt `samples` times by at most `n_new` tokens; all samples of the first prompt come first.
 
-  The sampler is `Greedy()` unless another is given. Draws depend on the seed and on a row's numbers of prompt and
-  sample alone. Raises ValueError on an empty prompt, on tokens outside the vocabulary, and on prompts that leave no
-  room in the context for `n_new`, unless there is a `window`.
+  The sampler is `Greedy()` unless another is given. Draws depend on the seed, and on which prompt and which sample a
+  row is. Raises ValueError on an empty prompt, on tokens outside the vocabulary, and on prompts that leave no room in
+  the context for `n_new`, unless there is a `window`.
   """
   decoder, state = start(model, prompts, n_new, seed, samples, window, logprobs)
   state = advance(decoder, state, n_new, sampler or Greedy(), eot, window)
@@ -221,16 +221,16 @@ def _advance(decoder: Decoder, state: State, n, eot, sampler, window) -> State:
 
 def _step(decoder: Decoder, state: State, eot, sampler, window) -> State:
   """One more token a row."""
-  model, column = decoder.model, state.prompt_end + state.n
+  column = state.prompt_end + state.n
   position_B = column - state.first_B - 1
   if window is not None:
-    position_B -= window.forgotten(position_B + 1, model.config.n_ctx)
+    position_B -= window.forgotten(position_B + 1, decoder.model.config.n_ctx)
   newest_B1 = jax.lax.dynamic_slice_in_dim(state.tokens_BW, column - 1, 1, 1)
   S = state.seen_BS.shape[1]
   seen_BS = state.seen_BS | (jnp.arange(S) == state.slot)
   write = in_slots(state.slot)
   x_B1D, caches = decode(decoder, newest_B1, position_B[:, None], seen_BS[:, None], state.caches, write)
-  logits_BV = jax.sharding.reshard(model.head(x_B1D)[:, 0], BATCH)[:, : model.config.n_vocab]
+  logits_BV = logits(decoder, x_B1D)[:, 0]
   keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.n)
   history = History(state.tokens_BW, state.first_B, state.prompt_end, column)
   token_B = jax.vmap(sampler, (0, 0, History(0, 0, None, None)))(keys_B, logits_BV, history).astype(jnp.int32)

@@ -10,8 +10,7 @@ import pytest
 
 from gpt2_jax.convert import names
 from gpt2_jax.convert.weights import Weights, digest, from_model, rounded, to_model
-from gpt2_jax.model import GPT2, ModelConfig
-from gpt2_jax.optimizer import name_of
+from gpt2_jax.model import GPT2, ModelConfig, name_of
 from gpt2_jax.sharding import make_mesh
 
 FIVE = ModelConfig(n_vocab=131, n_ctx=16, n_embd=40, n_head=5, n_layer=2)  # heads and vocabulary need padding
