@@ -10,12 +10,14 @@ import jax
 import numpy as np
 
 from gpt2_jax import pretrained
-from gpt2_jax.convert import names
+from gpt2_jax.convert import hf, names
 from gpt2_jax.convert.weights import digest, progress
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.sharding import BATCH, ROWS, axis_size
 
-KEPT = 4  # windows whose logits are compared; of the others the loss alone is kept
+KEPT = 2  # windows whose logits are kept, and compared; of the others it is the loss of every token
+
+FUNCTION = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer", "use_bias", "gelu")  # of a config: what is computed
 
 Forward = Callable[[np.ndarray], np.ndarray]  # tokens [B, T] to float32 logits [B, T, V]
 
@@ -33,8 +35,7 @@ class Side:
 @dataclasses.dataclass(frozen=True)
 class Measured:
   logits_NTV: np.ndarray  # of the first windows
-  nats: float  # sum over the predicted tokens
-  tokens: int
+  nats_NT: np.ndarray  # of every predicted token; 0 where there is none
 
 
 def forward(model: GPT2) -> Forward:
@@ -61,6 +62,10 @@ def ours(name_or_path: str) -> Side:
 def transformers(name_or_path: str) -> Side:
   """A Hugging Face folder or name through transformers' own forward pass, in float32."""
   path = pretrained.find(name_or_path)
+  if not hf.recognizes(path):
+    raise ValueError(
+      f"{path} is no Hugging Face folder, and --oracle=transformers runs one; convert it, or swap the sides"
+    )
   weights = pretrained.open_weights(str(path))
   try:
     import torch
@@ -94,6 +99,12 @@ def recorded(path: str, config: ModelConfig) -> tuple[Side, tuple[np.ndarray, np
       f"{path} has logits {logits_BTV.shape} for tokens {tokens_BT.shape} of {config.n_vocab}; "
       f"it takes [B, T, {config.n_vocab}] for [B, T], of two tokens or more"
     )
+  if (
+    not len(tokens_BT)
+    or tokens_BT.dtype.kind not in "iu"
+    or not 0 <= tokens_BT.min() <= tokens_BT.max() < config.n_vocab
+  ):
+    raise ValueError(f"the tokens in {path} are no integers from 0 to {config.n_vocab - 1}")
   rows = iter(logits_BTV)
   labels_BT = np.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
   side = Side(f"{path} (recorded)", config, None, lambda: lambda tokens_BT: np.stack([next(rows) for _ in tokens_BT]))
@@ -114,49 +125,67 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
   return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
+def divergence(x_TV: np.ndarray, y_TV: np.ndarray) -> np.ndarray:
+  """KL of the two distributions at each position, nats [T]."""
+  p, q = log_softmax(x_TV), log_softmax(y_TV)
+  return (np.exp(p) * (p - q)).sum(-1)
+
+
 def measure(side: Side, inputs_NT: np.ndarray, labels_NT: np.ndarray, rows: int = 1) -> Measured:
   """Logits of the first windows, and the loss of all, `rows` at a time."""
-  run, kept, nats = side.load(), [], 0.0
+  run, kept, nats = side.load(), [], []
   for start in progress(range(0, len(inputs_NT), rows), "measuring"):
     logits = run(inputs_NT[start : start + rows])
+    if not np.isfinite(logits).all():
+      raise ValueError(f"{side.source} gives logits that are not finite; are its weights?")
     kept += list(logits[: max(0, KEPT - start)])
     labels = labels_NT[start : start + rows]
     logp = np.take_along_axis(log_softmax(logits), np.maximum(labels, 0)[..., None], -1)[..., 0]
-    nats -= float(logp[labels >= 0].sum())
-  return Measured(np.stack(kept), nats, int((labels_NT >= 0).sum()))
+    nats += list(np.where(labels >= 0, -logp, 0.0))
+  return Measured(np.stack(kept), np.stack(nats))
 
 
 def certify(a: Side, b: Side, inputs_NT: np.ndarray, labels_NT: np.ndarray, tolerance: float, rows: int = 1) -> dict:
-  """What the two sides say to the same windows, one side in memory at a time; `table` puts it in words."""
+  """What the two sides say to the same windows, one side in memory at a time; `table` puts it in words.
+
+  They are one model if they have one size, logits differ by `tolerance` at most in the first windows, and the loss of
+  no token anywhere by more than such logits allow, twice that.
+  """
   found = []
   for side in (a, b):
     found.append(measure(side, inputs_NT, labels_NT, rows))
     gc.collect()
   V = min(a.config.n_vocab, b.config.n_vocab)
   x, y = (side.logits_NTV[..., :V] for side in found)
-  p, q = log_softmax(x), log_softmax(y)
-  kl = (np.exp(p) * (p - q)).sum(-1)
+  kl = np.stack([divergence(*pair) for pair in zip(x, y, strict=True)])
   delta = float(np.abs(x - y).max())
-  theirs = dataclasses.asdict(b.config)
+  delta_nats = float(np.abs(found[0].nats_NT - found[1].nats_NT).max())
+  one_size = all(getattr(a.config, size) == getattr(b.config, size) for size in ("n_vocab", "n_ctx"))
+  tokens = int((labels_NT >= 0).sum())
   return {
-    "a": _about(a, found[0]),
-    "b": _about(b, found[1]),
+    "a": _about(a, found[0], tokens),
+    "b": _about(b, found[1], tokens),
     "same_weights": None if None in (a.sha256, b.sha256) else a.sha256 == b.sha256,
-    "config_differences": {k: [v, theirs[k]] for k, v in dataclasses.asdict(a.config).items() if v != theirs[k]},
+    "config_differences": {
+      name: [getattr(side.config, name) for side in (a, b)]
+      for name in FUNCTION
+      if getattr(a.config, name) != getattr(b.config, name)
+    },
     "positions": kl.size,
     "max_abs_logit_difference": delta,
+    "max_abs_nats_difference": delta_nats,
     "kl_nats_mean": float(kl.mean()),
     "kl_nats_max": float(kl.max()),
     "greedy_agreement": float((x.argmax(-1) == y.argmax(-1)).mean()),
     "tolerance": tolerance,
-    "same_model": delta <= tolerance,
+    "same_model": one_size and delta <= tolerance and delta_nats <= 2 * tolerance,
   }
 
 
-def _about(side: Side, found: Measured) -> dict:
+def _about(side: Side, found: Measured, tokens: int) -> dict:
   size = sum(math.prod(shape) for shape in names.shapes(side.config).values())
-  loss = found.nats / found.tokens
-  return {"source": side.source, "sha256": side.sha256, "parameters": size, "loss_nats": loss, "tokens": found.tokens}
+  loss = float(found.nats_NT.sum()) / tokens
+  return {"source": side.source, "sha256": side.sha256, "parameters": size, "loss_nats": loss, "tokens": tokens}
 
 
 def table(certificate: dict) -> str:
@@ -172,6 +201,7 @@ def table(certificate: dict) -> str:
   lines.append(
     f"max |d logit|   {certificate['max_abs_logit_difference']:.3e} over {certificate['positions']:,} positions"
   )
+  lines.append(f"max |d nats|    {certificate['max_abs_nats_difference']:.3e} over all {a['tokens']:,} tokens")
   lines.append(f"KL(A || B)      mean {certificate['kl_nats_mean']:.3e}, max {certificate['kl_nats_max']:.3e} nats")
   lines.append(f"greedy          {100 * certificate['greedy_agreement']:.2f} % of positions agree")
   verdict = "the same model" if certificate["same_model"] else "NOT the same model"
@@ -194,6 +224,6 @@ def text_windows(text: str, tokenizer, n_ctx: int) -> tuple[np.ndarray, np.ndarr
 
 
 def random_windows(n_vocab: int, n_ctx: int) -> tuple[np.ndarray, np.ndarray]:
-  """Four windows of up to 256 seeded random tokens: what is compared where there is no text."""
-  tokens_NT = np.random.default_rng(0).integers(0, n_vocab, (KEPT, min(n_ctx, 256) + 1))
+  """Seeded random tokens in windows as long as the context: what is compared where there is no text."""
+  tokens_NT = np.random.default_rng(0).integers(0, n_vocab, (KEPT, n_ctx + 1))
   return tokens_NT[:, :-1].astype(np.int32), tokens_NT[:, 1:].astype(np.int32)

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from gpt2_jax.model import GPT2, ModelConfig, name_of
+from gpt2_jax.model import GPT2, ModelConfig, check_mesh, name_of
 from gpt2_jax.sharding import concrete
 from gpt2_jax.tokenizer import from_json
 
@@ -227,6 +227,7 @@ def load(workdir: str, step: str = "latest", dtype: str | None = None):
     about = checkpoints.about(int(wanted))
   model_config = ModelConfig(**about["config"]["model"])
   model_config = dataclasses.replace(model_config, dtype=dtype or model_config.dtype, pad_heads=True)
+  check_mesh(model_config)
   model = jax.eval_shape(functools.partial(GPT2, model_config), jax.random.key(0))
   with _readable(checkpoints, wanted):
     return checkpoints.restore(int(wanted), model, "model."), about["tokenizer"] and from_json(about["tokenizer"])

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.attention import causal_attention
 from gpt2_jax.linear import Linear, normal, project, take, whole
-from gpt2_jax.sharding import HEADS, HIDDEN, axis_size, padded
+from gpt2_jax.sharding import HEADS, HIDDEN, axis_size, check_divides, padded
 
 GELU = ("tanh", "erf")
 REMAT = {
@@ -90,6 +90,12 @@ def model_config(size: str) -> ModelConfig:
     near = difflib.get_close_matches(size, names, 1, cutoff=0)[0]
     raise ValueError(f"unknown size {size!r}; did you mean {near!r}? Sizes are {', '.join(names)}")
   return SIZES[names[size]]
+
+
+def check_mesh(config: ModelConfig) -> None:
+  """Raises ValueError unless the mesh in force divides the model; heads and vocabulary are padded where it does not."""
+  check_divides(config.n_embd, "n_embd", "data", way_out="give a mesh whose data axis divides it")
+  check_divides(4 * config.n_embd, "4 n_embd", "model", way_out="give a mesh whose model axis divides it")
 
 
 def name_of(path) -> str:

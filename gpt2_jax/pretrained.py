@@ -6,6 +6,7 @@ import os
 import pathlib
 
 import jax
+import jax.numpy as jnp
 
 from gpt2_jax.checkpoint import Checkpoints, load
 from gpt2_jax.convert import hf, hub, llmc, nanogpt, openai
@@ -38,6 +39,7 @@ def load_pretrained(
 
   Raises ValueError, OSError or ImportError, in one line, for what is no whole GPT-2.
   """
+  dtype = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
   if quantize not in (None, "int8"):
     raise ValueError(f"quantize is {quantize!r}; it is None or 'int8'")
   mesh = mesh or _mesh_in_force()
@@ -45,6 +47,8 @@ def load_pretrained(
   if is_workdir(path):
     with jax.set_mesh(mesh):
       model, tokenizer = load(str(path), step, dtype)
+  elif step != "latest":
+    raise ValueError(f"{path} is no workdir of a run, and has no step {step!r}")
   else:
     weights = _read(path)
     model, tokenizer = to_model(weights, mesh, dtype), weights.tokenizer
@@ -61,7 +65,12 @@ def find(name_or_path: str, revision: str | None = None) -> pathlib.Path:
   name_or_path = os.fspath(name_or_path)
   path = pathlib.Path(name_or_path).expanduser()
   looks_local = path.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1
-  if path.exists() and name_or_path not in hub.PUBLISHED:
+  if path.exists() and name_or_path in hub.PUBLISHED:
+    raise ValueError(
+      f"{name_or_path} is a published name, and here it is a path, too; give ./{name_or_path} for the path, or "
+      f"{hub.PUBLISHED[name_or_path]} for the Hub's"
+    )
+  if path.exists():
     if revision:
       raise ValueError(f"{path} is a path, which has no revision {revision!r}")
     return path

@@ -87,6 +87,7 @@ class HuggingFace:
   """A tokenizer of the `tokenizers` library, held as the text of its tokenizer.json: byte-level BPE, mostly."""
 
   payload: str = dataclasses.field(repr=False)
+  end: int | None = None  # the id that ends a text, where it is not that of <|endoftext|>
 
   @classmethod
   def from_merges(cls, vocab: dict[str, int], merges: list[tuple[str, str]]) -> "HuggingFace":
@@ -115,7 +116,12 @@ class HuggingFace:
 
   @functools.cached_property
   def eot(self) -> int | None:
-    return self._tokenizer.token_to_id(EOT)
+    return self._tokenizer.token_to_id(EOT) if self.end is None else self.end
+
+  @property
+  def end_token(self) -> str | None:
+    """How the end of a text is written in its vocabulary."""
+    return None if self.eot is None else self._tokenizer.id_to_token(self.eot)
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -141,7 +147,7 @@ class HuggingFace:
     return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
   def to_json(self) -> dict:
-    return {"kind": "huggingface", "payload": self.payload}
+    return {"kind": "huggingface", "payload": self.payload, "end": self.end}
 
 
 def byte_alphabet() -> dict[int, str]:
@@ -198,7 +204,7 @@ class SentencePiece:
 
   def decode(self, ids: Iterable[int]) -> str:
     """Ids that spell no whole UTF-8 character give U+FFFD."""
-    runs = itertools.groupby((int(i) for i in ids), lambda i: i == self.eot)
+    runs = itertools.groupby((int(i) for i in ids if i < self.vocab_size), lambda i: i == self.eot)
     return "".join(EOT * len(list(run)) if eot else self._processor.decode(list(run)) for eot, run in runs)
 
   def to_json(self) -> dict:
@@ -242,7 +248,7 @@ class Characters:
     return [self.encode(text) for text in texts]
 
   def decode(self, ids: Iterable[int]) -> str:
-    return "".join(self.alphabet[int(i)] for i in ids)
+    return "".join(self.alphabet[int(i)] for i in ids if i < self.vocab_size)
 
   def to_json(self) -> dict:
     return {"kind": "characters", "alphabet": self.alphabet}
@@ -256,8 +262,8 @@ def from_json(payload: dict) -> Tokenizer:
   match payload:
     case {"kind": "gpt2"}:
       return Gpt2Bpe()
-    case {"kind": "huggingface", "payload": payload}:
-      return HuggingFace(payload)
+    case {"kind": "huggingface", "payload": text}:
+      return HuggingFace(text, payload.get("end"))
     case {"kind": "sentencepiece", "proto": proto}:
       return SentencePiece(base64.b64decode(proto))
     case {"kind": "characters", "alphabet": alphabet}:

@@ -30,6 +30,11 @@ def setting(default, what: str, kind: type):
   return dataclasses.field(default=default, metadata={"help": what, "kind": kind})
 
 
+def newlines(text: str) -> str:
+  """A text with its \\n and \\t read as the characters they stand for."""
+  return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
   """How a text is continued: flags of launch/sample.py, and names for `/set`. None leaves a filter out."""
@@ -76,12 +81,14 @@ class Settings:
     if name not in fields:
       raise ValueError(f"no setting {name!r}; there are {', '.join(fields)}")
     kind = fields[name].metadata["kind"]
+    if not text:
+      raise ValueError(f"/set {name} wants a value; none is its default")
     if text.lower() == "none":
       value = fields[name].default
     elif kind is bool:
       value = {"true": True, "false": False}.get(text.lower())
     else:
-      value = (text.encode().decode("unicode_escape"),) if kind is str else kind(text)
+      value = (newlines(text),) if kind is str else kind(text)
     if value is None and kind is bool:
       raise ValueError(f"{name} is true or false, not {text!r}")
     new = dataclasses.replace(self, **{name: value})
@@ -93,7 +100,7 @@ class Console:
   """A session: every line is a prompt, or a command that begins with a slash."""
 
   HELP = """  a line          a prompt to continue; a \\ at its end goes on to the next line
-  /more           go on from the end of the last text
+  /more           go on from the end of the last text, with the next seed
   /again          the last prompt once more, with the next seed
   /set NAME VALUE change a setting (none: its default); /settings shows them all
   /history        the texts so far
@@ -129,35 +136,34 @@ class Console:
     return line
 
   def _answer(self, line: str) -> None:
-    match line.split():
-      case []:
-        return
-      case ["/help"]:
+    command, _, rest = line.strip().partition(" ") if line.startswith("/") else ("", "", "")
+    name, _, value = rest.strip().partition(" ")
+    match command:
+      case "":
+        if line.strip():
+          self._continue(line)
+      case "/help":
         self.write(self.HELP)
-      case ["/settings"]:
+      case "/settings":
         for field in dataclasses.fields(self.settings):
-          value = getattr(self.settings, field.name)
-          self.write(f"  {field.name:<12} {value!s:<10} {field.metadata['help']}")
-      case ["/set", name, *_]:
-        self.settings = self.settings.changed(name, line.split(name, 1)[1].strip())
-      case ["/history"]:
+          text = str(getattr(self.settings, field.name))
+          self.write(f"  {field.name:<12} {text:<10} {field.metadata['help']}")
+      case "/set":
+        self.settings = self.settings.changed(name, value.strip())
+      case "/history":
         for prompt, added in self.texts:
           self.write(f"{'-' * 40}\n{prompt}{added}")
-      case ["/save", name]:
-        with open(pathlib.Path(name).expanduser(), "x", encoding="utf-8") as file:
+      case "/save" if rest:
+        with open(pathlib.Path(rest.strip()).expanduser(), "x", encoding="utf-8") as file:
           file.write("\n".join(prompt + added for prompt, added in self.texts) + "\n")
-      case ["/more"]:
-        self._continue("".join(self._last()))
-      case ["/again"]:
-        prompt, _ = self._last()
+      case "/more" | "/again":
+        prompt, added = self._last()
         self.settings = dataclasses.replace(self.settings, seed=self.settings.seed + 1)
-        self._continue(prompt)
-      case [word, *_] if word.startswith("/"):
-        raise ValueError(
-          f"no command {word}; /help shows those there are, and a space before the slash makes it a text"
-        )
+        self._continue(prompt + added if command == "/more" else prompt)
       case _:
-        self._continue(line)
+        raise ValueError(
+          f"no command {line.strip()}; /help shows those there are, and a space before it makes it a text"
+        )
 
   def _last(self) -> tuple[str, str]:
     if not self.texts:

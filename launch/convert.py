@@ -23,6 +23,7 @@ from absl import flags
 from gpt2_jax import certificate, pretrained
 from gpt2_jax.convert.files import whole
 from gpt2_jax.convert.weights import digest, rounded
+from gpt2_jax.tokenizer import Gpt2Bpe, HuggingFace
 from launch import shell
 
 _FROM = flags.DEFINE_string("from", None, "The checkpoint to convert: a name or a path.")
@@ -35,7 +36,7 @@ _VERIFY = flags.DEFINE_string("verify", None, "The checkpoint to prove.")
 _AGAINST = flags.DEFINE_string("against", None, "The checkpoint it should equal.")
 _ORACLE = flags.DEFINE_enum("oracle", "ours", ["ours", "transformers"], "Whose forward pass --against runs through.")
 _LOGITS = flags.DEFINE_string("logits", None, "In place of --against: an .npz file of tokens and recorded logits.")
-_TEXT = flags.DEFINE_string("text", None, "A file of text to compare on; default: 4 windows of random tokens.")
+_TEXT = flags.DEFINE_string("text", None, "A file of text to compare on; default: 2 windows of random tokens.")
 _TOLERANCE = flags.DEFINE_float("tolerance", 1e-4, "The largest difference of logits that is the same model.")
 _OUT = flags.DEFINE_string("out", "certificate.json", "Where the certificate goes; it must not be there.")
 
@@ -54,6 +55,12 @@ def convert() -> None:
     raise ValueError(f"{_TO.value} was written, but reads back as other weights ({after[:16]}, not {before[:16]})")
   print(f"{weights.source} -> {_TO.value} ({_FORMAT.value}, {_DTYPE.value})")
   print(f"weights sha256 {after}: read back, the same")
+  if before != (unrounded := digest(weights)):
+    print(f"rounded from {unrounded}: --verify will say so, and how far the logits are apart")
+  if weights.tokenizer is None:
+    print("there was no tokenizer to write")
+  elif _FORMAT.value != "orbax" and not isinstance(weights.tokenizer, Gpt2Bpe | HuggingFace):
+    print("its tokenizer lies beside the weights in this project's own form, which others do not read")
 
 
 def verify() -> None:

@@ -20,7 +20,7 @@ from gpt2_jax.decoding import complete, stream
 from gpt2_jax.pretrained import load_pretrained
 from gpt2_jax.sharding import make_mesh
 from launch import shell
-from launch.console import Console, Settings
+from launch.console import Console, Settings, newlines
 
 _MODEL = flags.DEFINE_string("model", None, "A published name (gpt2, gpt2-xl, ...), a checkpoint's path, or a workdir.")
 _STEP = flags.DEFINE_string("step", "latest", "Of a workdir: latest, best (least validation loss), or a step.")
@@ -43,7 +43,7 @@ _SETTINGS = {
 def settings() -> Settings:
   """The settings of the flags."""
   values = {name: flag.value for name, flag in _SETTINGS.items()}
-  return Settings(**values | {"stop": tuple(values["stop"])})
+  return Settings(**values | {"stop": tuple(map(newlines, values["stop"]))})
 
 
 def main() -> None:
@@ -58,8 +58,9 @@ def main() -> None:
     return Console(model, tokenizer, settings()).run()
   prompts = _PROMPT.value or [""]
   if len(prompts) * _SAMPLES.value == 1:
+    pieces = stream(model, tokenizer, prompts[0], **how)
     print(prompts[0], end="")
-    for piece in stream(model, tokenizer, prompts[0], **how):
+    for piece in pieces:
       print(piece, end="", flush=True)
     return print()
   texts = complete(model, tokenizer, prompts, samples=_SAMPLES.value, **how)

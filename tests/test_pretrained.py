@@ -12,7 +12,7 @@ from gpt2_jax.convert import names
 from gpt2_jax.convert.weights import digest, from_model
 from gpt2_jax.model import ModelConfig
 from gpt2_jax.sharding import BATCH, make_mesh
-from gpt2_jax.tokenizer import Characters
+from gpt2_jax.tokenizer import Characters, HuggingFace
 
 CONFIG = ModelConfig(131, 16, 16, 4, 2, dtype="float32", pad_heads=True)
 ERF = dataclasses.replace(CONFIG, gelu="erf")
@@ -93,6 +93,18 @@ def expected(mesh, parameters, place, logits):
   """The logits of the model itself."""
   with mesh(1, 1, 1):
     return logits(place(CONFIG, parameters(CONFIG)))
+
+
+@pytest.mark.parametrize("form", TARGETS)
+def test_a_tokenizer_comes_back_from_every_format(form, weights, tmp_path):
+  """Also one whose texts end with another token than <|endoftext|>."""
+  ending = HuggingFace.from_merges({"a": 0, "b": 1, "ab": 2, "c": 3}, [("a", "b")])
+  for n, tokenizer in enumerate((ALPHABET, dataclasses.replace(ending, end=3), ending)):
+    made = dataclasses.replace(weights(CONFIG), tokenizer=tokenizer)
+    write(made, tmp_path / str(n), form)
+    found = pretrained.open_weights(str(tmp_path / str(n))).tokenizer
+    assert type(found) is type(tokenizer) and found.eot == tokenizer.eot
+    assert found.encode("abc") == tokenizer.encode("abc") and found.fingerprint == tokenizer.fingerprint
 
 
 @pytest.mark.parametrize("target", TARGETS)

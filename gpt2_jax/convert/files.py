@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import pickle
+import secrets
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ def read_json(path: pathlib.Path) -> dict:
   check_there(path)
   try:
     found = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"{path} is no JSON ({error})") from error
   if not isinstance(found, dict):
     raise ValueError(f"{path} holds a {type(found).__name__}, not an object of names and values")
@@ -58,9 +59,14 @@ def read_torch(path: pathlib.Path):
 
 
 def check_tensors(found, path: pathlib.Path) -> None:
-  """Raises ValueError unless `found` is a dictionary of tensors by name."""
+  """Raises ValueError unless `found` is a dictionary of plain tensors by name, floats but for the causal masks."""
+  torch = import_torch(path)
+  floats = (torch.float32, torch.float16, torch.bfloat16)
   if not isinstance(found, dict) or not all(isinstance(k, str) and hasattr(x, "shape") for k, x in found.items()):
     raise ValueError(f"{path} holds no dictionary of tensors by name")
+  for name, x in found.items():
+    if x.layout != torch.strided or x.is_meta or (x.dtype not in floats and not name.endswith("bias")):
+      raise ValueError(f"{name} in {path} is {x.dtype}, {x.layout}; it takes plain floats of 16 or 32 bits")
 
 
 def _is_zip(path: pathlib.Path) -> bool:
@@ -91,11 +97,18 @@ def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
   if path.exists():
     raise FileExistsError(f"{path} is there already; take another name, or move it away")
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-  _remove(partial)  # that of a process which was killed, and had this number
+  partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
   try:
     yield partial
-    partial.rename(path)
+    try:
+      if partial.is_dir():
+        partial.rename(path)  # which fails if there is a folder with something in it
+      else:
+        os.link(partial, path)  # which fails if there is anything; a rename would overwrite it
+    except OSError as error:
+      if path.exists():
+        raise FileExistsError(f"{path} has been written by another process meanwhile, and is left as it is") from error
+      raise
   finally:
     _remove(partial)
 

@@ -17,6 +17,7 @@ from gpt2_jax.convert.files import check_tensors, check_there, read_json, read_t
 from gpt2_jax.convert.vocabulary import read_vocabulary, write_vocabulary
 from gpt2_jax.convert.weights import DTYPES, Weights, progress
 from gpt2_jax.model import ModelConfig
+from gpt2_jax.tokenizer import HuggingFace
 
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "erf"}
 # What transformers can do to a GPT-2 and this model does not: the one value of each that is GPT-2's own.
@@ -47,7 +48,9 @@ def read(path: pathlib.Path) -> Weights:
   names.check(shapes, expected, str(path))
   if head is not None and not np.array_equal(read_tensor["lm_head.weight"](), read_tensor["wte.weight"]()):
     raise ValueError(names.UNTIED.format(path))
-  tokenizer = read_vocabulary(path, config.n_vocab)
+  tokenizer, end = read_vocabulary(path, config.n_vocab), payload.get("eos_token_id")
+  if isinstance(tokenizer, HuggingFace) and type(end) is int and 0 <= end < config.n_vocab and end != tokenizer.eot:
+    tokenizer = dataclasses.replace(tokenizer, end=end)
 
   def read_canonical(name):
     return read_tensor[names.foreign(name, names.TORCH)]()
@@ -114,7 +117,10 @@ def _torch_tensors(path: pathlib.Path):
   check_there(path)
   tensors = read_torch(path)
   check_tensors(tensors, path)
-  return {name: (tuple(tensor.shape), lambda tensor=tensor: tensor.float().numpy()) for name, tensor in tensors.items()}
+  return {
+    name: (tuple(tensor.shape), lambda tensor=tensor: tensor.detach().float().numpy())
+    for name, tensor in tensors.items()
+  }
 
 
 def write(weights: Weights, path: pathlib.Path, dtype: str = "float32") -> None:

@@ -2,6 +2,7 @@
 """llm.c's model file: 256 int32 of header, then all parameters, version 3 in float32 and 5 in bfloat16; both ways."""
 
 import dataclasses
+import json
 import math
 import pathlib
 
@@ -9,10 +10,11 @@ import ml_dtypes
 import numpy as np
 
 from gpt2_jax.convert import names
-from gpt2_jax.convert.files import whole
+from gpt2_jax.convert.files import read_json, whole
 from gpt2_jax.convert.vocabulary import usual_tokenizer
 from gpt2_jax.convert.weights import Weights, progress
 from gpt2_jax.sharding import padded
+from gpt2_jax.tokenizer import Gpt2Bpe, from_json
 
 MAGIC = 20240326
 DTYPES = {3: np.dtype("<f4"), 5: np.dtype(ml_dtypes.bfloat16)}  # by version
@@ -51,7 +53,14 @@ def read(path: pathlib.Path) -> Weights:
     tensor = np.fromfile(path, dtype, math.prod(shape), offset=places[name]).reshape(stored)
     return tensor.T if names.is_matrix(name) else tensor
 
-  return Weights(config, read_tensor, usual_tokenizer(n_vocab), f"{path} (llm.c)")
+  beside = _tokenizer_path(path)
+  tokenizer = from_json(read_json(beside)) if beside.is_file() else usual_tokenizer(n_vocab)
+  return Weights(config, read_tensor, tokenizer, f"{path} (llm.c)")
+
+
+def _tokenizer_path(path: pathlib.Path) -> pathlib.Path:
+  """Where a tokenizer other than GPT-2's is kept, for which llm.c's file has no room."""
+  return path.with_name(path.name + ".tokenizer.json")
 
 
 def write(weights: Weights, path: pathlib.Path, dtype: str = "float32") -> None:
@@ -73,3 +82,6 @@ def write(weights: Weights, path: pathlib.Path, dtype: str = "float32") -> None:
       file.write(tensor.tobytes())
       if name == "wte":
         file.write(bytes((rows - config.n_vocab) * config.n_embd * tensor.itemsize))
+    if not isinstance(weights.tokenizer, Gpt2Bpe | None):
+      with whole(_tokenizer_path(path)) as beside:
+        beside.write_text(json.dumps(weights.tokenizer.to_json()))

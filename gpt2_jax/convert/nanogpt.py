@@ -11,10 +11,10 @@ import numpy as np
 
 from gpt2_jax.convert import names
 from gpt2_jax.convert.files import check_tensors, import_torch, read_plain_pickle, read_torch, whole
-from gpt2_jax.convert.vocabulary import usual_tokenizer
+from gpt2_jax.convert.vocabulary import read_vocabulary, write_vocabulary
 from gpt2_jax.convert.weights import Weights, progress
 from gpt2_jax.model import ModelConfig
-from gpt2_jax.tokenizer import Characters
+from gpt2_jax.tokenizer import Characters, Gpt2Bpe
 
 FIELDS = {"vocab_size": "n_vocab", "block_size": "n_ctx", "n_embd": "n_embd", "n_head": "n_head", "n_layer": "n_layer"}
 
@@ -43,7 +43,7 @@ def read(path: pathlib.Path) -> Weights:
     raise ValueError(names.UNTIED.format(path))
 
   def read_tensor(name):
-    tensor = tensors[names.foreign(name, names.TORCH)].float().numpy()
+    tensor = tensors[names.foreign(name, names.TORCH)].detach().float().numpy()
     return tensor.T if names.is_matrix(name) else tensor
 
   return Weights(config, read_tensor, _tokenizer(path.with_name("meta.pkl"), config), f"{path} (nanoGPT)")
@@ -65,7 +65,7 @@ def _turned(name: str, shape: tuple) -> tuple:
 def _tokenizer(meta: pathlib.Path, config: ModelConfig):
   """Characters of meta.pkl; without it GPT-2's tokens if the vocabulary is as large, as sample.py assumes there."""
   if not meta.is_file():
-    return usual_tokenizer(config.n_vocab)
+    return read_vocabulary(meta.parent, config.n_vocab)
   found = read_plain_pickle(meta)
   characters = found.get("itos") if isinstance(found, dict) else None
   if not isinstance(characters, dict) or list(characters) != list(range(len(characters))):
@@ -104,6 +104,8 @@ def write(weights: Weights, path: pathlib.Path, dtype: str = "float32", other_ge
     model["lm_head.weight"] = model["transformer.wte.weight"]
     about = {"model_args": args, "iter_num": 0, "best_val_loss": 1e9, "config": {"gelu": config.gelu}}
     torch.save({"model": model} | about, folder / "ckpt.pt")
+    if not isinstance(weights.tokenizer, Characters | Gpt2Bpe):
+      write_vocabulary(weights.tokenizer, folder, config.n_ctx)  # nanoGPT does not read it, `read` does
     if isinstance(weights.tokenizer, Characters):
       itos = dict(enumerate(weights.tokenizer.alphabet))
       meta = {"vocab_size": len(itos), "itos": itos, "stoi": {c: i for i, c in itos.items()}}

@@ -56,9 +56,10 @@ def write_vocabulary(tokenizer: Tokenizer | None, path: pathlib.Path, n_ctx: int
     tokenizer = HuggingFace.from_merges(vocab, pairs)
   if isinstance(tokenizer, HuggingFace):
     (path / "tokenizer.json").write_text(tokenizer.payload, encoding="utf-8")
-    special = {} if tokenizer.eot is None else dict.fromkeys(("bos_token", "eos_token", "unk_token"), EOT)
+    end = tokenizer.end_token
+    special = {} if end is None else dict.fromkeys(("bos_token", "eos_token", "unk_token"), end)
     kind = "GPT2Tokenizer" if special else "PreTrainedTokenizerFast"  # which does not add a token of its own
     about = special | {"tokenizer_class": kind, "model_max_length": n_ctx}
     (path / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
-  elif tokenizer is not None:
+  if tokenizer is not None and (not isinstance(tokenizer, HuggingFace) or tokenizer.end is not None):
     (path / OURS).write_text(json.dumps(tokenizer.to_json()))

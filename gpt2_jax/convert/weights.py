@@ -12,8 +12,8 @@ import numpy as np
 import tqdm
 
 from gpt2_jax.convert import names
-from gpt2_jax.model import GPT2, ModelConfig, name_of
-from gpt2_jax.sharding import check_divides, concrete
+from gpt2_jax.model import GPT2, ModelConfig, check_mesh, name_of
+from gpt2_jax.sharding import concrete
 from gpt2_jax.tokenizer import Tokenizer
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -70,8 +70,7 @@ def to_model(weights: Weights, mesh: jax.sharding.Mesh, dtype: str) -> GPT2:
   """
   config = dataclasses.replace(weights.config, dtype=dtype, pad_heads=True)
   with jax.set_mesh(mesh):
-    check_divides(config.n_embd, "n_embd", "data", way_out="give a mesh whose data axis divides it")
-    check_divides(4 * config.n_embd, "4 n_embd", "model", way_out="give a mesh whose model axis divides it")
+    check_mesh(config)
     target = concrete(jax.eval_shape(functools.partial(GPT2, config), jax.random.key(0)), mesh)
   leaves = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(target)}
   arrays = {}
@@ -104,6 +103,8 @@ def _put(weights: Weights, name: str, target: jax.ShapeDtypeStruct) -> jax.Array
 
 def from_model(model: GPT2, tokenizer: Tokenizer | None, source: str = "a model") -> Weights:
   """The weights of a model, brought to the host a tensor at a time, without padding."""
+  if not isinstance(model, GPT2):
+    raise ValueError(f"a {type(model).__name__} is not written; give the model that it was made from")
   leaves = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
   shapes = names.shapes(model.config)
   if "wte" not in leaves:

@@ -80,8 +80,8 @@ def in_slots(slot):
 
   def apart(old_BHSK, new_BHTK):
     """XLA's CPU backend would fuse the write with what reads it, and copy the whole cache for that: a condition that
-    always holds keeps them apart. Integers, because a bfloat16 write would go through float32."""
-    bits = jnp.uint16 if old_BHSK.dtype == jnp.bfloat16 else jnp.uint32
+    always holds keeps them apart. bfloat16 as integers, because its write would go through float32."""
+    bits = jnp.uint16 if old_BHSK.dtype == jnp.bfloat16 else old_BHSK.dtype
     old, new = (jax.lax.bitcast_convert_type(x, bits) for x in (old_BHSK, new_BHTK))
     written = jax.lax.cond(slot >= 0, plainly, lambda old, new: old, old, new)
     return jax.lax.bitcast_convert_type(written, old_BHSK.dtype)
@@ -108,6 +108,13 @@ def decode(decoder: Decoder, tokens_BT, positions_BT, seen_BTS, caches, write):
   return decoder.model.ln_f(x_BTD), after
 
 
+def random_key(seed: int):
+  """The key of a seed. Raises ValueError unless it is one of 32 bits: JAX would take others for one of those."""
+  if not 0 <= seed < 2**32:
+    raise ValueError(f"a seed of {seed} is not from 0 to {2**32 - 1}")
+  return jax.random.key(seed)
+
+
 def at_end(x_BTD, lengths_B):
   """What stands at each prompt's last token, [B, 1, D]."""
   return jnp.take_along_axis(x_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
@@ -120,6 +127,8 @@ def logits(decoder: Decoder, x_BTD):
 
 def check_prompts(decoder: Decoder, prompts, n_new: int, samples: int = 1) -> None:
   """Raises ValueError unless there are prompts, none of them empty, and their tokens are the model's."""
+  if isinstance(prompts, str) or any(isinstance(prompt, str) or not hasattr(prompt, "__len__") for prompt in prompts):
+    raise ValueError("prompts are lists of token ids; encode the texts, or call complete")
   lengths, n_vocab = [len(prompt) for prompt in prompts], decoder.model.config.n_vocab
   if not lengths or min(lengths) < 1 or n_new < 1 or samples < 1:
     raise ValueError(

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+MOST = 1e9  # of a bias or a penalty: sums and quotients of a few stay finite in float32
+
 
 class History(NamedTuple):
   """A row so far: its prompt is `tokens_W[first:prompt_end]`, its new tokens are `tokens_W[prompt_end:end]`."""
@@ -43,7 +45,9 @@ class Temperature:
 
   def __post_init__(self):
     if not self.value > 0:
-      raise ValueError(f"a temperature of {self.value} is not above 0; use greedy decoding for the likeliest token")
+      raise ValueError(
+        f"a temperature of {self.value} is not above 0; Greedy() (--greedy, /set greedy true) takes the likeliest token"
+      )
 
   def __call__(self, logits_V, history=None):
     return logits_V / self.value
@@ -124,8 +128,10 @@ class RepetitionPenalty:
   value: float
 
   def __post_init__(self):
-    if not 0 < self.value < math.inf:
-      raise ValueError(f"a repetition penalty of {self.value} is not above 0; 1 changes nothing, above 1 repeats less")
+    if not 0 < self.value <= MOST:
+      raise ValueError(
+        f"a repetition penalty of {self.value} is not in (0, 1e9]; 1 changes nothing, above 1 repeats less"
+      )
 
   def __call__(self, logits_V, history):
     penalized_V = jnp.where(logits_V < 0, logits_V * self.value, logits_V / self.value)
@@ -143,8 +149,8 @@ class OccurrencePenalty:
   presence: float = 0.0
 
   def __post_init__(self):
-    if not (math.isfinite(self.frequency) and math.isfinite(self.presence)):
-      raise ValueError(f"penalties of {self.frequency} (frequency) and {self.presence} (presence) are not both finite")
+    if not (abs(self.frequency) <= MOST and abs(self.presence) <= MOST):
+      raise ValueError(f"penalties of {self.frequency} (frequency), {self.presence} (presence): at most 1e9 either way")
 
   def __call__(self, logits_V, history):
     counts_V = history.counts(logits_V.size, new_only=True)
@@ -185,8 +191,8 @@ class LogitBias:
   def __post_init__(self):
     biases = dict(self.biases)
     for token, bias in biases.items():
-      if token < 0 or not bias < math.inf:
-        raise ValueError(f"a bias of {bias} for token {token}: tokens are 0 or more, a bias is finite or -inf")
+      if token < 0 or not (abs(bias) <= MOST or bias == -math.inf):
+        raise ValueError(f"a bias of {bias} for token {token}: tokens are 0 or more, a bias is within 1e9 or is -inf")
     object.__setattr__(self, "biases", tuple(sorted(biases.items())))  # hashable: samplers are arguments of jax.jit
 
   def __call__(self, logits_V, history=None):
@@ -214,6 +220,14 @@ class MinNew:
     return jnp.where(banned_V, -jnp.inf, logits_V)
 
 
+def as_filters(filters) -> tuple:
+  """One filter, or several in any sequence, as a tuple. Raises ValueError for what is no filter."""
+  found = (filters,) if callable(filters) else tuple(filters)
+  if odd := [f for f in found if not callable(f) or isinstance(f, Greedy | Sample)]:
+    raise ValueError(f"{odd[0]!r} is no filter; give TopK(40), TopP(0.9), Temperature(0.8) or the like")
+  return found
+
+
 def filtered(filters: tuple, logits_V, history=None):
   """The logits after the filters in their order; the likeliest token is left where they ban every one."""
   if not filters:
@@ -231,6 +245,9 @@ class Greedy:
 
   filters: tuple = ()
 
+  def __post_init__(self):
+    object.__setattr__(self, "filters", as_filters(self.filters))
+
   def __call__(self, key, logits_V, history=None):
     return jnp.argmax(filtered(self.filters, logits_V, history))
 
@@ -240,6 +257,9 @@ class Sample:
   """A token drawn from the softmax of the logits after `filters`."""
 
   filters: tuple = ()
+
+  def __post_init__(self):
+    object.__setattr__(self, "filters", as_filters(self.filters))
 
   def __call__(self, key, logits_V, history=None):
     return jax.random.categorical(key, filtered(self.filters, logits_V, history))

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.decoding.cache import Decoder, at_end, decode, logits, place_prompts, prefill, ready
+from gpt2_jax.decoding.cache import Decoder, at_end, decode, logits, place_prompts, prefill, random_key, ready
 from gpt2_jax.decoding.samplers import Greedy, History, Sample, filtered
 from gpt2_jax.model import GPT2
 from gpt2_jax.sharding import ROWS
@@ -76,7 +76,7 @@ def speculative(
   with jax.set_mesh(target.mesh):
     tokens_BT, lengths_B = place_prompts(short, prompts, n_new)
     text_BS, *counts = jax.device_get(
-      _speculate(target, draft, tokens_BT, lengths_B, seed, ends, n_new, draft_tokens, sampler or Greedy())
+      _speculate(target, draft, tokens_BT, lengths_B, random_key(seed), ends, n_new, draft_tokens, sampler or Greedy())
     )
   new = [text_S[len(prompt) :][:n_new].tolist() for text_S, prompt in zip(text_BS, prompts, strict=False)]
   return Speculation([row[: row.index(eot)] if eot in row else row for row in new], *map(int, counts))
@@ -177,12 +177,12 @@ def _propose(draft: Decoder, rows: Rows, keys_B, caches, n: int, sampler):
 
 
 @functools.partial(jax.jit, static_argnames=("n_new", "n", "sampler"))
-def _speculate(target: Decoder, draft: Decoder, tokens_BT, lengths_B, seed, eot, n_new: int, n: int, sampler):
+def _speculate(target: Decoder, draft: Decoder, tokens_BT, lengths_B, key, eot, n_new: int, n: int, sampler):
   """The prompts with their new tokens behind them [B, S], and the counts of a Speculation."""
   B, width = tokens_BT.shape
   room = n_new + n + 1  # the last pass over a row may write n + 1 tokens behind its end
   rows_B = jax.sharding.reshard(jnp.arange(B), P(ROWS))
-  keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(rows_B)
+  keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(rows_B)
   prompt_B = jnp.maximum(lengths_B, 1)  # rows that only fill the mesh have length 0, and are done
 
   def step(carry):

@@ -69,6 +69,13 @@ def stream_rows(
 
 def _pieces(model, tokenizer, prompts, n_new, sampler, seed, stop, samples, window, at_once: bool):
   """Reads the prompts now, and computes the pieces when they are asked for."""
+  if tokenizer is None:
+    raise ValueError(
+      "there is no tokenizer: put tokenizer.json, vocab.json and merges.txt, or encoder.json and vocab.bpe beside the "
+      "checkpoint, or give one, as of load_tokenizer"
+    )
+  if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
+    raise ValueError("a prompt is a text; complete and stream_rows take several")
   if isinstance(stop, str) or not all(stop):
     raise ValueError(f"stop strings {stop!r}: give a sequence of texts, none of them empty")
   ids = [_encode(tokenizer, prompt) for prompt in prompts]

@@ -2,7 +2,8 @@
 """The loop that samples: `start` reads the prompts into a key-value cache, `advance` adds tokens one at a time.
 
 Prompts of a batch may have any lengths: each row has its own positions, its own part of the cache and its own random
-numbers, so a row's tokens do not depend on its company, on the mesh, or on how many steps are asked for at once.
+numbers, so a row's tokens do not depend on its company, on the mesh, or on how many steps are asked for at once. (In
+bfloat16, near-ties may be rounded one way or the other.)
 """
 
 import dataclasses
@@ -16,7 +17,18 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.decoding.cache import BUCKET, Decoder, check_prompts, check_room, decode, in_slots, logits, prefill, ready
+from gpt2_jax.decoding.cache import (
+  BUCKET,
+  Decoder,
+  check_prompts,
+  check_room,
+  decode,
+  in_slots,
+  logits,
+  prefill,
+  random_key,
+  ready,
+)
 from gpt2_jax.decoding.samplers import Greedy, History
 from gpt2_jax.model import GPT2
 from gpt2_jax.sharding import ROWS, axis_size, padded
@@ -70,6 +82,7 @@ class State(NamedTuple):
   first_B: jax.Array  # the column at which a row begins
   count_B: jax.Array  # new tokens
   done_B: jax.Array
+  broken: jax.Array  # whether a row's logits were not numbers
   keys_B: jax.Array
   prompt_end: jax.Array
   n: jax.Array  # steps taken
@@ -92,8 +105,8 @@ def generate(
   """Continues each prompt `samples` times by at most `n_new` tokens; all samples of the first prompt come first.
 
   The sampler is `Greedy()` unless another is given. Draws depend on the seed, and on which prompt and which sample a
-  row is. Raises ValueError on an empty prompt, on tokens outside the vocabulary, and on prompts that leave no room in
-  the context for `n_new`, unless there is a `window`.
+  row is: to go on from a continuation, take another seed. Raises ValueError on an empty prompt, on tokens outside the
+  vocabulary, and on prompts that leave no room in the context for `n_new`, unless there is a `window`.
   """
   decoder, state = start(model, prompts, n_new, seed, samples, window, logprobs)
   state = advance(decoder, state, n_new, sampler or Greedy(), eot, window)
@@ -107,7 +120,8 @@ def start(
   decoder = ready(model)
   check_prompts(decoder, prompts, n_new, samples)
   if window is None:
-    way_out = f"ask for fewer, or give window=SlidingWindow(stride={max(1, decoder.model.config.n_ctx // 2)})"
+    stride = max(1, decoder.model.config.n_ctx // 2)
+    way_out = f"ask for fewer, or slide a window: SlidingWindow({stride}), or {stride} as the setting `window`"
     check_room(decoder, prompts, n_new, way_out)
   else:
     window.check(decoder.model.config.n_ctx)
@@ -123,7 +137,7 @@ def start(
       tokens_BW[row, first_B[row] : prompt_end] = prompt
     row_B = np.arange(rows, dtype=np.int32)
     arrays = jax.device_put((tokens_BW, first_B, row_B, row_B >= len(prompts)), NamedSharding(decoder.mesh, P(ROWS)))
-    return decoder, _start(decoder, *arrays, jax.random.key(seed), prompt_end, samples, window, logprobs)
+    return decoder, _start(decoder, *arrays, random_key(seed), prompt_end, samples, window, logprobs)
 
 
 def advance(decoder: Decoder, state: State, n: int, sampler, eot: int | None = None, window=None) -> State:
@@ -133,10 +147,12 @@ def advance(decoder: Decoder, state: State, n: int, sampler, eot: int | None = N
 
 
 def continuations(state: State, begin: int = 0) -> list[Continuation]:
-  """What the rows hold beyond their first `begin` new tokens."""
-  tokens_BW, logprobs_BW, counts, done, prompt_end = jax.device_get(
-    (state.tokens_BW, state.logprobs_BW, state.count_B, state.done_B, state.prompt_end)
+  """What the rows hold beyond their first `begin` new tokens. Raises FloatingPointError where logits were NaN."""
+  tokens_BW, logprobs_BW, counts, done, broken, prompt_end = jax.device_get(
+    (state.tokens_BW, state.logprobs_BW, state.count_B, state.done_B, state.broken, state.prompt_end)
   )
+  if broken:
+    raise FloatingPointError("the model's logits are not numbers (NaN); are its weights?")
 
   def new(row, values_BW):
     return values_BW[row, prompt_end + begin : prompt_end + counts[row]].tolist()
@@ -162,6 +178,7 @@ def _start(decoder, tokens_BW, first_B, row_B, done_B, key, prompt_end: int, sam
     first_B,
     jnp.zeros_like(first_B),
     done_B,  # rows that only fill the mesh are done
+    jnp.bool_(False),
     jax.vmap(jax.random.fold_in)(keys_B, row_B % samples),
     jnp.int32(prompt_end),
     jnp.int32(0),
@@ -248,6 +265,7 @@ def _step(decoder: Decoder, state: State, eot, sampler, window) -> State:
     logprobs_BW=logprobs_BW,
     count_B=state.count_B + ~done_B,
     done_B=done_B,
+    broken=state.broken | jnp.any(jnp.isnan(logits_BV[:, 0]) & ~state.done_B),  # one NaN before the head is in all
     n=state.n + 1,
     slot=(state.slot + 1) % S,
     seen_BS=seen_BS,

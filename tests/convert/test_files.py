@@ -77,12 +77,21 @@ def test_nothing_is_overwritten(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
-def test_the_remains_of_a_killed_process_of_the_same_number_are_no_hindrance(tmp_path):
-  (tmp_path / f".to.{os.getpid()}.partial").mkdir()
-  (tmp_path / f".to.{os.getpid()}.partial" / "half").write_text("a")
-  with files.whole(tmp_path / "to") as folder:
-    folder.mkdir()
-  assert [path.name for path in tmp_path.rglob("*")] == ["to"]
+def test_of_two_at_once_the_first_to_end_stays(tmp_path):
+  """A file and a folder, by two writers of one process number."""
+  for name, make in (("file", lambda path, text: path.write_text(text)), ("folder", folder_with)):
+    refusal = pytest.raises(FileExistsError, match="written by another process meanwhile, and is left as it is")
+    with refusal, files.whole(tmp_path / name) as late:
+      with files.whole(tmp_path / name) as early:
+        make(early, "early")
+      make(late, "late")
+  assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "x").read_text() == "early"
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def folder_with(path, text):
+  path.mkdir()
+  (path / "x").write_text(text)
 
 
 @pytest.mark.parametrize("value", [{"a": [1, 2.5, "x", None, (True, b"y")]}, {0: "a"}, []])

@@ -125,7 +125,6 @@ def server(made, tmp_path):
 def test_a_repository_is_fetched_once_and_then_read_without_the_hub(server, tmp_path):
   cache, endpoint = tmp_path / "cache", f"http://127.0.0.1:{server.server_address[1]}"
   cache.mkdir()
-  (cache / "gpt2").mkdir()  # where the command runs; a published name is the Hub's all the same
   one, two = server.sha256["main"], server.sha256["v2"]
   wanted = [["owner/tiny", None], ["owner/tiny", "v2"], ["owner/tiny", commit("owner/tiny/v2")]]
   wanted += [["owner/pickled", None], ["gpt2", None], ["124M", None]]
@@ -146,6 +145,14 @@ def test_a_repository_is_fetched_once_and_then_read_without_the_hub(server, tmp_
   assert all(kind == "error" and "cannot be had from the Hub" in message for kind, message in faults)
   faults = [gone, revision, llama, empty, *(message for _, message in faults)]
   assert not [message for message in faults if "\n" in message]
+
+
+def test_a_name_that_is_a_path_too_is_asked_back(tmp_path, monkeypatch):
+  (tmp_path / "gpt2").mkdir()
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ValueError, match=r"give ./gpt2 for the path, or openai-community/gpt2 for the Hub's"):
+    pretrained.find("gpt2")
+  assert pretrained.find("./gpt2").is_dir()
 
 
 def test_published_names():

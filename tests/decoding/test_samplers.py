@@ -230,9 +230,13 @@ def test_greedy_takes_the_likeliest():
     (lambda: TopP(1.1), "top-p of 1.1"),
     (lambda: MinP(0.0), r"min-p of 0.0 is not in \(0, 1\]"),
     (lambda: Typical(1.5), "typical-p of 1.5"),
-    (lambda: RepetitionPenalty(0.0), "repetition penalty of 0.0 is not above 0"),
+    (lambda: RepetitionPenalty(0.0), r"repetition penalty of 0.0 is not in \(0, 1e9\]"),
     (lambda: RepetitionPenalty(float("inf")), "repetition penalty of inf"),
-    (lambda: OccurrencePenalty(presence=float("nan")), "not both finite"),
+    (lambda: OccurrencePenalty(presence=float("nan")), "at most 1e9 either way"),
+    (lambda: OccurrencePenalty(1e39), "at most 1e9 either way"),
+    (lambda: LogitBias({4: 1e39}), "a bias is within 1e9 or is -inf"),
+    (lambda: Sample((TopK(3), 5)), "5 is no filter"),
+    (lambda: Greedy(Sample()), "is no filter"),
     (lambda: NoRepeatNgram(0), "runs of 0 tokens cannot repeat"),
     (lambda: LogitBias({3: float("inf")}), "bias of inf for token 3"),
     (lambda: LogitBias({3: float("nan")}), "bias of nan for token 3"),
@@ -243,3 +247,8 @@ def test_greedy_takes_the_likeliest():
 def test_samplers_refuse_what_cannot_be(make, rule):
   with pytest.raises(ValueError, match=rule):
     make()
+
+
+def test_one_filter_or_a_list_will_do():
+  assert Sample(TopK(3)) == Sample([TopK(3)]) == Sample((TopK(3),))
+  assert hash(Greedy([TopK(3)])) == hash(Greedy(TopK(3)))

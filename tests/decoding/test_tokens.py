@@ -108,13 +108,22 @@ def test_eot_ends_its_row_and_is_left_out(model, prompts, greedy):
 
 
 def test_what_cannot_be_continued_is_refused(model):
-  with pytest.raises(ValueError, match=r"90 prompt and 7 new tokens exceed the context of 96.*window=SlidingWindow\("):
+  with pytest.raises(
+    ValueError,
+    match=r"90 prompt and 7 new tokens exceed the context of 96; ask for fewer, or slide a window: SlidingWindow\(",
+  ):
     generate(model, [[1], [1] * 90], 7)
   for prompts, n_new in (([], 3), ([[]], 3), ([[1], []], 3), ([[1]], 0)):
     with pytest.raises(ValueError, match="no empty prompt"):
       generate(model, prompts, n_new)
   with pytest.raises(ValueError, match="0 samples"):
     generate(model, [[1]], 3, samples=0)
+  for texts in ("text", ["text"], [3]):
+    with pytest.raises(ValueError, match="prompts are lists of token ids; encode the texts, or call complete"):
+      generate(model, texts, 3)
+  for seed in (-1, 2**32, 10**30):
+    with pytest.raises(ValueError, match=f"a seed of {seed} is not from 0 to 4294967295"):
+      generate(model, [[1]], 3, seed=seed)
   for prompt in ([3, 97], [-1, 97]):
     with pytest.raises(ValueError, match=f"tokens {prompt[0]} to 97, the vocabulary 97"):
       generate(model, [[3], prompt], 3)
@@ -123,6 +132,13 @@ def test_what_cannot_be_continued_is_refused(model):
   for stride, keep in ((0, 0), (1, -1)):
     with pytest.raises(ValueError, match="they are 1 and 0 or more"):
       SlidingWindow(stride, keep)
+
+
+def test_weights_that_are_no_numbers_are_an_error(mesh, weights, place, prompts):
+  with mesh(1, 1, 1):
+    model = place(TINY, weights | {"ln_f.g": np.full(16, np.nan)})
+  with pytest.raises(FloatingPointError, match="logits are not numbers"):
+    generate(model, prompts, N_NEW)
 
 
 def test_padding_of_the_vocabulary_is_never_predicted(mesh, weights, place, put, prompts, greedy):

@@ -64,11 +64,21 @@ def test_settings_change_and_are_shown(say):
   assert Settings(top_k=5, temperature=0.5).sampler() == Sample((Temperature(0.5), TopK(5)))
 
 
-def test_more_goes_on_and_again_takes_the_next_seed(say, model):
+def test_more_goes_on_and_again_starts_anew_with_the_next_seed(say, model):
+  """With the same seed the same random numbers would come round again."""
   _, console = say("abc", "/more", "/again")
   (first, added), (second, _), (third, _) = console.texts
   assert (first, second, third) == ("abc", "abc" + added, "abc" + added)
-  assert console.settings.seed == 1
+  assert console.settings.seed == 2
+
+
+def test_a_stop_of_any_characters(say):
+  for typed, stop in (("é", "é"), ("—END", "—END"), ("a\\nb", "a\nb")):
+    assert say(f"/set stop {typed}")[1].settings.stop == (stop,)
+
+
+def test_a_space_before_a_slash_makes_it_a_text(say):
+  assert say(" /abc")[1].texts[0][0] == " /abc"
 
 
 def test_history_is_saved_and_nothing_is_overwritten(say, tmp_path):
@@ -87,6 +97,10 @@ def test_history_is_saved_and_nothing_is_overwritten(say, tmp_path):
     ("/set topk 3", "no setting 'topk'; there are n_new"),
     ("/set top_k 0", "top-k of 0"),
     ("/set top_k many", "invalid literal"),
+    ("/set top_k", "/set top_k wants a value"),
+    ("/set", "no setting ''"),
+    ("/save", "no command /save"),
+    ("/set seed 99999999999999999999", None),
     ("/set greedy perhaps", "greedy is true or false, not 'perhaps'"),
     ("/more", "there is no text yet"),
     ("Ä", "is none of the alphabet's"),
@@ -96,7 +110,9 @@ def test_history_is_saved_and_nothing_is_overwritten(say, tmp_path):
 def test_an_error_is_one_line_and_the_session_goes_on(say, line, answer):
   text, console = say(line, "abc")
   errors = [row for row in text.splitlines() if row.startswith("error: ")]
-  assert len(errors) == 1 and answer in errors[0]
+  assert len(errors) == 1 and (answer or "is not from 0 to 4294967295") in errors[0]
+  if answer is None:
+    return
   assert [prompt for prompt, _ in console.texts] == ["abc"]
 
 

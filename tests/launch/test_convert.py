@@ -90,6 +90,7 @@ def test_converting_proves_what_it_wrote(folder, weights, tmp_path):
   assert out.splitlines() == [
     "theirs (Hugging Face) -> gpt2 (hf, float32)",
     f"weights sha256 {sha256}: read back, the same",
+    "its tokenizer lies beside the weights in this project's own form, which others do not read",
   ]
   again = [["--from=theirs", f"--to=new/{form}", f"--format={form}"] for form in ("orbax", "llmc")]
   again += [["--from=theirs", "--to=half", "--dtype=bfloat16"], ["--from=half", "--to=whole"]]
