@@ -21,21 +21,31 @@ while a step is under way; how often it does is printed beside it. It cannot see
 loop (prefetch threads on its cores, dispatch ahead): that is in loop against bare steps. Reading is from a store of
 32 Mi tokens just written, so from the page cache and not from a disk.
 
+int8 stands beside our own float32, speculative decoding beside plain decoding, each the "others" of its row. Load has
+processes of its own (experiments/benchmarks/loading.py).
+
 SEEN  two cores of an AMD EPYC with AVX-512 bfloat16, Python 3.11, jax 0.10.2, torch 2.13.0, transformers 5.23.0, three
-rounds, nothing else running, 9 min 27 s in all: max |delta logit| 3.1e-06, all 256 greedy tokens agree. In tokens/s:
+rounds: max |delta logit| 3.1e-06, all 256 greedy tokens agree. In tokens/s; generation in float32 at 3212c9a, in
+bfloat16 at 960ee0f, the rest at 7e13454, int8 alone in a process at 3212c9a:
 
-  row                               ours     eager  compiled   ratio  min-max     target
-  generate 124M batch 1 float32       97        48        48    2.00  1.77-2.11   1.8 x
-  generate 124M batch 8 float32      387       165       175    2.21  2.20-2.34   1.8 x
-  generate 124M batch 1 bfloat16      75        63        66    1.14  1.11-1.21   1.2 x
-  generate 124M batch 8 bfloat16     336       341       326    0.98  0.96-1.04   1.2 x
-  train 124M 1 x 1024 float32        434       238       235    1.82  1.76-1.84   1.5 x
-  train 124M 4 x 256 float32         517       249       262    1.98  1.77-1.99   1.5 x
-  train 124M 1 x 1024 bfloat16       577       630       595    0.92  0.90-0.95   1.0 x
-  train 124M 4 x 256 bfloat16        723       719       752    0.96  0.95-1.00   1.0 x
-  train tiny 12 x 64 float32      50,915    28,677    29,304    1.74  1.71-2.01   1.7 x or 40,000
+  row                                 ours  the others                     ratio  min-max     target
+  generate 124M batch 1 float32         90  eager 48, compiled 51           1.87  1.74-2.19   1.8 x
+  generate 124M batch 8 float32        339  eager 161, compiled 174         1.92  1.86-2.21   1.8 x
+  generate 124M batch 32 float32       609  eager 324, compiled 341         1.79  1.64-1.79   1.8 x
+  generate 124M batch 1 bfloat16        91  eager 73, compiled 79           1.16  1.06-1.19   1.8 x
+  generate 124M batch 8 bfloat16       441  eager 385, compiled 377         1.15  1.13-1.17   1.8 x
+  generate 124M batch 32 bfloat16      575  eager 670, compiled 623         0.86  0.83-0.88   1.8 x
+  generate 124M batch 1 int8           162  float32 112                     1.47  1.41-1.55   1.5 x float32
+  generate 124M batch 8 int8           444  float32 415                     1.06  1.05-1.11   -
+  speculative 345M batch 1 float32      65  plain 32                        1.97  1.90-1.99   -
+  train 124M 1 x 1024 float32          434  eager 238, compiled 235         1.82  1.76-1.84   1.5 x
+  train 124M 4 x 256 float32           517  eager 249, compiled 262         1.98  1.77-1.99   1.5 x
+  train 124M 1 x 1024 bfloat16         577  eager 630, compiled 595         0.92  0.90-0.95   1.0 x
+  train 124M 4 x 256 bfloat16          723  eager 719, compiled 752         0.96  0.95-1.00   1.0 x
+  train tiny 12 x 64 float32        50,915  eager 28,677, compiled 29,304   1.74  1.71-2.01   1.7 x or 40,000
 
-The four bfloat16 rows miss their targets. Data: 38.6 to 49.1 million tokens/s. Loop: the host works 0.28 % of the time.
+The bfloat16 rows miss their targets; float32 at batch 32 and int8 at batch 1 straddle theirs. Data: 38.6 to 49.1
+million tokens/s. Loop: the host works 0.28 % of the time.
 """
 
 import dataclasses
