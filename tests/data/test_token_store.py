@@ -257,7 +257,7 @@ def test_ctrl_c_ends_the_workers_too(tmp_path):
     time.sleep(0.02)
   time.sleep(1.5)  # they are inside a document
   job.send_signal(signal.SIGINT)
-  job.wait(timeout=10)
+  job.wait(timeout=40)  # a document takes 60 s
   assert not psutil.wait_procs(workers, timeout=10)[1]
 
 
