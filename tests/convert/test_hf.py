@@ -314,3 +314,44 @@ def test_integers_are_no_weights(small, copy, refused):
 def test_a_folder_without_weights_is_one_line(copy, refused):
   (copy / "model.safetensors").unlink()
   refused(copy, "neither model.safetensors nor pytorch_model.bin, whole or in shards")
+
+
+@pytest.mark.parametrize("kind", ["int32", "complex64", "sparse", "meta"])
+def test_tensors_that_are_no_plain_floats_are_one_line(kind, random_gpt2, tmp_path, refused):
+  model = random_gpt2()
+  model.save_pretrained(tmp_path)
+  (tmp_path / "model.safetensors").unlink()
+  tensors = dict(model.transformer.named_parameters())  # which are no bare tensors, and are read all the same
+  torch.save(tensors, tmp_path / "pytorch_model.bin")
+  digest(pretrained.open_weights(str(tmp_path)))
+  x = tensors["wte.weight"].detach()
+  odd = {"sparse": x.to_sparse(), "meta": x.to("meta")}.get(kind)
+  torch.save(
+    tensors | {"wte.weight": x.to(getattr(torch, kind)) if odd is None else odd}, tmp_path / "pytorch_model.bin"
+  )
+  refused(tmp_path, "wte.weight in .*pytorch_model.bin is torch.*; it takes plain floats of 16 or 32 bits")
+
+
+def test_a_text_ends_as_the_config_says(random_gpt2, tmp_path):
+  """Where the tokenizer's own end is another, and back."""
+  random_gpt2().save_pretrained(tmp_path / "theirs")
+  tokenizer = HuggingFace.from_merges({"a": 0, "b": 1, "ab": 2, "</s>": 3}, [("a", "b")])
+  (tmp_path / "theirs" / "tokenizer.json").write_text(tokenizer.payload)
+  config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+  (tmp_path / "theirs" / "config.json").write_text(json.dumps(config | {"eos_token_id": 3}))
+  model, found = pretrained.load_pretrained(str(tmp_path / "theirs"))
+  assert found.eot == 3
+  pretrained.save_pretrained(model, found, str(tmp_path / "ours"))
+  assert json.loads((tmp_path / "ours" / "config.json").read_text())["eos_token_id"] == 3
+  assert json.loads((tmp_path / "ours" / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
+
+
+def test_numbers_too_large_for_float16_are_refused(random_gpt2, tmp_path):
+  model = random_gpt2()
+  model.transformer.wpe.weight.data[0, 0] = 1e6
+  model.save_pretrained(tmp_path / "theirs")
+  weights = pretrained.open_weights(str(tmp_path / "theirs"))
+  with pytest.raises(ValueError, match="wpe of .* has numbers too large for float16; take bfloat16 or float32"):
+    pretrained.write(weights, str(tmp_path / "half"), "hf", "float16")
+  assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+  pretrained.write(weights, str(tmp_path / "half"), "hf", "bfloat16")
