@@ -10,6 +10,7 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["gpt2_jax", "gpt2_jax.*"]),
+  package_data={"gpt2_jax.evaluate": ["paper.json"]},
   install_requires=[
     "jax>=0.10.2",
     "flax>=0.12.8",
@@ -33,6 +34,8 @@ setup(
     "tpu": ["jax[tpu]>=0.10.2"],
     "cuda": ["jax[cuda12]>=0.10.2"],
     "convert": ["torch>=2.13", "tensorflow-cpu>=2.21"],  # nanoGPT's and pickled files; OpenAI's
+    "eval": ["rouge-score>=0.1.2", "sacrebleu>=2.6"],  # of summaries and translations
+    "harness": ["lm_eval>=0.4.13"],  # this project's models under lm-evaluation-harness
     "test": [
       "pytest>=9.0",
       "hypothesis>=6.170",
@@ -40,11 +43,15 @@ setup(
       "ruff>=0.17",
       "nbclient>=0.11",
       "ipykernel>=7.0",
+      "rouge-score>=0.1.2",
+      "sacrebleu>=2.6",
       # The oracles; where they are missing, the tests against them skip.
       "torch==2.13.0; python_version < '3.12'",
       "transformers>=5.0; python_version < '3.12'",
       "tensorflow-cpu>=2.21; python_version < '3.12'",
+      "lm_eval>=0.4.13; python_version < '3.12'",
+      "accelerate>=1.15; python_version < '3.12'",  # lm_eval's own hf model imports it
     ],
-    "bench": ["torch>=2.13", "transformers>=5.0"],
+    "bench": ["torch>=2.13", "transformers>=5.0", "lm_eval>=0.4.13", "accelerate>=1.15"],
   },
 )

@@ -41,23 +41,12 @@ class Documents(Sequence):
   @functools.cached_property
   def _records(self) -> Sequence[dict]:
     builder = tfds.builder_from_directory(self.folder)
-    name = builder.info.full_name
-    if builder.info.file_format.value != "array_record":
-      raise ValueError(
-        f"{name} is prepared as {builder.info.file_format.value}, which has no random access; "
-        f"prepare it as ArrayRecord: {_how_to_prepare(name, os.path.dirname(self.folder))}"
-      )
     features = builder.info.features
     texts = sorted(key for key in features if isinstance(features[key], tfds.features.Text))
     if self.text_key not in texts:
-      raise ValueError(f"{name} has no text under {self.text_key!r}; --text_key is one of {', '.join(texts) or 'none'}")
-    try:
-      return builder.as_data_source(split=self.split)
-    except ValueError as error:
-      splits = ", ".join(f"{split} of {info.num_examples:,}" for split, info in builder.info.splits.items())
-      raise ValueError(
-        f"{name} has no documents in split {self.split!r}; it has {splits}, and a part is written train[:90%]"
-      ) from error
+      name, those = builder.info.full_name, ", ".join(texts) or "none"
+      raise ValueError(f"{name} has no text under {self.text_key!r}; --text_key is one of {those}")
+    return _records(builder, self.split)
 
   def __reduce__(self):
     return Documents, (self.folder, self.split, self.text_key, self.source)
@@ -102,6 +91,17 @@ def tfds_documents(tfds_name: str, split: str, text_key: str, data_dir: str | No
 
   Raises ValueError for an unknown name, FileNotFoundError for an unprepared one, and as `Documents` does.
   """
+  builder = _prepared(tfds_name, data_dir)
+  source = {"kind": "tfds", "name": builder.info.full_name, "split": split, "text_key": text_key}
+  return _checked(Documents(str(builder.data_path), split, text_key, source))
+
+
+def tfds_records(tfds_name: str, split: str, data_dir: str | None = None) -> Sequence[dict]:
+  """All fields of a dataset's records, where `tfds_documents` gives one text of each. Errors as there."""
+  return _records(_prepared(tfds_name, data_dir), split)
+
+
+def _prepared(tfds_name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
   try:
     builder = tfds.builder(tfds_name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError as error:
@@ -112,8 +112,24 @@ def tfds_documents(tfds_name: str, split: str, text_key: str, data_dir: str | No
     raise FileNotFoundError(
       f"{tfds_name} is not prepared in {builder.data_path}; once: {_how_to_prepare(tfds_name, data_dir)}"
     )
-  source = {"kind": "tfds", "name": builder.info.full_name, "split": split, "text_key": text_key}
-  return _checked(Documents(str(builder.data_path), split, text_key, source))
+  return builder
+
+
+def _records(builder: tfds.core.DatasetBuilder, split: str) -> Sequence[dict]:
+  """The records of a split, in random access."""
+  name, form = builder.info.full_name, builder.info.file_format.value
+  if form != "array_record":
+    raise ValueError(
+      f"{name} is prepared as {form}, which has no random access; "
+      f"prepare it as ArrayRecord: {_how_to_prepare(name, os.path.dirname(builder.data_path))}"
+    )
+  try:
+    return builder.as_data_source(split=split)
+  except ValueError as error:
+    splits = ", ".join(f"{split} of {info.num_examples:,}" for split, info in builder.info.splits.items())
+    raise ValueError(
+      f"{name} has no documents in split {split!r}; it has {splits}, and a part is written train[:90%]"
+    ) from error
 
 
 def file_documents(
