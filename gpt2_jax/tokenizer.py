@@ -2,8 +2,8 @@
 """Text to token ids and back: GPT-2's byte-level BPE, others like it, SentencePiece, and single characters.
 
 The classes share one interface: `vocab_size`, `eot` (the id of `<|endoftext|>`, or None), `fingerprint`
-(sha256 of what defines the mapping), `encode`, `encode_batch`, `decode` and `to_json`. `<|endoftext|>` inside a
-text is plain text unless `allow_eot`, so that no document can pretend to end.
+(sha256 of what defines the mapping), `encode`, `encode_batch`, `encode_with_offsets`, `decode` and `to_json`.
+`<|endoftext|>` inside a text is plain text unless `allow_eot`, so that no document can pretend to end.
 """
 
 import base64
@@ -57,6 +57,11 @@ class Gpt2Bpe:
 
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
     return [self._encoding.encode_ordinary(text) for text in texts]
+
+  def encode_with_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+    """The ids, and for each the character of the text in which it begins."""
+    ids = self.encode(text)
+    return ids, np.array(self._encoding.decode_with_offsets(ids)[1], int)
 
   def decode(self, ids: Iterable[int]) -> str:
     """Ids that spell no whole UTF-8 character give U+FFFD; ids past the vocabulary, of a padded model, give nothing."""
@@ -142,6 +147,12 @@ class HuggingFace:
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
     return [found.ids for found in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
 
+  def encode_with_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+    """The ids, and for each the character of the text in which it begins: a space before a word is part of it."""
+    found = self._tokenizer.encode(text, add_special_tokens=False)
+    begins, ends = np.array(found.offsets, int).reshape(-1, 2).T
+    return found.ids, np.minimum(begins, np.concatenate([[0], ends])[:-1])  # some files leave out what is white
+
   def decode(self, ids: Iterable[int]) -> str:
     """Ids that spell no whole UTF-8 character give U+FFFD."""
     return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -202,6 +213,19 @@ class SentencePiece:
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
     return [self.encode(text) for text in texts]
 
+  def encode_with_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+    """The ids, and for each the character of the text in which it begins."""
+    ids, starts, begin = [], [], 0
+    for part in text.split("\u2581") if self._space_ids else [text]:
+      if begin:
+        ids += self._space_ids
+        starts += [begin - 1] * len(self._space_ids)
+      found = self._processor.encode(part, return_type="offset_mapping")
+      ids += found["ids"]
+      starts += [begin + first for first, _ in found["offsets"]]
+      begin += len(part) + 1
+    return ids, np.array(starts, int)
+
   def decode(self, ids: Iterable[int]) -> str:
     """Ids that spell no whole UTF-8 character give U+FFFD."""
     runs = itertools.groupby((int(i) for i in ids if i < self.vocab_size), lambda i: i == self.eot)
@@ -246,6 +270,10 @@ class Characters:
 
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
     return [self.encode(text) for text in texts]
+
+  def encode_with_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+    """The ids, and for each the character of the text in which it begins: its own."""
+    return self.encode(text), np.arange(len(text))
 
   def decode(self, ids: Iterable[int]) -> str:
     return "".join(self.alphabet[int(i)] for i in ids if i < self.vocab_size)

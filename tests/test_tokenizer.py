@@ -189,6 +189,46 @@ def test_an_alphabet_is_sorted_and_without_repeats(alphabet):
     Characters(alphabet).encode("a")
 
 
+def check_offsets(ours, text: str):
+  """A token begins in the character in which all tokens before it, decoded alone, end."""
+  ids, starts = ours.encode_with_offsets(text)
+  assert ids == ours.encode(text) and len(ids) == len(starts)
+  for n, start in enumerate(starts):
+    before = ours.decode(ids[:n])
+    assert before[:start] == text[:start], (text, n)
+    assert len(before) == start or set(before[start:]) == {"\ufffd"}, "it begins too early"
+
+
+@given(text=texts)
+def test_offsets_of_sentencepiece(pieces, text):
+  check_offsets(pieces, text)
+
+
+@needs_gpt2
+@settings(deadline=None)  # the first example opens the vocabulary
+@given(text=texts)
+def test_offsets_of_gpt2(from_files, text):
+  check_offsets(Gpt2Bpe(), text)
+  assert from_files.encode_with_offsets(text)[1].tolist() == Gpt2Bpe().encode_with_offsets(text)[1].tolist()
+
+
+def test_offsets_by_hand(pieces):
+  text = "a \U0001f600b"  # four bytes, which no small vocabulary has as one piece
+  assert small_bpe().encode_with_offsets("ab a" + text[2:])[1].tolist() == [0, 2, 4, 4, 4, 4, 5]
+  assert Characters("\n ab\U0001f600").encode_with_offsets(text)[1].tolist() == [0, 1, 2, 3]
+  assert pieces.encode_with_offsets(text)[1].tolist()[-5:] == [2, 2, 2, 2, 3]
+  assert pieces.encode_with_offsets("a\u2581\u2581b")[1].tolist() == [0, 1, 1, 1, 2, 2, 2, 3]
+  for ours in (small_bpe(), pieces, Characters("ab")):
+    assert [len(found) for found in ours.encode_with_offsets("")] == [0, 0]
+
+
+def test_a_space_that_a_file_leaves_out_is_part_of_its_token():
+  """As RoBERTa's tokenizer.json asks for."""
+  payload = json.loads(small_bpe().payload)
+  payload["post_processor"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+  assert HuggingFace(json.dumps(payload)).encode_with_offsets("ab ab a")[1].tolist() == [0, 2, 3, 5]
+
+
 def test_json_and_pickle_carry_the_tokenizer_whole(pieces):
   sample = "def f(x):\n  return x"
   for ours in (pieces, tokenizer_lib.train_characters([sample]), small_bpe()):

@@ -114,9 +114,21 @@ def generate(
 
 
 def start(
-  model: GPT2 | Decoder, prompts, n_new: int, seed: int = 0, samples: int = 1, window=None, logprobs: bool = False
+  model: GPT2 | Decoder,
+  prompts,
+  n_new: int,
+  seed: int = 0,
+  samples: int = 1,
+  window=None,
+  logprobs: bool = False,
+  numbers: Sequence[int] | None = None,
+  shape: tuple[int, int] = (0, 0),
 ) -> tuple[Decoder, State]:
-  """The Decoder and the State before the first of `n_new` tokens. Arguments and errors as for `generate`."""
+  """The Decoder and the State before the first of `n_new` tokens. Arguments and errors as for `generate`.
+
+  `numbers` are those by which the rows draw, in place of 0, 1 and so on; `shape` makes room for that many rows and
+  tokens of a prompt at least, so that batches of any prompts share what is compiled.
+  """
   decoder = ready(model)
   check_prompts(decoder, prompts, n_new, samples)
   if window is None:
@@ -126,17 +138,19 @@ def start(
   else:
     window.check(decoder.model.config.n_ctx)
   with jax.set_mesh(decoder.mesh):
-    longest = max(map(len, prompts))
+    longest = max(shape[1], *map(len, prompts))
     prompt_end = padded(max(longest - 1, 1), BUCKET) + 1
     prompts = [prompt for prompt in prompts for _ in range(samples)]
-    rows = padded(len(prompts), axis_size(*ROWS))
+    rows = padded(max(shape[0], len(prompts)), axis_size(*ROWS))
     tokens_BW = np.zeros((rows, prompt_end + padded(n_new, BUCKET)), np.int32)
     first_B = np.full(rows, prompt_end - 1, np.int32)
     for row, prompt in enumerate(prompts):
       first_B[row] = prompt_end - len(prompt)
       tokens_BW[row, first_B[row] : prompt_end] = prompt
     row_B = np.arange(rows, dtype=np.int32)
-    arrays = jax.device_put((tokens_BW, first_B, row_B, row_B >= len(prompts)), NamedSharding(decoder.mesh, P(ROWS)))
+    done_B = row_B >= len(prompts)
+    row_B[: len(prompts)] = row_B[: len(prompts)] if numbers is None else numbers
+    arrays = jax.device_put((tokens_BW, first_B, row_B, done_B), NamedSharding(decoder.mesh, P(ROWS)))
     return decoder, _start(decoder, *arrays, random_key(seed), prompt_end, samples, window, logprobs)
 
 

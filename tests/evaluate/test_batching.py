@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+import itertools
+import json
+import os
+import pathlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt2_jax.evaluate.batching import SHAPES, plan, shapes
+from gpt2_jax.tokenizer import Gpt2Bpe
+
+lists = st.lists(st.integers(0, 12), min_size=1, max_size=30)
+
+
+@given(lengths=lists, most=st.integers(1, 5))
+def test_no_choice_of_shapes_pads_less(lengths, most):
+  def total(chosen):
+    return sum(min(shape for shape in chosen if shape >= length) for length in lengths)
+
+  found, distinct = shapes(np.array(lengths), most).tolist(), sorted(set(lengths))
+  assert found == sorted(found) and set(found) <= set(distinct) and len(found) <= most
+  n = min(most, len(distinct))
+  others = (chosen for chosen in itertools.combinations(distinct, n) if chosen[-1] == distinct[-1])
+  assert total(found) == min(map(total, others))
+
+
+@given(lengths=lists, size=st.integers(1, 8), most=st.integers(1, 5))
+def test_every_sequence_is_in_one_batch_and_fits(lengths, size, most):
+  found = plan(lengths, size, most)
+  assert sorted(np.concatenate([batch.rows for batch in found.batches])) == list(range(len(lengths)))
+  assert all(len(batch.rows) == size for batch in found.batches[:-1]), "only the last batch is filled up"
+  assert all(lengths[i] <= batch.length for batch in found.batches for i in batch.rows)
+  assert len({batch.length for batch in found.batches}) <= most
+
+
+def test_waste_by_hand():
+  lengths = [3, 1, 5, 3]
+  one, two = plan(lengths, 2, most=1), plan(lengths, 2, most=2)
+  assert [batch.rows.tolist() for batch in two.batches] == [[2, 0], [3, 1]], "longest first, else in their order"
+  assert [batch.length for batch in one.batches] == [5, 5] and one.waste == pytest.approx(8 / 20)
+  assert [batch.length for batch in two.batches] == [5, 3] and two.waste == pytest.approx(4 / 16)
+  assert plan([4, 4, 4], 2).waste == pytest.approx(1 / 4), "rows that fill the last batch are padding, too"
+  assert plan([], 2).batches == [] and plan([], 2).waste == 0
+
+
+@pytest.mark.skipif("GPT2_JAX_TEST_DATA" not in os.environ, reason="GPT2_JAX_TEST_DATA is not set")
+@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR is not set")
+def test_lambada_wastes_less_than_a_twentieth():
+  path = pathlib.Path(os.environ["GPT2_JAX_TEST_DATA"]) / "lambada/lambada_test.jsonl"
+  texts = [json.loads(line)["text"] for line in path.read_text("utf-8").splitlines()]
+  lengths = [len(ids) - 1 for ids in Gpt2Bpe().encode_batch(texts)]
+  assert len(lengths) == 5153
+  for size in (32, 64):
+    found = plan(lengths, size)
+    assert found.waste < 0.05 and len({batch.length for batch in found.batches}) <= SHAPES == 12
