@@ -11,6 +11,7 @@ from typing import Any
 from gpt2_jax.data.corpus import tfds_records
 
 Row = dict[str, Any]
+MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)  # what reading a record raises that is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ def load(source: Source, data: str | None = None, tfds_dir: str | None = None) -
   """
   paths = find(source, data)
   if paths:
-    rows = [row for path in paths for row in source.read(path)]
+    rows = [row for path in paths for row in _read(source, path)]
     origin = ", ".join(map(str, paths))
   elif source.tfds:
     try:
@@ -92,6 +93,13 @@ def find(source: Source, data: str | None) -> list[pathlib.Path]:
   return []
 
 
+def _read(source: Source, path: pathlib.Path) -> Iterator[Row]:
+  try:
+    yield from source.read(path)
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path} is not UTF-8: {error.reason}; is it the file of {source.url}?") from error
+
+
 def _missing(source: Source, data: str | None) -> str:
   where = f"{data}/{source.name}/" if data else f"DATA/{source.name}/ with --data=DATA"
   return f"{source.name}: {', '.join(source.files)} not found; get it from {source.url} and put it in {where}"
@@ -100,7 +108,7 @@ def _missing(source: Source, data: str | None) -> str:
 def _row(source: Source, i: int, record: dict) -> Row:
   try:
     return source.row(decoded(record))
-  except (KeyError, IndexError, TypeError, ValueError) as error:
+  except MALFORMED as error:
     raise ValueError(f"{source.name}: record {i:,} of TFDS {source.tfds} is malformed: {reason(error)}") from error
 
 
@@ -127,7 +135,7 @@ def at_place(place: str, make: Callable[[], Row]) -> Row:
   """What `make` returns; what is wrong with the record there becomes a ValueError that begins with `place`."""
   try:
     return make()
-  except (KeyError, IndexError, TypeError, ValueError) as error:
+  except MALFORMED as error:
     raise ValueError(f"{place} is malformed: {reason(error)}") from error
 
 

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows from published files and from TFDS, and what is said where there are none."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from gpt2_jax.evaluate import sources
+from gpt2_jax.evaluate.sources import Source, json_lines
+
+
+def row_of(record: dict) -> dict:
+  return {"text": record["text"].upper()}
+
+
+TOY = Source("toy", ("a*.jsonl", "b.jsonl"), lambda path: json_lines(path, row_of), "https://toy.example")
+
+
+def write(path, *texts: str):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+  return path
+
+
+def one_line(error) -> str:
+  assert "\n" not in str(error.value)
+  return str(error.value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+  write(tmp_path / "toy" / "b.jsonl", "last")
+  write(tmp_path / "toy" / "a2.jsonl", "third")
+  write(tmp_path / "toy" / "a1.jsonl", "first", "second")
+  return tmp_path
+
+
+def test_files_are_read_in_the_order_of_their_patterns_then_of_their_names(folder):
+  rows = sources.load(TOY, str(folder))
+  assert [row["text"] for row in rows] == ["FIRST", "SECOND", "THIRD", "LAST"]
+  for name in ("a9", "a3", "a7", "a5"):
+    write(folder / "toy" / f"{name}.jsonl", name)
+  found = [row["text"] for row in sources.load(TOY, str(folder))]
+  assert found == ["FIRST", "SECOND", "THIRD", "A3", "A5", "A7", "A9", "LAST"]
+  assert len(rows) == 4 and rows[-1] == {"text": "LAST"}
+  assert rows.origin == ", ".join(str(folder / "toy" / name) for name in ("a1.jsonl", "a2.jsonl", "b.jsonl"))
+
+
+def test_the_folder_itself_or_one_file_may_be_named(folder):
+  assert sources.load(TOY, str(folder / "toy")).rows == sources.load(TOY, str(folder)).rows
+  assert sources.load(TOY, str(write(folder / "mine.txt", "other"))).rows == [{"text": "OTHER"}]
+
+
+def test_a_file_that_is_not_there_is_never_passed_over(folder):
+  (folder / "toy" / "b.jsonl").unlink()
+  with pytest.raises(
+    FileNotFoundError, match=r"toy: a\*.jsonl, b.jsonl not found.*https://toy.example.*/toy/"
+  ) as error:
+    sources.load(TOY, str(folder))
+  assert "TFDS does not have it" in one_line(error)
+
+
+def test_the_fingerprint_is_of_the_rows_and_of_their_order(folder):
+  before = sources.load(TOY, str(folder))
+  assert sources.load(TOY, str(folder / "toy")).fingerprint == before.fingerprint
+  assert sources.Rows(before.rows[::-1], "").fingerprint != before.fingerprint
+  write(folder / "toy" / "b.jsonl", "lasT ")
+  assert sources.load(TOY, str(folder)).fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (b'{"text": "a"}\n\n{"txt": "b"}\n', "b.jsonl:3 is malformed: it has no 'text'"),
+    (b'{"text": "a"}\n{"text": ', "b.jsonl:2 is malformed: Expecting value"),
+    (b"[1]\n", "b.jsonl:1 is malformed: a list where an object should be"),
+    (b'{"text": null}\n', "b.jsonl:1 is malformed"),
+    (b'{"text": "caf\xe9"}\n', "b.jsonl is not UTF-8"),
+  ],
+)
+def test_a_malformed_file_is_one_line(tmp_path, content, message):
+  path = tmp_path / "b.jsonl"
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match=message) as error:
+    sources.load(TOY, str(path))
+  one_line(error)
+
+
+def test_a_file_without_rows_is_no_result(tmp_path):
+  with pytest.raises(ValueError, match="there are no rows in .*b.jsonl"):
+    sources.load(TOY, str(write(tmp_path / "b.jsonl")))
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+  with pytest.raises(FileNotFoundError, match="nowhere is no folder and no file"):
+    sources.load(TOY, str(tmp_path / "nowhere"))
+
+
+def test_a_home_folder_may_be_written_short(folder, monkeypatch):
+  monkeypatch.setenv("HOME", str(folder))
+  assert len(sources.load(TOY, "~/toy")) == 4
+
+
+# ---- TFDS
+
+PASSAGES = dataclasses.replace(
+  TOY, name="passages", tfds="lambada", row=lambda record: row_of({"text": record["passage"]})
+)
+
+
+def examples(*texts: str):
+  return [(i, {"passage": text}) for i, text in enumerate(texts)]
+
+
+def test_where_no_file_lies_tfds_is_read_and_a_file_comes_first(folder, prepare):
+  tfds_dir = prepare("lambada", "test", examples("one", "two"))
+  rows = sources.load(PASSAGES, str(folder), tfds_dir)
+  assert sorted(row["text"] for row in rows) == ["ONE", "TWO"] and rows.origin == "TFDS lambada, test"
+  for name in ("a.jsonl", "b.jsonl"):
+    write(folder / "passages" / name, name)
+  assert [row["text"] for row in sources.load(PASSAGES, str(folder), tfds_dir)] == ["A.JSONL", "B.JSONL"]
+
+
+def test_a_set_in_neither_place_says_how_to_get_it_from_both(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"https://toy.example.*--data.*download_and_prepare\(\)") as error:
+    sources.load(PASSAGES, None, str(tmp_path))
+  one_line(error)
+
+
+def test_a_malformed_record_of_tfds_is_named(prepare):
+  strange = dataclasses.replace(PASSAGES, row=lambda record: row_of({"text": record["story"]}))
+  with pytest.raises(ValueError, match="record 0 of TFDS lambada is malformed: it has no 'story'") as error:
+    sources.load(strange, None, prepare("lambada", "test", examples("one")))
+  one_line(error)
+
+
+def test_records_become_plain_values():
+  record = {
+    "text": "é".encode(),
+    "label": np.int64(1),
+    "texts": np.array([b"a", b"b"], object),
+    "nested": {"on": np.bool_(True), "ids": np.arange(2), "parts": [b"c"]},
+  }
+  found = sources.decoded(record)
+  expected = {"text": "é", "label": 1, "texts": ["a", "b"], "nested": {"on": True, "ids": [0, 1], "parts": ["c"]}}
+  assert found == expected and json.loads(json.dumps(found)) == expected
