@@ -119,6 +119,10 @@ class Checkpoints:
     """The config, tokenizer and manifest saved with `step`."""
     return self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
 
+  def sums(self, step: int) -> dict:
+    """The checksums saved with `step`, by name."""
+    return self.manager.restore(step, args=ocp.args.Composite(sums=ocp.args.JsonRestore()))["sums"]
+
   def restore(self, step: int, abstract_state, prefix: str = ""):
     """The state of `step` in the shapes, dtypes and shardings of `abstract_state`, on the mesh in force.
 

@@ -49,7 +49,11 @@ def test_openai_s_text_has_straight_quotes_after_a_newline():
 def test_nats_and_greedy_choices_count_as_they_are():
   for protocol in ("last_word", "last_piece", "openai_last_word", "original_last_word", "original_last_piece"):
     for greedy in (False, True):
-      assert TASKS[protocol].sums(ROW, [Likelihood(2.5, 2, greedy, False)]) == {"nats": 2.5, "correct": greedy}
+      assert TASKS[protocol].sums(ROW, [Likelihood(2.5, 2, greedy, False)]) == {
+        "nats": 2.5,
+        "words": 1,
+        "correct": greedy,
+      }
 
 
 @pytest.mark.parametrize(
@@ -66,7 +70,7 @@ def test_nats_and_greedy_choices_count_as_they_are():
 def test_the_likeliest_word_that_is_no_stop_word_counts(found, correct):
   for protocol in ("stop_words", "openai", "original_stop_words"):
     answers = [Likelihood(2.5, 2, not correct, False), words(*found)]
-    assert TASKS[protocol].sums(ROW, answers) == {"nats": 2.5, "correct": correct}
+    assert TASKS[protocol].sums(ROW, answers) == {"nats": 2.5, "words": 1, "correct": correct}
 
 
 def test_a_word_is_compared_as_it_stands_in_the_text_that_was_asked():

@@ -93,12 +93,13 @@ def stop_words(write: Callable[[str], str], row: Row) -> list[Request]:
 
 def greedy_sums(row: Row, answers: list[Likelihood]) -> dict[str, float]:
   [answer] = answers
-  return {"nats": answer.nats, "correct": float(answer.greedy)}
+  return {"nats": answer.nats, "words": 1.0, "correct": float(answer.greedy)}
 
 
 def filtered_sums(write: Callable[[str], str], row: Row, answers: list[Answer]) -> dict[str, float]:
   likelihood, words = answers
-  return {"nats": likelihood.nats, "correct": float(likeliest(words) == _parted(write(row["text"]))[1])}
+  right = likeliest(words) == _parted(write(row["text"]))[1]
+  return {"nats": likelihood.nats, "words": 1.0, "correct": float(right)}
 
 
 def likeliest(words: Words) -> str | None:
@@ -123,7 +124,7 @@ ORIGINAL = Source(
   "test",
   lambda record: _row({"text": record["passage"].strip()}),
 )
-METRICS = {"accuracy": percent("correct"), "perplexity": perplexity("items")}
+METRICS = {"accuracy": percent("correct"), "perplexity": perplexity("words")}
 
 
 def _task(protocol: str, text: str, asked: Callable) -> Task:
