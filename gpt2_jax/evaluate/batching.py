@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-SHAPES = 12  # lengths at most: each is compiled once
+# A length more is compiled once more: it has to save so many token slots, and such a share of all.
+WORTH, SHARE = 1024, 1 / 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Plan:
   waste: float  # padding, as a share of all the batches' token slots
 
 
-def plan(lengths: Sequence[int], size: int, most: int = SHAPES) -> Plan:
-  """Batches of `size` sequences of like lengths, longest first, padded to at most `most` lengths.
+def plan(lengths: Sequence[int], size: int) -> Plan:
+  """Batches of `size` sequences of like lengths, longest first, padded to few lengths.
 
   Longest first: what does not fit the memory fails at once, and the rows that fill up the last batch are short.
   """
@@ -31,34 +32,25 @@ def plan(lengths: Sequence[int], size: int, most: int = SHAPES) -> Plan:
   order = np.argsort(-lengths, kind="stable")
   parts = [order[begin : begin + size] for begin in range(0, len(order), size)]
   longest = np.array([lengths[part[0]] for part in parts], int)
-  padded = shapes(longest, most)[np.searchsorted(shapes(longest, most), longest)] if parts else longest
-  slots = size * padded.sum()
-  batches = [Batch(part, int(length)) for part, length in zip(parts, padded, strict=True)]
+  chosen = shapes(longest, max(WORTH / size, SHARE * longest.sum()))
+  batches = [Batch(part, int(chosen[np.searchsorted(chosen, lengths[part[0]])])) for part in parts]
+  slots = size * sum(batch.length for batch in batches)
   return Plan(batches, size, 1 - lengths.sum() / slots if slots else 0.0)
 
 
-def shapes(lengths: np.ndarray, most: int) -> np.ndarray:
-  """At most `most` of the lengths, ascending, to which all can be rounded up with the least sum.
+def shapes(lengths: np.ndarray, price: float) -> np.ndarray:
+  """Those of the lengths, ascending, to which all are best rounded up: the least sum, and `price` for each of them.
 
-  By dynamic programming: `cost[j]` is the least sum for the lengths up to the j-th distinct one with k shapes, the
-  last of which is that one.
+  By dynamic programming: `cost[j]` is the least for the first j distinct lengths.
   """
   distinct, counts = np.unique(lengths, return_counts=True)
-  if len(distinct) <= most:
-    return distinct
   before = np.concatenate([[0], np.cumsum(counts)])  # how many lengths lie before the j-th
-  sums_IJ = np.where(  # of those from the i-th to the j-th, all rounded up to the j-th
-    np.arange(len(distinct))[:, None] <= np.arange(len(distinct)), (before[1:] - before[:-1, None]) * distinct, np.inf
-  )
-  cost, cuts = sums_IJ[0], []
-  for _ in range(most - 1):
-    totals_IJ = np.concatenate([[0], cost[:-1]])[:, None] + sums_IJ
-    cuts.append(totals_IJ.argmin(0))
-    cost = totals_IJ.min(0)
-  chosen, last = [], len(distinct) - 1
-  for cut in reversed(cuts):
-    chosen.append(last)
-    last = cut[last] - 1
-    if last < 0:
-      break
-  return distinct[sorted([*chosen, last] if last >= 0 else chosen)]
+  cost, begin = np.zeros(len(distinct) + 1), np.zeros(len(distinct), int)
+  for j, length in enumerate(distinct):
+    costs = cost[: j + 1] + (before[j + 1] - before[: j + 1]) * length + price  # of the i-th to the j-th as one
+    begin[j], cost[j + 1] = costs.argmin(), costs.min()
+  chosen, j = [], len(distinct) - 1
+  while j >= 0:
+    chosen.append(j)
+    j = begin[j] - 1
+  return distinct[chosen[::-1]]
