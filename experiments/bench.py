@@ -21,6 +21,10 @@ while a step is under way; how often it does is printed beside it. It cannot see
 loop (prefetch threads on its cores, dispatch ahead): that is in loop against bare steps. Reading is from a store of
 32 Mi tokens just written, so from the page cache and not from a disk.
 
+Evaluation scores LAMBADA's last words in a sample of 256 passages (--passages=0 takes all 5,153) on both sides, from
+text to log-likelihoods, tokenizing included: ours through `Scorer.answers`, theirs through lm-evaluation-harness's own
+HFLM, at the same batch size. It needs lm_eval beside torch, and --lambada=FILE, OpenAI's lambada_test.jsonl.
+
 int8 stands beside our own float32, speculative decoding beside plain decoding, each the "others" of its row. Load has
 processes of its own (experiments/benchmarks/loading.py).
 
@@ -68,6 +72,7 @@ except ImportError as error:
   sys.exit(f"error: {error}; this comparison needs torch and transformers beside the project, see the docstring")
 
 from experiments.benchmarks.data import bench_data
+from experiments.benchmarks.evaluation import bench_evaluate
 from experiments.benchmarks.generation import N_NEW, PROMPT, bench_generate, bench_speculative, their_generate
 from experiments.benchmarks.loading import bench_loading
 from experiments.benchmarks.opponent import our_model, their_model
@@ -77,9 +82,11 @@ from gpt2_jax.decoding import generate
 from gpt2_jax.model import GPT2, model_config
 from gpt2_jax.sharding import make_mesh
 
-PARTS = ("load", "generate", "speculative", "train", "tiny", "data")
-_ONLY = flags.DEFINE_list("only", list(PARTS), f"Parts to run, of {', '.join(PARTS)}.")
+PARTS = ("load", "generate", "speculative", "train", "tiny", "data", "evaluate")
+_ONLY = flags.DEFINE_list("only", list(PARTS[:-1]), f"Parts to run, of {', '.join(PARTS)}.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds in which the sides of a row take turns.", lower_bound=1)
+_LAMBADA = flags.DEFINE_string("lambada", None, "OpenAI's lambada_test.jsonl, for evaluate.")
+_PASSAGES = flags.DEFINE_integer("passages", 256, "Passages of it, evenly spaced; 0 is all.", lower_bound=0)
 _JSON = flags.DEFINE_string("json", None, "Also write every round's tokens/s to this file.")
 
 
@@ -111,6 +118,8 @@ def prove_same() -> dict:
 def main(argv: list[str]) -> None:
   if argv[1:] or set(_ONLY.value) - set(PARTS):
     sys.exit(f"error: --only takes some of {', '.join(PARTS)}, and nothing else is asked for; see --help")
+  if "evaluate" in _ONLY.value and _LAMBADA.value is None:
+    sys.exit("error: --only=evaluate reads OpenAI's lambada_test.jsonl: give its path as --lambada")
   threads = len(os.sched_getaffinity(0))
   torch.set_num_threads(threads)
   transformers.logging.set_verbosity_error()
@@ -129,6 +138,9 @@ def main(argv: list[str]) -> None:
     for part, bench in (("train", bench_train), ("tiny", bench_tiny)):
       if part in _ONLY.value:
         rows += bench(_ROUNDS.value)
+    if "evaluate" in _ONLY.value:
+      made, found["evaluate"] = bench_evaluate(_ROUNDS.value, _LAMBADA.value, _PASSAGES.value)
+      rows += made
     if "data" in _ONLY.value:
       found |= bench_data(_ROUNDS.value)
   if rows:
