@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
       # task, task:protocol, or task:protocol:shots, where the protocol may be empty: the task's first;
       # `python launch/evaluate.py --list` shows all. These are the paper's.
       "tasks": (
-        "lambada:openai",
+        "lambada:openai_stop_words",
         "lambada:openai_last_word",
         "lambada:openai_last_piece",
         "cbt_cn",
@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
       ),
       "data": "data",  # folder with a folder for each dataset, in its published form
       "tfds_dir": "",  # where TFDS keeps the sets that are not there; empty is its own default
-      "limit": 0,  # first items of each task that are scored; 0 is all
+      "limit": 0,  # first items of each task that are scored, and drawn from as examples; 0 is all
       "batch_size": 32,  # rows in one call, over all devices
       "stride": 0,  # tokens that each window over a long text predicts; 1 gives all the context there is, 0 is n_ctx
       "dtype": "float32",  # of activations and products: float32 or bfloat16

@@ -121,7 +121,8 @@ class Checkpoints:
 
   def sums(self, step: int) -> dict:
     """The checksums saved with `step`, by name."""
-    return self.manager.restore(step, args=ocp.args.Composite(sums=ocp.args.JsonRestore()))["sums"]
+    with _readable(self, step):
+      return self.manager.restore(step, args=ocp.args.Composite(sums=ocp.args.JsonRestore()))["sums"]
 
   def restore(self, step: int, abstract_state, prefix: str = ""):
     """The state of `step` in the shapes, dtypes and shardings of `abstract_state`, on the mesh in force.

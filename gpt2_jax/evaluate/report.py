@@ -20,6 +20,7 @@ from gpt2_jax.evaluate import bootstrap, tasks
 from gpt2_jax.evaluate.bootstrap import Difference
 from gpt2_jax.evaluate.sweep import Outcome
 from gpt2_jax.evaluate.task import Task
+from gpt2_jax.evaluate.tasks import questions
 from gpt2_jax.model import SIZES
 
 NONE = "–"
@@ -28,8 +29,8 @@ NONE = "–"
 def write(outcome: Outcome, out: str, config: ConfigDict, overlaps: Sequence[dict] = ()) -> str:
   """Writes `out`/results.jsonl, table.md and plots/, and returns the table.
 
-  `overlaps` are what contamination.read_overlap reads: scores of clean and seen items apart. Raises ValueError for one
-  that fits no cell.
+  `overlaps` are what contamination.read_overlap reads: scores of clean and seen items apart; one that fits no cell is
+  a line of the table.
   """
   folder = pathlib.Path(out).expanduser()
   parts = [_heading(config), _scores(outcome.cells), _pairs(outcome.cells, config)]
@@ -90,7 +91,8 @@ def _result(cell: dict) -> dict:
   for name, one in cell["metrics"].items():
     reference = _reference(cell, name)
     metrics[name] = one if reference is None else one | {"paper": reference, "drift": drift(one, reference)}
-  return found | {"metrics": metrics}
+  told = {"calibration": questions.calibration(cell["sums"])} if "confidence" in cell["sums"] else {}
+  return found | {"metrics": metrics} | told
 
 
 # ---- the table
@@ -104,7 +106,8 @@ def _heading(config: ConfigDict) -> list[str]:
     "",
     f"{items} {config.dtype}, seed {config.seed}, {stride}. In brackets 95 % intervals, a bootstrap over items with "
     f"{config.resamples:,} resamples. Paper: {paper()['source']}, for models of its four sizes whatever their weights; "
-    "drift: score minus paper, in half widths of the interval. Truncated: items whose context was cut to fit.",
+    "drift: score minus paper, in half widths of the interval. Truncated: items whose context was cut to fit. An "
+    "interval without width says only that all items are alike.",
   ]
 
 
@@ -165,11 +168,11 @@ def _pairs(cells: Sequence[dict], config: ConfigDict) -> list[str]:
 
 def _split(cells: Sequence[dict], overlaps: Sequence[dict], config: ConfigDict) -> list[str]:
   """Scores of the items that the corpus does not hold, and of those of which it holds a part."""
-  rows = []
+  rows, unused = [], []
   for overlap in overlaps:
     fitting = [cell for cell in cells if _fits(overlap, cell)]
     if not fitting:
-      raise ValueError(f"an overlap of {overlap['task']} fits no score here: it is of another task or of other rows")
+      unused.append(f"- An overlap of {overlap['task']} fits no score here: it is of another task or of other rows.")
     for row, of_row in _rows(fitting).items():
       rows += _split_rows(row, of_row, overlap, list(_models(cells)), config)
   about = (
@@ -181,7 +184,8 @@ def _split(cells: Sequence[dict], overlaps: Sequence[dict], config: ConfigDict) 
     "",
     about,
     "",
-    *_markdown(["task", "metric", "part", "items", *_models(cells)], rows),
+    *(_markdown(["task", "metric", "part", "items", *_models(cells)], rows) if rows else []),
+    *unused,
   ]
 
 

@@ -23,8 +23,8 @@ def run(
 ) -> Items:
   """What every row contributes, in the order of the rows; `truncated` marks those whose context was cut to fit.
 
-  With `shots`, each item stands after as many solved rows of `pool`, or of the other rows, drawn by the seed and the
-  item's number. Raises ValueError, with the row's number, for a row that is malformed or has nothing to score.
+  With `shots`, each item stands after as many solved rows, drawn by the seed and the item's number: of `pool`, which may
+  be all rows where `rows` are its first, or of `rows`, and never the item itself. Raises ValueError, with the row's number, for a row that is malformed or has nothing to score.
   """
   if not rows:
     raise ValueError(f"{task.name}: there are no rows")
@@ -68,12 +68,13 @@ def _examples(task: Task, rows: Sequence[Row], i: int, shots: int, seed: int, po
     return ""
   if task.example is None:
     raise ValueError(f"{task.name} takes no examples before an item; leave the shots out")
-  count = len(rows) - 1 if pool is None else len(pool)
+  pool = rows if pool is None else pool
+  own = i < len(pool) and pool[i] is rows[i]  # the pool is the rows, or all of which they are the first
+  count = len(pool) - own
   if shots > count:
     raise ValueError(f"{task.name}: {shots} examples are asked for, and there are {count:,} rows to draw from")
   drawn_K = np.random.default_rng([seed, i]).choice(count, shots, replace=False)
-  if pool is None:  # from all rows but this one
-    pool, drawn_K = rows, drawn_K + (drawn_K >= i)
+  drawn_K += own & (drawn_K >= i)
   solved = (_guarded(task, j, lambda j=j: task.example(pool[j]), "example") for j in drawn_K.tolist())
   return "".join(example + task.separator for example in solved)
 

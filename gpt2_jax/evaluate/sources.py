@@ -2,6 +2,7 @@
 """Where rows come from: the files that a dataset's authors publish, or TFDS; both give the same rows."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -45,7 +46,7 @@ class Rows(Sequence):
   def __getitem__(self, i):
     return self.rows[i]
 
-  @property
+  @functools.cached_property
   def fingerprint(self) -> str:
     """sha256 of their content, in their order."""
     digest = hashlib.sha256()
@@ -84,8 +85,6 @@ def find(source: Source, data: str | None) -> list[pathlib.Path]:
   root = pathlib.Path(data).expanduser()
   if root.is_file():
     return [root]
-  if not root.is_dir():
-    raise FileNotFoundError(f"{root} is no folder and no file; --data is where the datasets lie")
   for folder in (root / source.name, root):
     found = [sorted(folder.glob(pattern)) for pattern in source.files]
     if all(found):
@@ -102,7 +101,8 @@ def _read(source: Source, path: pathlib.Path) -> Iterator[Row]:
 
 def _missing(source: Source, data: str | None) -> str:
   where = f"{data}/{source.name}/" if data else f"DATA/{source.name}/ with --data=DATA"
-  return f"{source.name}: {', '.join(source.files)} not found; get it from {source.url} and put it in {where}"
+  some = ", ".join(source.files[:2]) + (f", ... ({len(source.files)} files)" if len(source.files) > 2 else "")
+  return f"{source.name}: {some} not found; get it from {source.url} and put it in {where}"
 
 
 def _row(source: Source, i: int, record: dict) -> Row:

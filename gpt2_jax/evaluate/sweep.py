@@ -6,6 +6,7 @@ the same command goes on after a kill, and another config has cells of its own i
 """
 
 import contextlib
+import csv
 import dataclasses
 import hashlib
 import json
@@ -30,6 +31,7 @@ from gpt2_jax.model import SIZES, ModelConfig
 from gpt2_jax.pretrained import find, is_workdir, load_pretrained
 from gpt2_jax.sharding import make_mesh
 
+SCORES = 1  # changes whenever a task or a scorer comes to other numbers: what was computed before is not kept
 COMPUTED = "computed.jsonl"  # a line for each cell that was computed here, in their order
 FAILURES = (ValueError, OSError, ImportError, FloatingPointError, RuntimeError)  # of a cell; the others go on
 
@@ -90,6 +92,9 @@ def run(config: ConfigDict, out: str, skip_missing: bool = False) -> Outcome:
   Raises FileNotFoundError, before any model is loaded, with all datasets that are missing and where to get them, unless
   they are to be left out. A cell that cannot be computed is a line on stderr, and the others go on.
   """
+  for knob, least in (("resamples", 1), ("seed", 0), ("limit", 0), ("stride", 0)):
+    if config[knob] < least:
+      raise ValueError(f"{knob} is {config[knob]}; it is {least} or more")
   asked = list({one.name: one for one in map(parse, config.tasks)}.values())
   if not config.models or not asked:
     raise ValueError("there is nothing to do; give at least one model and one task")
@@ -150,14 +155,14 @@ def _models(entry: str) -> list[Model]:
 
 
 def _files_sha256(path: pathlib.Path) -> str:
-  """Of a file, or of the names and contents of all files in a folder."""
+  """Of the contents of all files in a folder, with their names; of a file, with those of the tokenizer beside it."""
   digest = hashlib.sha256()
-  for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+  beside = [file for file in path.parent.iterdir() if file.suffix in (".json", ".pkl")]  # meta.pkl, and our own form
+  for file in sorted(path.iterdir()) if path.is_dir() else [path, *sorted(beside)]:
     if file.is_file():
       with open(file, "rb") as content:
-        digest.update(
-          f"{file.name if path.is_dir() else ''} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode()
-        )
+        name = "" if file == path else file.name
+        digest.update(f"{name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
   return digest.hexdigest()
 
 
@@ -179,7 +184,7 @@ def _datasets(asked: Sequence[Asked], data: str | None, tfds_dir: str | None):
       rows[source] = sources.load(source, data, tfds_dir)
     except FileNotFoundError as error:
       missing[source] = reason(error)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, KeyError, TypeError, csv.Error) as error:
       broken[source] = reason(error)
   return rows, missing, broken
 
@@ -187,6 +192,7 @@ def _datasets(asked: Sequence[Asked], data: str | None, tfds_dir: str | None):
 def _identity(model: Model, asked: Asked, rows: dict, config: ConfigDict) -> dict:
   source, *examples = _sources(asked)
   return {
+    "scores": SCORES,
     "model": model.name,
     "weights": model.weights,
     "task": asked.task.name,
@@ -194,7 +200,8 @@ def _identity(model: Model, asked: Asked, rows: dict, config: ConfigDict) -> dic
     "shots": asked.shots,
     "rows": rows[source].fingerprint,
     "examples": [rows[pool].fingerprint for pool in examples],
-    **{knob: config[knob] for knob in ("limit", "seed", "stride", "dtype")},
+    "limit": config.limit if config.limit < len(rows[source]) else 0,
+    **{knob: config[knob] for knob in ("seed", "stride", "dtype")},
   }
 
 
@@ -252,9 +259,9 @@ def _compute(cell: Cell, rows: dict, scorer: Scorer, config: ConfigDict) -> dict
   """What a cell's file holds."""
   task, (source, *examples) = cell.asked.task, _sources(cell.asked)
   chosen = rows[source][: config.limit or None]
-  pool = rows[examples[0]] if examples else None
-  if pool and pool.fingerprint == rows[source].fingerprint:  # of one file for both: no item is its own example
-    pool = None
+  pool = rows[(examples or [source])[0]]
+  if pool.fingerprint == rows[source].fingerprint:  # one file for both: no item is its own example
+    pool = rows[source]
   items = runner.run(task, chosen, scorer, cell.asked.shots, config.seed, pool)
   about = scorer.model.config
   return {
@@ -318,5 +325,6 @@ def _number(x: float) -> float | None:
 
 def size_of(config: ModelConfig) -> str | None:
   """The paper's name of a model of this shape."""
-  shapes = {(size.n_layer, size.n_embd): name for name, size in SIZES.items() if name != "distilgpt2"}
-  return shapes.get((config.n_layer, config.n_embd))
+  sizes = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
+  same = (name for name, one in SIZES.items() if all(getattr(one, size) == getattr(config, size) for size in sizes))
+  return next((name for name in same if name != "distilgpt2"), None)

@@ -42,7 +42,7 @@ def test_openai_s_text_has_straight_quotes_after_a_newline():
   [request] = TASKS["openai_last_word"].requests(ROW)
   assert request == Continuation(STRAIGHT, " man")
   assert TASKS["openai_last_piece"].requests(ROW) == [Continuation(STRAIGHT, " man", last_piece=True)]
-  assert TASKS["openai"].requests(ROW) == [request, NextWords(STRAIGHT, lambada.N_WORDS)]
+  assert TASKS["openai_stop_words"].requests(ROW) == [request, NextWords(STRAIGHT, lambada.N_WORDS)]
   assert not re.search("[‘’“”]", "".join(lambada.as_openai_fed_it(ROW["text"])))
 
 
@@ -68,14 +68,14 @@ def test_nats_and_greedy_choices_count_as_they_are():
   ],
 )
 def test_the_likeliest_word_that_is_no_stop_word_counts(found, correct):
-  for protocol in ("stop_words", "openai", "original_stop_words"):
+  for protocol in ("stop_words", "openai_stop_words", "original_stop_words"):
     answers = [Likelihood(2.5, 2, not correct, False), words(*found)]
     assert TASKS[protocol].sums(ROW, answers) == {"nats": 2.5, "words": 1, "correct": correct}
 
 
 def test_a_word_is_compared_as_it_stands_in_the_text_that_was_asked():
   row = {"text": "she said, “‘army"}
-  for protocol, right in (("stop_words", "“‘army"), ("openai", "\"'army")):
+  for protocol, right in (("stop_words", "“‘army"), ("openai_stop_words", "\"'army")):
     answers = [Likelihood(1.0, 1, False, False), words(right)]
     assert TASKS[protocol].sums(row, answers)["correct"] == 1
 
@@ -99,7 +99,7 @@ def test_a_passage_without_a_last_word_is_named(text, tmp_path):
   path = tmp_path / "lambada_test.jsonl"
   path.write_text("".join(json.dumps({"text": each}) + "\n" for each in ("a good one", text)))
   with pytest.raises(ValueError, match="lambada_test.jsonl:2 is malformed: its text has no last word"):
-    sources.load(TASKS["openai"].source, str(path))
+    sources.load(TASKS["openai_stop_words"].source, str(path))
 
 
 def test_tfds_has_the_passages_of_the_authors_file(tmp_path, prepare):
@@ -112,7 +112,7 @@ def test_tfds_has_the_passages_of_the_authors_file(tmp_path, prepare):
   from_tfds = sources.load(source, None, prepare("lambada", "test", filepath=str(path)))
   assert sorted(map(repr, from_tfds)) == sorted(map(repr, from_file))
   with pytest.raises(FileNotFoundError, match="lambada_test.jsonl not found"):
-    sources.load(TASKS["openai"].source, str(tmp_path))
+    sources.load(TASKS["openai_stop_words"].source, str(tmp_path))
 
 
 def test_requests_and_scores_of_the_whole_word_are_the_harness_s(harness_task):
@@ -135,7 +135,7 @@ def test_all_5153_passages_are_asked_whole(published):
     [request] = TASKS["last_word"].requests(row)
     assert request.context + request.continuation == row["text"] == TASKS["last_word"].example(row)
     assert request.continuation[0] == " " and " " not in request.continuation[1:] and request.continuation[1:]
-    fed = TASKS["openai"].requests(row)
+    fed = TASKS["openai_stop_words"].requests(row)
     assert len(fed) == 2 and fed[0].context == fed[1].context and fed[0].context[0] == "\n" != fed[0].context[1]
     assert not re.search("[‘’“”]|``|''", fed[0].context + fed[0].continuation)
 

@@ -110,9 +110,11 @@ def test_an_article_begins_at_a_heading_between_empty_lines(tmp_path):
   (tmp_path / "wiki").write_text(text)
   parts = [row["text"] for row in language.articles(tmp_path / "wiki")]
   assert "".join(parts) == text and [part.strip()[:5] for part in parts] == ["= One", "= Thr"]
-  for reader in (language.articles, language.megatron_articles, language.pages, language.lines, language.whole):
+  for reader in (language.articles, language.megatron_articles, language.pages, language.lines):
     (tmp_path / "empty").write_text("")
     assert list(reader(tmp_path / "empty")) == []
+  with pytest.raises(ValueError, match="empty is empty: there is nothing to score"):
+    list(language.whole(tmp_path / "empty"))
 
 
 def test_the_units_are_those_of_the_published_text():
@@ -162,6 +164,8 @@ def test_a_truncated_enwik8_is_refused(tmp_path):
 
 
 def test_sentences_of_one_billion_words_are_the_same_from_tfds(tmp_path):
+  for i in range(50):
+    (tmp_path / f"news.en.heldout-{i:05}-of-00050").write_text("")
   (tmp_path / "news.en.heldout-00000-of-00050").write_text("It 's one .\nAnd two\n")
   (tmp_path / "news.en.heldout-00001-of-00050").write_text("Three .\n")
   first, fifty = (TASKS["lm1b", protocol].source for protocol in ("invertible", "all_heldout"))

@@ -185,9 +185,25 @@ def test_a_limit_splits_the_items_that_were_scored(tmp_path, config):
 
 
 @pytest.mark.parametrize("other", [{"task": "toy"}, {"fingerprint": "def"}, {"ngrams": [5] * 3, "found": [0] * 3}])
-def test_an_overlap_of_other_rows_is_refused(tmp_path, config, other):
-  with pytest.raises(ValueError, match="fits no score here"):
-    write(tmp_path, config, [cell("a", [1, 0])], [overlap([5, 5], [0, 0]) | other])
+def test_an_overlap_of_other_rows_splits_nothing_and_is_told(tmp_path, config, other):
+  table = write(tmp_path, config, [cell("a", [1, 0])], [overlap([5, 5], [0, 0]) | other])
+  split = table.split("## Clean")[1]
+  assert "fits no score here" in split and "|" not in split and "| 50.00 [" in table
+
+
+def test_the_paper_stands_beside_its_own_protocols_alone():
+  assert report.figure("wikitext2", "invertible", "perplexity") and report.figure("cbt_cn", "paper", "accuracy")
+  for task, protocol in (("wikitext2", "lm_eval"), ("ptb", "megatron"), ("lm1b", "raw")):
+    assert report.figure(task, protocol, "perplexity") == {}
+  named = [(one["task"], name) for one in report.paper()["figures"] for name in one.get("protocols", [None])]
+  assert all(tasks.get(*pair) for pair in named), "no figure is of a protocol that there is not"
+
+
+def test_confidence_is_told_beside_the_scores(tmp_path, config):
+  asked = cell("a", [1, 0])
+  write(tmp_path, config, [asked | {"sums": asked["sums"] | {"confidence": np.array([0.9, 0.2])}}])
+  [line] = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+  assert line["calibration"]["most_confident"] == {"count": 1, "accuracy": 100.0}
 
 
 def test_a_pipe_in_a_name_does_not_end_its_column(tmp_path, config):

@@ -89,6 +89,10 @@ def test_examples_are_other_rows_each_once():
       assert len(set(drawn)) == len(drawn) == shots and i not in drawn
 
 
+def test_the_first_of_many_rows_have_the_examples_that_they_have_among_all():
+  assert asked(toy(), MANY[:3], 4, pool=MANY) == asked(toy(), MANY, 4)[:3]
+
+
 def test_all_requests_of_an_item_have_the_same_examples():
   first, second, third, fourth = (text.rpartition("; ")[0] for text in asked(toy(), ROWS, 2))
   assert first == second == third != fourth
@@ -134,7 +138,7 @@ def test_examples_stand_before_contexts_of_every_kind():
     ),
     ({"example": None}, ROWS, {"shots": 1}, "toy takes no examples"),
     ({}, ROWS, {"shots": 3}, "toy: 3 examples are asked for, and there are 2 rows to draw from"),
-    ({}, ROWS, {"shots": 2, "pool": ROWS[:1]}, "2 examples are asked for, and there are 1 rows"),
+    ({}, ROWS, {"shots": 2, "pool": [dict(ROWS[0])]}, "2 examples are asked for, and there are 1 rows"),
     ({}, ROWS, {"shots": 1, "pool": [{"words": "w"}]}, "toy: example 0 is malformed: it has no 'label'"),
   ],
 )

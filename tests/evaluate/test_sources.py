@@ -94,7 +94,7 @@ def test_a_file_without_rows_is_no_result(tmp_path):
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
-  with pytest.raises(FileNotFoundError, match="nowhere is no folder and no file"):
+  with pytest.raises(FileNotFoundError, match="not found; get it from .* and put it in .*nowhere"):
     sources.load(TOY, str(tmp_path / "nowhere"))
 
 

@@ -97,10 +97,6 @@ def detokenized(text: str) -> str:
   return "".join(pieces)
 
 
-def as_published(text: str) -> str:
-  return text
-
-
 # ---- the task
 
 
@@ -137,7 +133,5 @@ def _task(kind: str, protocol: str, write: Callable[[str], str]) -> Task:
 
 
 TASKS = tuple(
-  _task(kind, protocol, write)
-  for kind in ("CN", "NE")
-  for protocol, write in (("paper", detokenized), ("raw", as_published))
+  _task(kind, protocol, write) for kind in ("CN", "NE") for protocol, write in (("paper", detokenized), ("raw", str))
 )

@@ -24,7 +24,7 @@ PUBLISHED = "https://stanfordnlp.github.io/coqa"
 
 def read(path: pathlib.Path) -> Iterator[Row]:
   """Stories of a published file."""
-  stories = at_place(str(path), lambda: json.loads(path.read_text(encoding="utf-8"))["data"])
+  stories = at_place(str(path), lambda: list(json.loads(path.read_text(encoding="utf-8"))["data"]))
   for i, story in enumerate(stories):
     yield at_place(f"{path}: story {i:,}", lambda story=story: _row(story))
 

@@ -16,7 +16,7 @@ What is right:
   filter takes 1542M from 52.66 % to 63.24 %; neither its list nor its search was published. Here: NLTK's list, and the
   16 likeliest first pieces, each continued greedily to the word's end. Perplexity is that of last_word.
 
-The protocol `openai` is the paper's: stop_words on OpenAI's text as OpenAI fed it.
+The protocol `openai_stop_words` is the paper's: stop_words on OpenAI's text as OpenAI fed it.
 """
 
 import functools
@@ -58,10 +58,6 @@ def read_original(path: pathlib.Path) -> Iterator[Row]:
     for number, line in enumerate(file, 1):
       if line.strip():
         yield at_place(f"{path}:{number}", lambda line=line: _row({"text": line.strip()}))
-
-
-def as_published(text: str) -> str:
-  return text
 
 
 def as_openai_fed_it(text: str) -> str:
@@ -129,9 +125,9 @@ METRICS = {"accuracy": percent("correct"), "perplexity": perplexity("words")}
 
 def _task(protocol: str, text: str, asked: Callable) -> Task:
   source, write, what = {
-    "": (OPENAI, as_published, "OpenAI's text"),
+    "": (OPENAI, str, "OpenAI's text"),
     "openai": (OPENAI, as_openai_fed_it, "OpenAI's text with straight quotes after a newline"),
-    "original": (ORIGINAL, as_published, "the authors' lower-case text"),
+    "original": (ORIGINAL, str, "the authors' lower-case text"),
   }[text]
   about = {last_word: "the last word", last_piece: "its last piece", stop_words: "the last word past stop words"}
   return Task(
@@ -150,7 +146,7 @@ TASKS = (
   _task("last_word", "", last_word),
   _task("last_piece", "", last_piece),
   _task("stop_words", "", stop_words),
-  _task("openai", "openai", stop_words),
+  _task("openai_stop_words", "openai", stop_words),
   _task("openai_last_word", "openai", last_word),
   _task("openai_last_piece", "openai", last_piece),
   _task("original_last_word", "original", last_word),

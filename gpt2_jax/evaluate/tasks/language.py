@@ -98,8 +98,10 @@ def end(path: pathlib.Path) -> Iterator[Row]:
 
 
 def whole(path: pathlib.Path) -> Iterator[Row]:
-  """A file as one row; an empty one is none."""
-  yield from ({"text": text} for text in [read(path)] if text)
+  """A file as one row. Raises ValueError if it is empty."""
+  if not (text := read(path)):
+    raise ValueError(f"{path} is empty: there is nothing to score")
+  yield {"text": text}
 
 
 def _decoded(content: bytes, path: pathlib.Path) -> str:
@@ -151,10 +153,6 @@ def asking(natural: Callable[[str], str]) -> Callable[[Row], list[Request]]:
   return lambda row: [Passage(natural(row["text"]))]
 
 
-def as_published(text: str) -> str:
-  return text
-
-
 def read_by_megatron(row: Row) -> list[Request]:
   return [Passage(row["natural"])]
 
@@ -185,7 +183,7 @@ def wikitext(name: str, published: str) -> tuple[Task, ...]:
   return (
     Task(name, "invertible", INVERTIBLE, source, natural, sums, METRICS, joined=True),
     Task(name, "invertible_documents", f"{INVERTIBLE}; each article alone", source, natural, sums, METRICS),
-    Task(name, "raw", RAW, source, asking(as_published), sums, METRICS, joined=True),
+    Task(name, "raw", RAW, source, asking(str), sums, METRICS, joined=True),
     Task(name, "megatron", f"Megatron-LM's {LOSSY}", theirs, read_by_megatron, sums, METRICS, joined=True),
     Task(name, "lm_eval", f"lm-evaluation-harness's {LOSSY}, pages and count", raw, lossy, harness_sums, METRICS),
   )
@@ -197,7 +195,7 @@ def ptb() -> tuple[Task, ...]:
   natural, lossy = asking(detokenizers.PTB.detokenize), asking(detokenizers.lossy_ptb)
   return (
     Task("ptb", "invertible", INVERTIBLE, source, natural, sums, METRICS, joined=True),
-    Task("ptb", "raw", RAW, source, asking(as_published), sums, METRICS, joined=True),
+    Task("ptb", "raw", RAW, source, asking(str), sums, METRICS, joined=True),
     Task("ptb", "megatron", f"Megatron-LM's {LOSSY}, 20 lines at a time", source, lossy, sums, METRICS, joined=True),
   )
 
@@ -205,13 +203,15 @@ def ptb() -> tuple[Task, ...]:
 def lm1b() -> tuple[Task, ...]:
   """Its sentences are shuffled. The field tests on the first of 50 held-out files; TFDS's `test` is all 50."""
   one = Source("lm1b", ("news.en.heldout-00000-of-00050",), lines, LM1B)
-  fifty = Source("lm1b", ("news.en.heldout-*-of-00050",), lines, LM1B, tfds="lm1b", row=lm1b_row)
+  fifty = Source(
+    "lm1b", tuple(f"news.en.heldout-{i:05}-of-00050" for i in range(50)), lines, LM1B, tfds="lm1b", row=lm1b_row
+  )
   natural = asking(detokenizers.ONE_BILLION.detokenize)
   alone = f"{INVERTIBLE}; each sentence alone"
   return (
     Task("lm1b", "invertible", INVERTIBLE, one, natural, sums, METRICS, joined=True),
     Task("lm1b", "invertible_documents", alone, one, natural, sums, METRICS),
-    Task("lm1b", "raw", RAW, one, asking(as_published), sums, METRICS, joined=True),
+    Task("lm1b", "raw", RAW, one, asking(str), sums, METRICS, joined=True),
     Task("lm1b", "all_heldout", f"{alone}, of all 50 held-out files", fifty, natural, sums, METRICS),
   )
 
@@ -223,7 +223,7 @@ def lm1b_row(record: dict) -> Row:
 
 def plain(name: str, source: Source, metric: str, about: str, joined: bool) -> Task:
   """Text that needs no detokenizer."""
-  return Task(name, "whole", about, source, asking(as_published), sums, led_by(metric), joined=joined)
+  return Task(name, "whole", about, source, asking(str), sums, led_by(metric), joined=joined)
 
 
 ENWIK8 = Source("enwik8", ("enwik8",), end, MAHONEY.format("enwik8"))

@@ -91,10 +91,12 @@ def _beginning(row: Row) -> str:
 
 
 def _with_hint(row: Row) -> list[Prompt]:
+  _rouge()  # if it is missing, that is said before anything is written
   return [Prompt(_beginning(row) + HINT, N_NEW, top_k=TOP_K)]
 
 
 def _without_hint(row: Row) -> list[Prompt]:
+  _rouge()
   return [Prompt(_beginning(row), N_NEW, top_k=TOP_K)]
 
 
@@ -154,9 +156,9 @@ METRICS = {
 def _task(protocol: str, about: str, requests: Callable, summary: Callable, example: Callable | None = None) -> Task:
   source = Source(
     name="cnn_dailymail",
-    files=("all_test.*",),
+    files=("all_test.txt",),
     read=read,
-    url="https://github.com/abisee/cnn-dailymail (all_test.txt, cnn/stories, dailymail/stories; or all_test.jsonl)",
+    url="https://github.com/abisee/cnn-dailymail (all_test.txt, cnn/stories, dailymail/stories; or --data=FILE.jsonl)",
     tfds="cnn_dailymail",
     row=_row,
   )

@@ -55,6 +55,7 @@ def _tfds_row(record: dict) -> Row:
 
 
 def _requests(language: str, row: Row) -> list[Prompt]:
+  _sacrebleu()  # if it is missing, that is said before anything is written
   return [Prompt(f"{row[language]} =", N_NEW, stop=("\n",))]
 
 
