@@ -23,8 +23,9 @@ def run(
 ) -> Items:
   """What every row contributes, in the order of the rows; `truncated` marks those whose context was cut to fit.
 
-  With `shots`, each item stands after as many solved rows, drawn by the seed and the item's number: of `pool`, which may
-  be all rows where `rows` are its first, or of `rows`, and never the item itself. Raises ValueError, with the row's number, for a row that is malformed or has nothing to score.
+  With `shots`, each item stands after as many solved rows, drawn by the seed and the item's number: of `pool`, which
+  may be all rows where `rows` are its first, or of `rows`, and never the item itself. Raises ValueError, with the row's
+  number, for a row that is malformed or has nothing to score.
   """
   if not rows:
     raise ValueError(f"{task.name}: there are no rows")
