@@ -8,16 +8,18 @@ BENCH = $(VENV)/ready-bench
 SMOKE = $(addprefix tests/,test_tokenizer.py test_linear.py test_attention.py test_loss.py test_train.py)
 SMOKE += tests/data/test_batches.py tests/decoding tests/test_quantization.py tests/test_pretrained.py
 
+WORKERS = -n 2 --dist loadfile  # most of the time is XLA compiling, on one core
+
 .PHONY: demo test smoke lint bench clean
 
 demo: $(READY)  ## text to samples in minutes, on the CPU
 	$(VENV)/bin/python experiments/demo.py
 
 test: $(READY)  ## the whole suite
-	$(VENV)/bin/python -m pytest -q $(PYTEST_ARGS) tests
+	$(VENV)/bin/python -m pytest -q $(WORKERS) $(PYTEST_ARGS) tests
 
 smoke: $(READY)  ## a short selection of it
-	$(VENV)/bin/python -m pytest -q $(PYTEST_ARGS) $(SMOKE)
+	$(VENV)/bin/python -m pytest -q $(WORKERS) $(PYTEST_ARGS) $(SMOKE)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -38,6 +38,7 @@ setup(
     "harness": ["lm_eval>=0.4.13"],  # this project's models under lm-evaluation-harness
     "test": [
       "pytest>=9.0",
+      "pytest-xdist>=3.8",
       "hypothesis>=6.170",
       "psutil>=7.2",
       "ruff>=0.17",

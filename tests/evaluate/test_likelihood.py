@@ -144,12 +144,15 @@ def test_what_cannot_be_scored_is_an_error(mesh, model, weights, place):
 
 def test_the_next_batch_is_under_way_before_one_is_read(model):
   order = []
-  for batch, found in likelihood._in_turn(
-    model, plan([3, 2, 1], 1), lambda batch: order.append(batch.length) or "made"
-  ):
+
+  def dispatch(batch):
+    order.append(f"begin {batch.rows[0]}")
+    return "made"
+
+  for batch, found in likelihood._in_turn(model, plan([3, 2, 1], 1), dispatch):
     assert found == "made"
-    order.append(-batch.length)
-  assert order == [3, 2, -3, 1, -2, -1]
+    order.append(f"read {batch.rows[0]}")
+  assert order == ["begin 0", "begin 1", "read 0", "begin 2", "read 1", "read 2"]
 
 
 # ---- windows -------------------------------------------------------------------------------------------------------
