@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Causal attention. Letters as in model.py; scores, softmax and sums are float32 whatever the operands are."""
+"""Causal attention. Letters as in model.py; scores, softmax and sums are float32 whatever the operands are.
+
+`self_attention` chooses the kernel of the platform; `causal_attention`, plain JAX in chunks of queries, is what each of
+them is tested against, and what CPUs and dropout use.
+"""
 
 import functools
 import math
@@ -7,10 +11,77 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+from gpt2_jax.fused_attention import LONGEST, fused_attention
+from gpt2_jax.sharding import HEADS, HIDDEN, padded, platform
 
 QUERIES = 256  # queries in one chunk; a chunk reads no key that lies after its last query
 
 einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+KERNELS = ("auto", "chunked", "fused", "splash", "cudnn")
+
+
+def split_heads(c_BTC, K: int):
+  """Queries, keys and values, [B, T, H, K] each, from columns that run head by head, q, k, v of each."""
+  B, T, C = c_BTC.shape
+  return jnp.split(jnp.reshape(c_BTC, (B, T, C // (3 * K), 3 * K), out_sharding=HEADS), 3, axis=-1)
+
+
+def merge_heads(y_BTHK):
+  """Heads side by side, [B, T, H K]."""
+  B, T, H, K = y_BTHK.shape
+  return jnp.reshape(y_BTHK, (B, T, H * K), out_sharding=HIDDEN)
+
+
+def self_attention(c_BTC, K: int, kernel: str = "auto", dropout=None):
+  """Causal attention of the heads whose q, k, v lie side by side in [B, T, 3 H K]; [B, T, H K]. One of `KERNELS`:
+
+  "fused" (ours) and "splash" (JAX's) are for TPUs and are interpreted elsewhere, "cudnn" is for NVIDIA GPUs and
+  bfloat16. "auto" takes the fastest of the platform, by the TPU compiler's own count of instructions; on GPUs that
+  choice was not measured. Dropout is only in "chunked", whatever is asked for.
+  """
+  T = c_BTC.shape[1]
+  if kernel == "auto":
+    tpu = "fused" if T <= LONGEST else "splash"
+    kernel = {"tpu": tpu, "gpu": "cudnn" if c_BTC.dtype == jnp.bfloat16 else "chunked"}.get(platform(), "chunked")
+  if kernel == "fused" and not dropout:
+    return fused_attention(c_BTC, K)
+  q_BTHK, k_BTHK, v_BTHK = split_heads(c_BTC, K)
+  if kernel == "splash" and not dropout:
+    return merge_heads(_splash(q_BTHK, k_BTHK, v_BTHK))
+  if kernel == "cudnn" and not dropout:
+    cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    return merge_heads(jax.shard_map(cudnn, in_specs=(HEADS,) * 3, out_specs=HEADS)(q_BTHK, k_BTHK, v_BTHK))
+  return merge_heads(causal_attention(q_BTHK, k_BTHK, v_BTHK, dropout))
+
+
+def _splash(q_BTHK, k_BTHK, v_BTHK):
+  """JAX's own kernel, in blocks of up to 1,024 with one backward pass: the fastest of its forms at 1,024 tokens."""
+  T, K = q_BTHK.shape[1], q_BTHK.shape[3]
+  block = min(padded(T, 128), 1024)
+  length = padded(T, block)
+  sizes = splash_attention_kernel.BlockSizes(
+    block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, use_fused_bwd_kernel=True
+  )
+
+  def local(q_BTHK, k_BTHK, v_BTHK):
+    mask = splash_attention_mask.CausalMask((length, length))
+    attend_HTK = splash_attention_kernel.make_splash_mha(
+      splash_attention_mask.MultiHeadMask([mask] * q_BTHK.shape[2]),
+      block_sizes=sizes,
+      head_shards=1,
+      q_seq_shards=1,
+      residual_checkpoint_name="attend",
+      interpret=platform() != "tpu",
+    )
+    room = ((0, 0), (0, 0), (0, length - T), (0, 0))  # after the last query: nobody sees it
+    q, k, v = (jnp.pad(jnp.swapaxes(x, 1, 2), room) for x in (q_BTHK / math.sqrt(K), k_BTHK, v_BTHK))
+    return jnp.swapaxes(jax.vmap(attend_HTK)(q, k, v)[:, :, :T], 1, 2)
+
+  return jax.shard_map(local, in_specs=(HEADS,) * 3, out_specs=HEADS, check_vma=False)(q_BTHK, k_BTHK, v_BTHK)
 
 
 def attend(q_BTHK, k_BSHK, v_BSHK, mask, dropout=None):

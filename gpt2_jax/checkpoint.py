@@ -37,6 +37,7 @@ UNREADABLE = (ValueError, OSError, KeyError)  # what a damaged checkpoint raises
 # Knobs that may change when a run goes on: they say where and how it computes, not what.
 FREE = ("mesh", "microbatches", "steps_per_call", "log_every", "eval_every", "save_every", "keep")
 FREE += ("max_skips", "profile_steps", "data", "model.dtype", "model.remat", "model.unroll", "model.pad_heads")
+FREE += ("model.attention",)
 
 
 def flat(config: dict, prefix: str = "") -> dict:

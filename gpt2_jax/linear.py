@@ -16,14 +16,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.sharding import BATCH, RESIDUAL, ROWS, axis_size
+from gpt2_jax.sharding import BATCH, RESIDUAL, ROWS, axis_size, platform
 
 TINY = jnp.finfo(jnp.float32).tiny  # a scale for rows of zeros
 
 
 def dot(a, b, contract: tuple[int, int], out_sharding: P):
-  """`a` and `b`, two dimensions each, summed over one dimension of each in float32."""
-  one = a.shape[0] == 1 and contract[0] == 1 and a.dtype == jnp.bfloat16 and axis_size(*ROWS) == 1
+  """`a` and the matrix `b`, summed over one dimension of each in float32."""
+  one = a.ndim == 2 and a.shape[0] == 1 and contract[0] == 1 and a.dtype == jnp.bfloat16 and axis_size(*ROWS) == 1
   if one:  # decoding one row: XLA's CPU backend has bfloat16 kernels for two or more, and would convert the weight
     a = jnp.pad(a, ((0, 1), (0, 0)))
   dims = (((contract[0],), (contract[1],)), ((), ()))
@@ -108,33 +108,48 @@ def dot_int8(x_RI, q_OI, out_sharding: P):
 
 
 def rows_of(x_BTI):
-  """[B, T, I] as [B * T, I]; the batch stays split as it was."""
+  """[B, T, I] as XLA's CPU backend wants it, [B * T, I], the batch split as it was; elsewhere as it is."""
+  if platform() != "cpu":
+    return x_BTI
   return jnp.reshape(x_BTI, (-1, x_BTI.shape[-1]), out_sharding=P(ROWS, jax.typeof(x_BTI).sharding.spec[2]))
 
 
 def unrows(x, like_BTI):
-  """[B * T, O] as [B, T, O]."""
+  """What `rows_of` made, as [B, T, O] again."""
+  if x.ndim == 3:
+    return x
   B, T, _ = like_BTI.shape
   return jnp.reshape(x, (B, T, x.shape[1]), out_sharding=P(ROWS, None, jax.typeof(x).sharding.spec[1]))
 
 
+def row_spec(x, last) -> P:
+  """The spec of rows like those of `x`, their entries split over `last`."""
+  return P(ROWS, *(None,) * (x.ndim - 2), last)
+
+
+def outer_sum(a_BTI, b_BTO, out_sharding: P):
+  """The sum of the outer products of rows, [I, O], in float32."""
+  if platform() != "cpu":
+    dims = (((0, 1), (0, 1)), ((), ()))
+    return jax.lax.dot_general(a_BTI, b_BTO, dims, preferred_element_type=jnp.float32, out_sharding=out_sharding)
+  return dot(turned(a_BTI), rows_of(b_BTO), (1, 0), out_sharding)
+
+
 def turned(x_BTI):
-  """[B, T, I] as [I, B * T]. On the CPU bfloat16 goes in blocks, for XLA folds a plain transpose into the product and
+  """[B, T, I] as [I, B * T]. bfloat16 goes in blocks, for XLA folds a plain transpose into the product on the CPU and
   then runs it in float32 at half the speed."""
-
-  def in_blocks(x_BTI):
-    B, T, n = x_BTI.shape
-    x_IBTt = jnp.moveaxis(x_BTI.reshape(B, -1, math.gcd(T, 128), n), 3, 0)
-    return jnp.reshape(x_IBTt, (n, B * T), out_sharding=P(jax.typeof(x_BTI).sharding.spec[2], ROWS))
-
-  def plainly(x_BTI):
+  if x_BTI.dtype != jnp.bfloat16:
     return rows_of(x_BTI).T
+  B, T, n = x_BTI.shape
+  x_IBTt = jnp.moveaxis(x_BTI.reshape(B, -1, math.gcd(T, 128), n), 3, 0)
+  return jnp.reshape(x_IBTt, (n, B * T), out_sharding=P(jax.typeof(x_BTI).sharding.spec[2], ROWS))
 
-  return jax.lax.platform_dependent(x_BTI, cpu=in_blocks if x_BTI.dtype == jnp.bfloat16 else plainly, default=plainly)
 
-
-def column_sums(y):
+def column_sums(y_BTO):
   """The sum over rows, [O], as a product: XLA's CPU backend reduces rows many times slower."""
+  y = rows_of(y_BTO)
+  if y.ndim == 3:
+    return y.sum((0, 1), dtype=jnp.float32)
   ones = jnp.ones((8, y.shape[0]), y.dtype, out_sharding=P(None, ROWS))
   return dot(ones, y, (1, 0), P(None, jax.typeof(y).sharding.spec[1]))[0]
 
@@ -154,7 +169,8 @@ def project(x_BTI, w_IO, b_O, gathered: P, contract: int = 0, out_dtype=None):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _project_int8(x_BTI, w: Int8, b_O, out_dtype):
   q_OI = whole(w.q_OI)
-  y = dot_int8(rows_of(x_BTI), q_OI, P(ROWS, jax.typeof(q_OI).sharding.spec[0])) * w.scale_O
+  x = rows_of(x_BTI)
+  y = dot_int8(x, q_OI, row_spec(x, jax.typeof(q_OI).sharding.spec[0])) * w.scale_O
   y = y if b_O is None else y + b_O
   return unrows(y.astype(out_dtype or x_BTI.dtype), x_BTI)
 
@@ -177,19 +193,21 @@ def _gather(w_IO, gathered: P, dtype):
 
 def _project_forward(x_BTI, w_IO, b_O, gathered, contract, out_dtype):
   w = _gather(w_IO, gathered, x_BTI.dtype)
-  y = dot(rows_of(x_BTI), w, (1, contract), P(ROWS, gathered[1 - contract]))
+  x = rows_of(x_BTI)
+  y = dot(x, w, (x.ndim - 1, contract), row_spec(x, gathered[1 - contract]))
   y = y if b_O is None else y + b_O
   return unrows(y.astype(out_dtype or x_BTI.dtype), x_BTI), (x_BTI, w_IO, b_O)
 
 
 def _project_backward(gathered, contract, out_dtype, saved, dy_BTO):
   x_BTI, w_IO, b_O = saved
-  x, dy = rows_of(x_BTI), rows_of(dy_BTO.astype(x_BTI.dtype))
-  dx = dot(dy, _gather(w_IO, gathered, x.dtype), (1, 1 - contract), P(ROWS, gathered[contract]))
-  a_BTI, b = (x_BTI, dy) if contract == 0 else (dy_BTO, x)
-  dw_IO = dot(turned(a_BTI.astype(x.dtype)), b, (1, 0), jax.typeof(w_IO).sharding.spec)
-  db_O = None if b_O is None else column_sums(dy)
-  return unrows(dx.astype(x.dtype), x_BTI), dw_IO, db_O
+  dy_BTO = dy_BTO.astype(x_BTI.dtype)
+  dy = rows_of(dy_BTO)
+  dx = dot(dy, _gather(w_IO, gathered, dy.dtype), (dy.ndim - 1, 1 - contract), row_spec(dy, gathered[contract]))
+  a_BTI, b_BTO = (x_BTI, dy_BTO) if contract == 0 else (dy_BTO, x_BTI)
+  dw_IO = outer_sum(a_BTI, b_BTO, jax.typeof(w_IO).sharding.spec)
+  db_O = None if b_O is None else column_sums(dy_BTO)
+  return unrows(dx.astype(dy.dtype), x_BTI), dw_IO, db_O
 
 
 _project.defvjp(_project_forward, _project_backward)

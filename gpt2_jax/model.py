@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.attention import causal_attention
+from gpt2_jax.attention import KERNELS, merge_heads, self_attention, split_heads
 from gpt2_jax.linear import Linear, normal, project, take, whole
-from gpt2_jax.sharding import HEADS, HIDDEN, axis_size, check_divides, padded
+from gpt2_jax.sharding import axis_size, check_divides, padded
 
 GELU = ("tanh", "erf")
+DTYPES = ("float32", "bfloat16")
 REMAT = {
   "none": None,
   "dots": jax.checkpoint_policies.save_only_these_names("linear", "attend"),
@@ -45,13 +46,14 @@ class ModelConfig:
   resid_pdrop: float = 0.0
   dtype: str = "bfloat16"  # of activations and matmul operands; parameters, norms, softmax, loss are float32
   pad_heads: bool = False  # zero heads up to a multiple of the mesh's model axis (attention dropout draws for them too)
+  attention: str = "auto"  # the kernel that trains and scores, see attention.self_attention
   remat: str = "none"  # what the backward pass recomputes: "none", "dots" (all but matmuls), "full"
   unroll: int = 1  # layers a step of the scan; n_layer is a Python loop
 
   def __post_init__(self):
     if self.n_embd % self.n_head:
       raise ValueError(f"n_embd of {self.n_embd} does not divide by n_head of {self.n_head}")
-    for name, allowed in (("gelu", GELU), ("remat", REMAT), ("dtype", ("float32", "bfloat16"))):
+    for name, allowed in (("gelu", GELU), ("remat", REMAT), ("attention", KERNELS), ("dtype", DTYPES)):
       if getattr(self, name) not in allowed:
         raise ValueError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(allowed)}")
     for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
@@ -140,6 +142,7 @@ class Attention(nnx.Module):
 
   def __init__(self, config: ModelConfig, key):
     D, H, K = config.n_embd, config.padded_heads, config.n_embd // config.n_head
+    self.head_size = K
     k_attn, k_proj = jax.random.split(key)
     proj_std = 0.02 / math.sqrt(2 * config.n_layer)
     self.c_attn = Linear(k_attn, (D, 3 * H * K), P("data", "model"), 0.02, config.use_bias, pad=(1, 3 * D))
@@ -148,25 +151,25 @@ class Attention(nnx.Module):
 
   def qkv(self, x_BTD):
     """Queries, keys and values, [B, T, H, K] each."""
-    B, T, _ = x_BTD.shape
-    K = self.config.n_embd // self.config.n_head
-    c_BTHC = jnp.reshape(self.c_attn(x_BTD), (B, T, -1, 3 * K), out_sharding=HEADS)
-    return jnp.split(c_BTHC, 3, axis=-1)
+    return split_heads(self.c_attn(x_BTD), self.head_size)
 
   def merge(self, y_BTHK):
     """Heads back into the residual stream, [B, T, D]."""
-    B, T, H, K = y_BTHK.shape
-    return self.c_proj(jnp.reshape(y_BTHK, (B, T, H * K), out_sharding=HIDDEN))
+    return self.c_proj(merge_heads(y_BTHK))
 
   def __call__(self, x_BTD, key=None):
     k_attn, k_resid = split(key, 2)
-    q, k, v = self.qkv(x_BTD)
 
     def dropout(p_BHTS, start):
       return drop(p_BHTS, self.config.attn_pdrop, jax.random.fold_in(k_attn, start))
 
-    y_BTHK = causal_attention(q, k, v, dropout if key is not None and self.config.attn_pdrop else None)
-    return drop(self.merge(y_BTHK), self.config.resid_pdrop, k_resid)
+    y_BTX = self_attention(
+      self.c_attn(x_BTD),
+      self.head_size,
+      self.config.attention,
+      dropout if key is not None and self.config.attn_pdrop else None,
+    )
+    return drop(self.c_proj(y_BTX), self.config.resid_pdrop, k_resid)
 
 
 @functools.partial(jax.checkpoint, static_argnums=1)

@@ -51,6 +51,12 @@ def axis_size(*names: str) -> int:
   return math.prod(shape.get(name, 1) for name in names)
 
 
+def platform() -> str:
+  """ "tpu", "gpu" or "cpu": what the mesh in force is made of; one without devices counts as a CPU."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else "cpu"
+
+
 def check_divides(size: int, what: str, *names: str, way_out: str) -> None:
   """Raises ValueError unless the mesh axes `names` divide `size`."""
   parts = axis_size(*names)

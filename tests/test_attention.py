@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.attention import QUERIES, attend, causal_attention
+from gpt2_jax.attention import QUERIES, attend, causal_attention, self_attention
+from gpt2_jax.sharding import HIDDEN
 
 B, H, K = 2, 2, 4
 
@@ -72,3 +73,49 @@ def test_dropout_meets_the_probabilities():
     causal_attention(q, k, v, lambda p, start: p * 0.5), causal_attention(q, k, v) * 0.5, rtol=1e-6, atol=1e-7
   )
   assert not causal_attention(q, k, v, lambda p, start: jnp.zeros_like(p)).any()
+
+
+@pytest.mark.parametrize("kernel", ["fused", "splash"])
+@pytest.mark.parametrize(
+  "sizes, heads, length, dtype",
+  [
+    ((1, 1, 1), 12, 512, "bfloat16"),
+    ((1, 1, 1), 25, 300, "float32"),  # heads that do not fill the last group, a length that fills no block
+    ((1, 1, 1), 25, 130, "bfloat16"),
+    ((2, 2, 2), 12, 130, "float32"),
+  ],
+)
+def test_the_kernels_of_a_tpu_are_plain_attention(kernel, sizes, heads, length, dtype, mesh, put):
+  """Interpreted, at the width of GPT-2's heads: values and gradients against the chunked form."""
+  with mesh(*sizes):
+    rows, width = sizes[0] * sizes[1], heads * 64
+    rng = np.random.default_rng(0)
+    c_BTC = put(jnp.asarray(rng.normal(size=(rows, length, 3 * width)), dtype), HIDDEN)
+    weight = put(jnp.asarray(rng.normal(size=(rows, length, width)), jnp.float32), HIDDEN)
+
+    def both(kernel):
+      weighted = jax.jit(jax.grad(lambda c: (self_attention(c, 64, kernel) * weight).sum()))
+      return jax.jit(lambda c: self_attention(c, 64, kernel))(c_BTC), weighted(c_BTC)
+
+    for ours, plain in zip(both(kernel), both("chunked"), strict=True):
+      assert ours.dtype == dtype and ours.sharding == plain.sharding
+      ours, plain = (np.asarray(x, np.float32) for x in (ours, plain))
+      # 1e-2 of the largest value in bfloat16, whose last bit is 2^-8 of a value; 1e-5 in float32.
+      np.testing.assert_allclose(ours, plain, atol=1e-2 * np.abs(plain).max() if dtype == "bfloat16" else 1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["fused", "splash"])
+def test_the_kernels_of_a_tpu_never_read_the_future(kernel, mesh, put):
+  with mesh(1, 1, 1):
+    before = put(np.random.default_rng(0).normal(size=(1, 280, 3 * 128)).astype(np.float32), HIDDEN)
+    after = before.at[:, 260:].multiply(-100)
+    y = jax.jit(lambda c: self_attention(c, 64, kernel))
+    np.testing.assert_array_equal(y(before)[:, :260], y(after)[:, :260])
+    assert np.all(y(before)[:, 260:] != y(after)[:, 260:])
+
+
+@pytest.mark.parametrize("kernel", ["auto", "fused", "splash", "cudnn"])
+def test_dropout_is_never_lost_to_a_kernel(kernel, mesh):
+  with mesh(1, 1, 1):
+    c_BTC = jnp.ones((1, 9, 3 * 64), out_sharding=HIDDEN)
+    assert not self_attention(c_BTC, 64, kernel, lambda p, start: jnp.zeros_like(p)).any()

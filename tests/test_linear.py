@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from gpt2_jax import linear
 from gpt2_jax.linear import Int8, Linear, digits, dot, int8, normal, project, turned
 from gpt2_jax.sharding import HIDDEN, RESIDUAL, ROWS
 
@@ -30,9 +31,11 @@ def relative(found, expected):
   return np.abs(np.asarray(found, np.float64) - expected).max() / np.abs(expected).max()
 
 
+@pytest.mark.parametrize("form", ["cpu", "tpu"])  # how it is written down for each, computed here
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
-def test_project_and_its_gradients_are_the_plain_product(kind, sizes, mesh, put):
+def test_project_and_its_gradients_are_the_plain_product(form, kind, sizes, mesh, put, monkeypatch):
+  monkeypatch.setattr(linear, "platform", lambda: form)
   stored, gathered, contract, x_spec, y_spec = KINDS[kind]
   rng = np.random.default_rng(0)
   x, dy = rng.normal(size=(B, T, IN)), rng.normal(size=(B, T, OUT))
@@ -119,8 +122,10 @@ def test_linear_adds_its_bias(mesh, put):
   assert relative(y, x @ np.array(linear.w[...], np.float64) + b) < 1e-6
 
 
+@pytest.mark.parametrize("form", ["cpu", "tpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_bias_is_added_once_and_its_gradient_is_the_sum_over_rows(mesh, put, dtype):
+def test_the_bias_is_added_once_and_its_gradient_is_the_sum_over_rows(mesh, put, dtype, form, monkeypatch):
+  monkeypatch.setattr(linear, "platform", lambda: form)
   rng = np.random.default_rng(3)
   x, dy = (jnp.asarray(rng.normal(size=(4, 6, n)), dtype) for n in (8, 16))
   w, b = (np.float32(rng.normal(size=shape)) for shape in ((8, 16), (16,)))
