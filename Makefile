@@ -24,6 +24,7 @@ smoke: $(READY)  ## a short selection of it
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/shellcheck launch/*.sh
 
 bench: $(BENCH)  ## this project against torch, alternating
 	$(VENV)/bin/python experiments/bench.py

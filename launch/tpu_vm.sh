@@ -1,0 +1,634 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# From a project id to a falling loss on Cloud TPU VMs; see launch/README.md, or --help.
+# Written for bash 3.2 and later, as macOS has it.
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "$0")/.." && pwd)"
+POLL="${GPT2_JAX_POLL:-30}" # seconds between looks at the machine
+PATIENCE="${GPT2_JAX_PATIENCE:-120}" # seconds for the other workers to end after one has
+PREFIX=gpt2-jax-            # of every name that this script makes, and deletes
+LABEL=gpt2_jax              # a label of its machines; what does not have it is not deleted
+KEEP_ALIVE='-o ServerAliveInterval=15 -o ServerAliveCountMax=4' # a lost machine is noticed in a minute
+
+usage() {
+  cat <<'EOF'
+usage: launch/tpu_vm.sh VERB --project=ID --zone=ZONE [options] [-- flags of launch/train.py]
+
+  train   all of it: ask for the machine, wait, install, train, follow; again after a preemption or a lost host; delete
+  up      ask for the machine and wait until it is there
+  run     copy this tree to every worker, install it, start training; it goes on without this terminal
+  logs    follow the log of worker 0 until training ends
+  status  the machine, and what each worker does
+  stop    end training on every worker with its step saved; the machine stays
+  down    delete the machine; nothing happens if there is none
+
+  --project=ID         Google Cloud project
+  --zone=ZONE          us-west4-a, say; the bucket should be in its region
+  --topology=TYPE      v5e-64, v6e-64 (chips), v4-128, v5p-64 (cores, two a chip); or plan.py's form, v5e:8x8, v4:4x4x4
+  --workdir=gs://...   where checkpoints and metrics go (train, run)
+  --slices=N           N such machines as one, over the data-center network (1)
+  --spot               cheaper, and may be taken away at any time; the default is on demand
+  --name=NAME          tells machines of one project apart (your user name); the machine is gpt2-jax-NAME
+  --retries=N          restarts in a row without a newer checkpoint before `train` gives up (5)
+  --wait_hours=N       how long to wait in the queue for the machine (24)
+  --keep               `train` leaves the machine in place at its end
+  --service_account=EMAIL, --network=NAME, --subnetwork=NAME, --runtime_version=NAME   handed on to gcloud
+  --dry-run            print the commands, ready to paste, and run none
+
+`train` may be interrupted (Ctrl-C) and started again: it finds the machine and the training as they are. At its end it
+deletes the machine, however training ended, unless --keep or `stop` said otherwise; the other verbs only do their part.
+Exit status: 0 done, 1 gave up, 2 input that cannot be (training's own included), 3 quota, 130 interrupted.
+
+  launch/tpu_vm.sh train --project=my-project --zone=us-west4-a --topology=v5e-64 --spot \
+    --workdir=gs://my-bucket/1542M -- --config=configs/gpt2.py:1542M \
+    --config.data.train=gs://my-bucket/train --config.data.validation=gs://my-bucket/validation
+EOF
+}
+
+say() { printf '[%s] %s\n' "$(date +%H:%M:%S)" "$*" >&2; }
+refuse() { printf 'error: %s\n' "$*" >&2; exit 2; }
+whole() { case "$1" in '' | *[!0-9]* | 0[0-9]*) return 1 ;; esac; }
+
+# ---- Input
+
+read_flags() {
+  verb='' project='' zone='' topology='' workdir='' slices=1 spot='' retries=5 wait_hours=24 keep='' dry_run=''
+  name=$(id -un | tr '[:upper:]' '[:lower:]' | tr -c 'a-z0-9\n' -)
+  service_account='' network='' subnetwork='' runtime_version=''
+  train_flags=()
+  while [ $# -gt 0 ]; do
+    case "$1" in
+      --) shift; train_flags=("$@"); break ;;
+      -h | --help | help) usage; exit 0 ;;
+      --project=* | --zone=* | --topology=* | --workdir=* | --slices=* | --name=* | --retries=* | --wait_hours=* | \
+        --service_account=* | --network=* | --subnetwork=* | --runtime_version=*)
+        local key="${1%%=*}"
+        printf -v "${key#--}" '%s' "${1#*=}" ;;
+      --spot) spot=yes ;;
+      --keep) keep=yes ;;
+      --dry-run | --dry_run) dry_run=yes ;;
+      -*) refuse "$1 is no flag of tpu_vm.sh; flags of launch/train.py come after --, and --help shows the rest" ;;
+      *) [ -z "$verb" ] || refuse "one verb at a time: $verb or $1"; verb="$1" ;;
+    esac
+    shift
+  done
+}
+
+check_input() {
+  case "$verb" in
+    train | up | run | logs | status | stop | down) ;;
+    '') refuse "say what to do: train, up, run, logs, status, stop or down; --help explains" ;;
+    *) refuse "no verb $verb; there are train, up, run, logs, status, stop, down" ;;
+  esac
+  [[ "$project" =~ ^([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]$ ]] || refuse "--project='$project' is no project id"
+  [[ "$zone" =~ ^[a-z]+-[a-z]+[0-9]+-[a-z0-9]+$ ]] || refuse "--zone='$zone' is no zone; one looks like us-west4-a"
+  [[ "$name" =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] ||
+    refuse "--name='$name' has to be 1 to 40 of a-z, 0-9 and -, with a letter first and no - last"
+  whole "$slices" && [ "$slices" -ge 1 ] || refuse "--slices='$slices' has to be a whole number from 1"
+  whole "$retries" || refuse "--retries='$retries' has to be a whole number"
+  whole "$wait_hours" || refuse "--wait_hours='$wait_hours' has to be a whole number of hours"
+  machine="$PREFIX$name"
+  generation='' chips='' cents=''
+  case "$verb" in train | up) read_topology ;; *) [ -z "$topology" ] || read_topology ;; esac
+  case "$verb" in
+    train | run) check_training ;;
+    *) [ ${#train_flags[@]} -eq 0 ] || refuse "only train and run take flags after --" ;;
+  esac
+  [ -n "$dry_run" ] || command -v gcloud >/dev/null ||
+    refuse "no gcloud on the PATH; install it from https://cloud.google.com/sdk/docs/install"
+}
+
+check_training() {
+  local form='^gs://[a-z0-9][a-z0-9._-]+/[^][:cntrl:]*?[]+$'
+  [[ "$workdir" =~ $form ]] ||
+    refuse "--workdir='$workdir' has to be gs://BUCKET/PATH: machines and their disks go, and every worker writes there"
+  local flag config=''
+  for flag in ${train_flags[@]+"${train_flags[@]}"}; do
+    case "$flag" in
+      --workdir | --workdir=*) refuse "give --workdir before the --, to tpu_vm.sh" ;;
+      --config | --config=*) config=yes ;;
+    esac
+  done
+  [ -n "$config" ] || refuse "no --config=... after --; for instance: -- --config=configs/gpt2.py:1542M"
+  train_flags=("--workdir=$workdir" "${train_flags[@]}")
+  git -C "$ROOT" rev-parse --quiet --verify HEAD >/dev/null 2>&1 ||
+    refuse "$ROOT is no git checkout; the machine gets what git archive makes of one"
+}
+
+# Sets generation, accelerator (Google's name), runtime_version, chips (of one slice) and cents (of a chip-hour).
+# Cents: on-demand list prices in us-central1 (v4: us-central2), Cloud Billing catalog of 2026-08-24; they change.
+read_topology() {
+  local form='^(v4|v5e|v5litepod|v5p|v6e)(-([0-9]{1,5})|:([0-9]{1,2})x([0-9]{1,2})(x([0-9]{1,2}))?)$'
+  local count cores=1 runtime
+  [[ "$topology" =~ $form ]] || refuse "--topology='$topology' is none; one looks like v5e-64, v4-128, v5p-64, v5e:8x8"
+  generation="${BASH_REMATCH[1]}" count="${BASH_REMATCH[3]}"
+  case "$generation" in
+    v4) cents=322 cores=2 runtime=tpu-ubuntu2204-base ;;
+    v5p) cents=420 cores=2 runtime=v2-alpha-tpuv5 ;;
+    v6e) cents=270 runtime=v2-alpha-tpuv6e ;;
+    *) generation=v5e cents=120 runtime=v2-alpha-tpuv5-lite ;;
+  esac
+  if [ -z "$count" ]; then # Google's default shape of that many chips, or nothing: the type's name says only how many
+    case "$cores:${topology#*:}" in
+      1:1x1 | 1:2x2 | 1:2x4 | 1:4x4 | 1:4x8 | 1:8x8 | 1:8x16 | 1:16x16) ;;
+      2:2x2x1 | 2:2x2x2 | 2:2x2x4 | 2:2x4x4 | 2:4x4x4 | 2:4x4x8 | 2:4x8x8 | 2:8x8x8 | 2:8x8x16 | 2:8x16x16) ;;
+      *) refuse "--topology=$topology is not the default shape of its size, the only one asked for here" ;;
+    esac
+    count=$((cores * BASH_REMATCH[4] * BASH_REMATCH[5] * ${BASH_REMATCH[7]:-1}))
+  fi
+  case "$cores:$count" in
+    1:1 | 1:4 | 1:8 | 1:16 | 1:32 | 1:64 | 1:128 | 1:256) ;;
+    1:*) refuse "--topology=$topology: $generation comes in 1, 4, 8, 16, 32, 64, 128 or 256 chips" ;;
+    2:*) [ "$count" -ge 8 ] && [ $((count % 8)) -eq 0 ] ||
+      refuse "--topology=$topology: $generation comes in multiples of 8 cores (4 chips); v4-128 has 64 chips" ;;
+  esac
+  chips=$((count / cores)) accelerator="${generation/v5e/v5litepod}-$count"
+  runtime_version="${runtime_version:-$runtime}"
+}
+
+# What the machine costs, or nothing where the topology was not given.
+price() {
+  [ -n "$chips" ] || return 0
+  local all=$((chips * slices * cents))
+  printf ', and while ACTIVE costs about %d.%02d USD an hour at list price (%d chips x %d.%02d%s)' \
+    $((all / 100)) $((all % 100)) $((chips * slices)) $((cents / 100)) $((cents % 100)) "${spot:+; spot is less}"
+}
+
+# ---- Commands: each sets `command`, which is run or, with --dry-run, printed
+
+place() { command+=("--project=$project" "--zone=$zone"); }
+
+to_create() {
+  command=(gcloud compute tpus queued-resources create "$machine")
+  place
+  command+=("--accelerator-type=$accelerator" "--runtime-version=$runtime_version" "--labels=$LABEL=tpu_vm"
+    --scopes=https://www.googleapis.com/auth/cloud-platform)
+  if [ "$slices" -gt 1 ]; then
+    command+=("--node-count=$slices" "--node-prefix=$machine")
+  else
+    command+=("--node-id=$machine")
+  fi
+  [ -z "$spot" ] || command+=(--spot)
+  [ -z "$service_account" ] || command+=("--service-account=$service_account")
+  [ -z "$network" ] || command+=("--network=$network")
+  [ -z "$subnetwork" ] || command+=("--subnetwork=$subnetwork")
+  command+=(--quiet)
+}
+
+to_describe() {
+  command=(gcloud compute tpus queued-resources describe "$machine")
+  place
+  command+=("--format=value[separator=\",\"]($1)")
+}
+
+to_describe_node() {
+  command=(gcloud compute tpus tpu-vm describe "$1")
+  place
+  command+=('--format=value(state)')
+}
+
+to_copy() {
+  command=(gcloud compute tpus queued-resources scp "$1" "$machine:gpt2_jax.tar.gz")
+  place
+  command+=(--worker=all --node=all --quiet)
+}
+
+to_ssh() { # all | 0, and a shell line of which every word that came from outside is quoted
+  command=(gcloud compute tpus queued-resources ssh "$machine")
+  place
+  command+=("--worker=$1" "--node=$1" "--ssh-flag=$KEEP_ALIVE" --quiet "--command=$2")
+}
+
+to_delete() {
+  command=(gcloud compute tpus queued-resources delete "$machine")
+  place
+  command+=(--force --quiet)
+}
+
+WORKER='bash gpt2_jax/launch/worker.sh'
+INSTALL="rm -rf gpt2_jax && mkdir gpt2_jax && tar -xzf gpt2_jax.tar.gz -C gpt2_jax && $WORKER install"
+ASK="if [ -d gpt2_jax ]; then $WORKER state; else echo @worker \$(hostname) none; fi"
+
+to_start() {
+  local line="$WORKER start" word flag
+  for flag in "${train_flags[@]}"; do
+    printf -v word '%q' "$flag"
+    line="$line $word"
+  done
+  to_ssh all "$line"
+}
+
+# The tracked files as they are on disk, uncommitted changes included; the tree itself is not touched.
+pack() {
+  local commit
+  commit=$(git -C "$ROOT" -c user.name=tpu_vm -c user.email=tpu_vm@localhost stash create)
+  git -C "$ROOT" archive --format=tar.gz --output="$1" "${commit:-HEAD}"
+  local untracked
+  untracked=$(git -C "$ROOT" ls-files --others --exclude-standard | wc -l | tr -d ' ')
+  [ "$untracked" = 0 ] || say "note: $untracked untracked files stay here; git add them if the run needs them"
+}
+
+# ---- What is there
+
+output="" # a file: what the last quiet command said
+quietly() { "${command[@]}" >"$output" 2>&1; }
+last_lines() { grep -v '^[[:space:]]*$' "$output" | tail -n "${1:-3}" >&2 || true; }
+
+# Sets qr_state to the state of the queued resource, NONE if there is none, and `nodes` to its slices; `owned` is empty
+# if it is not this script's. Refuses a machine that is not the one asked for.
+look() {
+  local tries=0 line label type
+  to_describe "state.state,tpu.nodeSpec[0].node.labels.$LABEL,tpu.nodeSpec[0].node.acceleratorType.basename(),\
+tpu.nodeSpec[].nodeId"
+  while ! line=$("${command[@]}" 2>"$output"); do
+    if grep -q 'NOT_FOUND' "$output"; then
+      qr_state=NONE owned=''
+      return
+    fi
+    tries=$((tries + 1))
+    [ "$tries" -lt 4 ] || { last_lines 1; say "Google Cloud does not tell the state of $machine"; leave_in_place 1; }
+    back_off "$tries"
+  done
+  IFS=, read -r qr_state label type nodes <<<"$line"
+  nodes="${nodes//;/ }"
+  owned=$([ "$label" != tpu_vm ] || echo yes)
+  [ -n "$chips" ] || return 0
+  local count
+  count=$(wc -w <<<"${nodes:-$(seq "$slices")}" | tr -d ' ')
+  [ "$type,$count" = "$accelerator,$slices" ] ||
+    refuse "$machine is there as $count of $type, not $slices of $accelerator; ask for that, or give another --name"
+}
+
+# Status 0 if every slice is READY, 2 if one was taken away, 1 if it cannot be said yet. A preempted slice may be known
+# here minutes before its queued resource is SUSPENDED.
+nodes_ready() {
+  local node node_state
+  for node in $nodes; do
+    to_describe_node "$node"
+    node_state=$("${command[@]}" 2>"$output") || node_state=UNKNOWN
+    case "$node_state" in
+      READY) ;;
+      PREEMPTED | TERMINATED | STOPPING | STOPPED | DELETING) say "$node is $node_state"; return 2 ;;
+      *) return 1 ;; # UNKNOWN, REPAIRING, RESTARTING, ...
+    esac
+  done
+}
+
+back_off() { # POLL seconds, doubled each time, 32 of them at most
+  local count=$((1 << ($1 < 6 ? $1 - 1 : 5))) i
+  for ((i = 0; i < count; i++)); do sleep "$POLL"; done
+}
+
+newest_checkpoint() { # its step, 0 if there is none
+  gcloud storage ls "$workdir/checkpoints/" "--project=$project" 2>/dev/null |
+    sed -n 's|.*/checkpoints/\([0-9][0-9]*\)/$|\1|p' | sort -n | tail -n 1 | grep . || echo 0
+}
+
+# ---- The machine
+
+create() {
+  say "asking for $machine: $accelerator${spot:+, spot}$([ "$slices" -eq 1 ] || echo ", $slices slices") in $zone"
+  exists=maybe
+  to_create
+  if ! quietly; then
+    refuse_quota
+    last_lines
+    grep -qE 'UNAVAILABLE|INTERNAL|DEADLINE|RESOURCE_EXHAUSTED|ALREADY_EXISTS|capacity|[Tt]imed out' "$output" || exit 1
+    return 1
+  fi
+  exists=yes created=yes installed=''
+}
+
+# Ends with status 3 if the last answer was about quota.
+refuse_quota() {
+  local line
+  line=$(grep -i 'quota' "$output" | head -n 1) || return 0
+  say "quota: ${line#ERROR: }"
+  say "that is the limit of project $project for $generation${spot:+, spot,} in $zone. Ask for more at \
+https://console.cloud.google.com/iam-admin/quotas?project=$project (filter: tpu.googleapis.com), take another zone, a \
+smaller --topology, or $([ -n "$spot" ] && echo 'leave --spot out' || echo 'add --spot'): each has a quota of its own"
+  delete_quietly
+  exit 3
+}
+
+delete_quietly() { # a refused or dead queued resource counts against the quota until it is gone
+  to_delete
+  quietly || true
+  exists=''
+}
+
+# Returns when the machine is ACTIVE and every slice READY; replaces one that was lost.
+ensure_machine() {
+  local tries=0 said='' end=$((SECONDS + wait_hours * 3600))
+  while :; do
+    look
+    [ "$qr_state" = "$said" ] || say "$machine: $qr_state"
+    said="$qr_state"
+    [ "$qr_state" = NONE ] || exists=yes
+    case "$qr_state" in
+      NONE)
+        if ! create; then
+          tries=$((tries + 1))
+          [ "$tries" -le "$retries" ] || { say "gave up after $tries refusals"; exit 1; }
+          back_off "$tries"
+        fi ;;
+      ACTIVE)
+        local ready=0
+        nodes_ready || ready=$?
+        case "$ready" in 0) return ;; 2) replace ;; *) wait_until "$end" ;; esac ;;
+      FAILED)
+        to_describe state.failedData.error.message
+        quietly || true
+        last_lines 1
+        must_own
+        refuse_quota
+        tries=$((tries + 1))
+        [ "$tries" -le "$retries" ] || { delete_quietly; say "gave up after $tries failures"; exit 1; }
+        replace
+        back_off "$tries" ;;
+      SUSPENDED) replace ;;
+      *) # ACCEPTED, WAITING_FOR_RESOURCES, PROVISIONING, CREATING, SUSPENDING, DELETING
+        wait_until "$end" ;;
+    esac
+  done
+}
+
+wait_until() {
+  [ "$SECONDS" -lt "$1" ] || { say "$machine is still $qr_state after $wait_hours hours (--wait_hours)"; finish 1; }
+  sleep "$POLL"
+}
+
+replace() {
+  must_own
+  say "$machine was taken away or failed; deleting what is left and asking again"
+  delete_quietly
+  installed=''
+}
+
+must_own() {
+  [ -z "$owned$created" ] || return 0
+  to_delete
+  refuse "$machine has no label $LABEL=tpu_vm: not made by this script, so not deleted; by hand: ${command[*]}"
+}
+
+down() {
+  look
+  if [ "$qr_state" = NONE ]; then
+    say "there is no $machine in $zone; nothing to delete"
+    return
+  fi
+  must_own
+  say "deleting $machine"
+  to_delete
+  if ! quietly; then
+    last_lines
+    look
+    case "$qr_state" in NONE | DELETING) ;; *) say "$machine is still $qr_state; run down again"; exit 1 ;; esac
+  fi
+  exists=''
+  say "$machine is deleted"
+}
+
+# ---- Training
+
+# Copies and installs on all workers; one retry, since fresh machines are not always reachable at once.
+prepare() {
+  local try
+  pack "$scratch/gpt2_jax.tar.gz"
+  for try in 1 2; do
+    say "copying the tree to every worker and installing it$([ "$try" = 1 ] || echo ', once more')"
+    to_copy "$scratch/gpt2_jax.tar.gz"
+    if quietly; then
+      to_ssh all "$INSTALL"
+      if quietly; then
+        installed=yes
+        return
+      fi
+    fi
+    grep -E '^@worker .* install failed|Command execution on worker|ERROR' "$output" | sort -u >&2 || last_lines
+  done
+  say "installing failed twice; the workers named above need a look"
+  return 1
+}
+
+start() {
+  local refusal
+  to_start
+  if ! quietly; then
+    refusal=$(grep '^@worker .* refused' "$output") && { printf '%s\n' "$refusal" >&2; return 2; }
+    last_lines
+    return 1
+  fi
+  say "training runs on every worker; what follows is the log of worker 0"
+}
+
+follow() {
+  to_ssh 0 "$WORKER follow"
+  "${command[@]}" 2>"$output" || true # how training ended is asked of every worker
+}
+
+# Sets workers to the @worker lines of all of them. Status 1 if one cannot be reached.
+ask_workers() {
+  to_ssh all "$ASK"
+  "${command[@]}" >"$output" 2>&1 || return 1
+  workers=$(grep '^@worker ' "$output" || true)
+  [ -n "$workers" ]
+}
+
+some() { printf '%s\n' "$workers" | grep -E "^@worker [^ ]+ ($1)" | head -n 1; } # the first such worker, if any
+
+# Sets outcome: finished | refused | asked | running | again | unreachable | none
+judge() {
+  outcome=unreachable
+  ask_workers || return 0
+  if some running >/dev/null; then outcome=running
+  elif some asked >/dev/null; then outcome=asked
+  elif some 'ended 2$' >/dev/null; then outcome=refused
+  elif some 'ended [1-9]|lost' >/dev/null; then outcome=again
+  elif some none >/dev/null; then outcome=none
+  else outcome=finished
+  fi
+}
+
+# Follows until training has ended on all workers; the others have a while to notice that one is gone, then are stopped.
+see_it_through() {
+  local end=''
+  while :; do
+    [ -n "$end" ] || follow
+    judge
+    [ "$outcome" = running ] || return 0
+    if some 'ended|lost' >/dev/null; then
+      end="${end:-$((SECONDS + PATIENCE))}"
+      if [ "$SECONDS" -ge "$end" ]; then
+        say "stopping what goes on without the others: $(some running)"
+        to_ssh all "$WORKER stop 30"
+        quietly || true
+        judge
+        [ "$outcome" != asked ] || outcome=again
+        return
+      fi
+    fi
+    sleep "$POLL"
+  done
+}
+
+# Leaves alone what runs: no new code under a process, and no second training beside it.
+attach() {
+  judge
+  case "$outcome" in
+    none | unreachable) ;;
+    running) say "$machine trains already"; installed=yes ;;
+    *) say "the last training on $machine: $(some '.*')" ;;
+  esac
+}
+
+# Installs, starts, follows; sets outcome.
+attempt() {
+  local status=0
+  if [ -z "$installed" ] && ! prepare; then
+    outcome=unreachable
+    look
+    if [ "$qr_state" = ACTIVE ] && nodes_ready; then finish 1; fi # the machine is well, so it would fail again
+    return 0
+  fi
+  start || status=$?
+  case "$status" in
+    0) see_it_through ;;
+    2) leave_in_place 2 ;;
+    *) outcome=unreachable ;;
+  esac
+}
+
+train() {
+  local failures=0 step newest=-1
+  ensure_machine
+  [ -n "$created" ] || attach
+  while :; do
+    attempt
+    case "$outcome" in
+      finished) say "training is done: $workdir"; finish 0 ;;
+      asked) say "training was stopped as asked: $(some asked)"; leave_in_place 0 ;;
+      refused) say "training refused its input, see above; not tried again ($(some 'ended 2$'))"; finish 2 ;;
+      again) say "training ended early: $(some 'ended [1-9]|lost')" ;;
+      none) installed='' ;;
+      *) say "$machine, or one of its workers, cannot be reached" ;;
+    esac
+    step=$(newest_checkpoint)
+    failures=$((step > newest ? 1 : failures + 1))
+    newest=$((step > newest ? step : newest))
+    if [ "$failures" -gt "$retries" ]; then
+      say "$failures ends in a row without a checkpoint after step $newest; gave up"
+      finish 1
+    fi
+    say "going on from the newest checkpoint (step $newest), try $failures of $retries"
+    back_off "$failures"
+    ensure_machine
+  done
+}
+
+# The end of `train`.
+finish() {
+  if [ -n "$keep" ]; then leave_in_place "$1"; fi
+  down
+  exit "$1"
+}
+
+leave_in_place() {
+  if [ -n "$exists" ]; then
+    say "$machine $([ "$exists" = maybe ] && echo 'may be' || echo is) there$(price)"
+    say "to delete it: launch/tpu_vm.sh down --project=$project --zone=$zone --name=$name"
+  fi
+  exit "$1"
+}
+
+interrupted() {
+  trap '' INT TERM HUP
+  echo >&2
+  say "interrupted. Training, if it runs, goes on; the same command follows it again"
+  leave_in_place 130
+}
+
+status() {
+  look
+  say "$machine: $qr_state$([ "$qr_state" != ACTIVE ] || price)"
+  [ "$qr_state" = ACTIVE ] || return 0
+  if ask_workers; then printf '%s\n' "$workers" | sort; else last_lines; exit 1; fi
+}
+
+must_be_active() {
+  look
+  [ "$qr_state" = ACTIVE ] || { say "$machine is $qr_state; \`up\` brings it"; exit 1; }
+  exists=yes
+}
+
+# ---- --dry-run
+
+quote() { # for a person to read and a shell to accept
+  case "$1" in
+    '' | *[!A-Za-z0-9_./:=@%+,-]*)
+      case "$1" in
+        *"'"* | *[[:cntrl:]]*) printf '%q' "$1" ;;
+        *) printf "'%s'" "$1" ;;
+      esac ;;
+    *) printf '%s' "$1" ;;
+  esac
+}
+
+show() {
+  local word line=''
+  for word in "${command[@]}"; do line="$line${line:+ }$(quote "$word")"; done
+  printf '%s\n' "$line"
+}
+
+show_pack() {
+  local git
+  git="git -C $(quote "$ROOT")"
+  printf '%s archive --format=tar.gz --output=/tmp/gpt2_jax.tar.gz ' "$git"
+  # shellcheck disable=SC2016 # to be expanded where it is pasted
+  printf '"$(%s stash create | grep . || echo HEAD)"\n' "$git"
+}
+
+dry_run() {
+  case "$verb" in train | up)
+    echo "# Ask for the machine, which is queued for$(price)"; to_create; show
+    echo "# Wait until it is there"
+    to_describe state.state
+    # shellcheck disable=SC2016 # to be expanded where it is pasted
+    printf 'until [ "$(%s)" = ACTIVE ]; do sleep %s; done\n' "$(show)" "$POLL" ;;
+  esac
+  case "$verb" in train | run)
+    echo "# Copy the tracked files, changes included, to every worker; install"; show_pack
+    to_copy /tmp/gpt2_jax.tar.gz; show
+    to_ssh all "$INSTALL"; show
+    echo "# Train on every worker, detached; again after a preemption or a lost host"; to_start; show ;;
+  esac
+  case "$verb" in train | logs) echo "# Follow worker 0"; to_ssh 0 "$WORKER follow"; show ;; esac
+  case "$verb" in status) to_describe state.state; show ;; esac
+  case "$verb" in train | status) echo "# What every worker does, or did"; to_ssh all "$ASK"; show ;; esac
+  case "$verb" in stop) to_ssh all "$WORKER stop"; show ;; esac
+  case "$verb" in train | down) echo "# Delete it"; to_delete; show ;; esac
+}
+
+# ---- Start
+
+read_flags "$@"
+check_input
+if [ -n "$dry_run" ]; then
+  dry_run
+  exit
+fi
+exists='' created='' installed='' nodes='' workers='' outcome=''
+scratch=$(mktemp -d)
+output="$scratch/output"
+trap 'rm -rf "$scratch"' EXIT
+trap interrupted INT TERM HUP
+case "$verb" in
+  train) train ;;
+  up) ensure_machine; say "$machine is there$(price)" ;;
+  run) must_be_active; attach; { [ -n "$installed" ] || prepare; } && start || exit $? ;;
+  logs) must_be_active; follow ;;
+  status) status ;;
+  stop) must_be_active; to_ssh all "$WORKER stop"; "${command[@]}" ;;
+  down) down ;;
+esac
