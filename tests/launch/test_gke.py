@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GKE manifest and the SkyPilot task: what a cluster would be told, and that no flag of training changes it."""
+
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).parents[2]
+RUN = ["--name=gpt2-xl", "--image=registry/gpt2_jax", "--workdir=gs://bucket/run"]
+NASTY = ["--a='$(id)' \"x\" `id`", "--b=line\n  replicas: 9\nEND_OF_MANIFEST\n", "--c=${NAME} {{}} #: é😀", "--d="]
+FLAGS = ["--config=configs/gpt2.py:1542M", *NASTY]
+
+
+def gke(*arguments: str, status: int = 0, **environment) -> tuple[str, str]:
+  command = [sys.executable, ROOT / "launch" / "gke.py", *arguments]
+  done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=60)
+  assert done.returncode == status, done.stderr
+  return done.stdout, done.stderr
+
+
+def dry_run(*arguments: str) -> tuple[dict, list[list[str]]]:
+  """The manifest, and the commands after it, as a shell reads them."""
+  out, _ = gke(*RUN, *arguments, "--dry-run", "--", *FLAGS)
+  subprocess.run(["bash", "-n"], input=out, text=True, check=True)
+  apply, rest = out.split("\n", 1)
+  assert shlex.split(apply)[:3] == ["kubectl", "apply", "--filename=-"]
+  manifest, commands = rest.split("\nEND_OF_MANIFEST\n", 1)
+  echo = 'kubectl() { printf "%s\\0" kubectl "$@" END; }; xpk() { printf "%s\\0" xpk "$@" END; }\n'
+  shown = subprocess.run(["bash"], input=echo + commands, text=True, capture_output=True, check=True).stdout
+  return yaml.safe_load(manifest), [command.split("\0") for command in shown.split("\0END\0")[:-1]]
+
+
+@pytest.mark.parametrize(
+  "topology, accelerator, shape, hosts, xpk",
+  [
+    ("v5e:8x8", "tpu-v5-lite-podslice", "8x8", 16, "v5litepod-64"),
+    ("v4:4x4x4", "tpu-v4-podslice", "4x4x4", 16, "v4-128"),
+    ("v5p:4x4x4", "tpu-v5p-slice", "4x4x4", 16, "v5p-128"),
+    ("v6e:16x16", "tpu-v6e-slice", "16x16", 64, "v6e-256"),
+  ],
+)
+def test_the_manifest_asks_for_every_host_of_every_slice(topology, accelerator, shape, hosts, xpk):
+  manifest, commands = dry_run(f"--topology={topology}", "--slices=3", "--spot")
+  assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+  (job,) = manifest["spec"]["replicatedJobs"]
+  spec = job["template"]["spec"]
+  assert (job["replicas"], spec["parallelism"], spec["completions"]) == (3, hosts, hosts)
+  selector = {"accelerator": accelerator, "topology": shape}
+  selector = {f"cloud.google.com/gke-tpu-{name}": value for name, value in selector.items()}
+  pod = spec["template"]["spec"]
+  assert pod["nodeSelector"] == selector | {"cloud.google.com/gke-spot": "true"}
+  (container,) = pod["containers"]
+  assert container["resources"]["limits"] == {"google.com/tpu": 4}
+  assert commands[-1][:3] == ["xpk", "workload", "create"] and f"--tpu-type={xpk}" in commands[-1]
+
+
+def test_flags_of_training_arrive_as_they_were_given():
+  manifest, commands = dry_run("--topology=v5e:8x8")
+  pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+  assert "cloud.google.com/gke-spot" not in pod["nodeSelector"]
+  (container,) = pod["containers"]
+  assert container["command"] == ["bash", "launch/worker.sh", "run"]
+  assert container["args"] == ["--workdir=gs://bucket/run", *FLAGS]
+  (command,) = [word for word in commands[-1] if word.startswith("--command=")]
+  assert shlex.split(command.removeprefix("--command=")) == container["command"] + container["args"]
+
+
+def test_a_lost_host_restarts_all_and_input_that_cannot_be_does_not():
+  manifest, _ = dry_run("--topology=v5e:8x8", "--restarts=7")
+  job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+  (rule,) = job["podFailurePolicy"]["rules"]
+  assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [2] and job["backoffLimit"] == 0
+  assert job["template"]["spec"]["restartPolicy"] == "Never"  # which podFailurePolicy asks for
+  assert rule["onExitCodes"]["containerName"] == job["template"]["spec"]["containers"][0]["name"]
+  assert manifest["spec"]["failurePolicy"]["maxRestarts"] == 7
+  (rule,) = manifest["spec"]["failurePolicy"]["rules"]
+  assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+
+
+def test_kubectl_gets_the_manifest_of_the_dry_run(tmp_path):
+  kubectl = tmp_path / "kubectl"
+  kubectl.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/arguments\ncat >{tmp_path}/manifest\n')
+  kubectl.chmod(0o755)
+  out, _ = gke(*RUN, "--topology=v5e:8x8", "--", *FLAGS, PATH=f"{tmp_path}:{os.environ['PATH']}")
+  assert (tmp_path / "arguments").read_text() == "apply --filename=-\n" and "kubectl delete jobset gpt2-xl" in out
+  assert yaml.safe_load((tmp_path / "manifest").read_text()) == dry_run("--topology=v5e:8x8")[0]
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["--topology=v5e:9x9"], "81 chips are not whole hosts of 4"),
+    (["--topology=v5e-64"], "one looks like v5e:8x8"),
+    (["--topology=v4:8x8"], "one looks like v5e:8x8"),
+    (["--topology=v5e:8x8", "--name=X y"], "--name='X y'"),
+    (["--topology=v5e:8x8", "--workdir=/tmp"], "gs://BUCKET/PATH"),
+    (["--topology=v5e:8x8", "--slices=0"], "--slices=0"),
+    (["--topology=v5e:8x8", "--spto"], "--spto"),
+    (["--topology=v5e:8x8", "--"], "--config"),
+  ],
+)
+def test_input_that_cannot_be_is_one_line_and_status_2(arguments, message):
+  _, err = gke(*RUN, *arguments, *([] if "--" in arguments else ["--", *FLAGS]), status=2)
+  assert message in err and len(err.splitlines()) == 1
+
+
+def test_the_skypilot_task_trains_with_the_same_command(tmp_path):
+  task = yaml.safe_load((ROOT / "launch" / "skypilot.yaml").read_text())
+  assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+  assert task["resources"]["accelerators"] == "tpu-v5litepod-64"
+  (tmp_path / "launch").mkdir()
+  (tmp_path / "launch" / "worker.sh").write_text('printf "%s\\0" "$@"')
+  environment = task["envs"] | {"WORKDIR": "gs://bucket/a run", "DATA": "gs://bucket"} | {"PATH": os.environ["PATH"]}
+  ran = {}
+  for part in ("setup", "run"):
+    done = subprocess.run(["bash", "-c", task[part]], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    ran[part] = done.stdout.split("\0")[:-1]
+  flags = ["--workdir=gs://bucket/a run", "--config=configs/gpt2.py:1542M"]
+  flags += ["--config.data.train=gs://bucket/train", "--config.data.validation=gs://bucket/validation"]
+  assert ran == {"setup": ["install"], "run": ["run", *flags]}
+  assert json.dumps(task)  # plain values only
