@@ -95,8 +95,19 @@ check_input() {
     train | run) check_training ;;
     *) [ ${#train_flags[@]} -eq 0 ] || refuse "only train and run take flags after --" ;;
   esac
-  [ -n "$dry_run" ] || command -v gcloud >/dev/null ||
-    refuse "no gcloud on the PATH; install it from https://cloud.google.com/sdk/docs/install"
+  [ -z "$dry_run" ] || return 0
+  command -v gcloud >/dev/null || refuse "no gcloud on the PATH; see https://cloud.google.com/sdk/docs/install"
+  case "$verb" in train | run) [ "${chips:-8}" -le 4 ] || check_key ;; esac
+}
+
+# gcloud reaches several workers only with a key that the ssh agent holds, if there is an agent that holds any. Better
+# to hear that now than after the wait for the machine.
+check_key() {
+  local key="$HOME/.ssh/google_compute_engine" held mine
+  held=$(ssh-add -l 2>/dev/null) || return 0
+  [ -e "$key.pub" ] || refuse "no $key yet, and the ssh agent has to hold it: ssh-keygen -t rsa -f $key; ssh-add $key"
+  mine=$(ssh-keygen -lf "$key.pub" | cut -d ' ' -f 2)
+  case "$held" in *"$mine"*) ;; *) refuse "the ssh agent does not hold gcloud's key: ssh-add $key" ;; esac
 }
 
 check_training() {
@@ -117,7 +128,7 @@ check_training() {
 }
 
 # Sets generation, accelerator (Google's name), runtime_version, chips (of one slice) and cents (of a chip-hour).
-# Cents: on-demand list prices in us-central1 (v4: us-central2), Cloud Billing catalog of 2026-08-24; they change.
+# Cents: on-demand list prices in US regions as quoted from the Cloud Billing catalog on 2026-08-24; they change.
 read_topology() {
   local form='^(v4|v5e|v5litepod|v5p|v6e)(-([0-9]{1,5})|:([0-9]{1,2})x([0-9]{1,2})(x([0-9]{1,2}))?)$'
   local count cores=1 runtime
@@ -236,7 +247,7 @@ quietly() { "${command[@]}" >"$output" 2>&1; }
 last_lines() { grep -v '^[[:space:]]*$' "$output" | tail -n "${1:-3}" >&2 || true; }
 
 # Sets qr_state to the state of the queued resource, NONE if there is none, and `nodes` to its slices; `owned` is empty
-# if it is not this script's. Refuses a machine that is not the one asked for.
+# if it is not this script's. Takes --topology and --slices from it, or refuses it where they were given and differ.
 look() {
   local tries=0 line label type
   to_describe "state.state,tpu.nodeSpec[0].node.labels.$LABEL,tpu.nodeSpec[0].node.acceleratorType.basename(),\
@@ -253,9 +264,9 @@ tpu.nodeSpec[].nodeId"
   IFS=, read -r qr_state label type nodes <<<"$line"
   nodes="${nodes//;/ }"
   owned=$([ "$label" != tpu_vm ] || echo yes)
-  [ -n "$chips" ] || return 0
   local count
   count=$(wc -w <<<"${nodes:-$(seq "$slices")}" | tr -d ' ')
+  [ -n "$chips" ] || { topology="$type" slices="$count"; read_topology; }
   [ "$type,$count" = "$accelerator,$slices" ] ||
     refuse "$machine is there as $count of $type, not $slices of $accelerator; ask for that, or give another --name"
 }
@@ -303,18 +314,18 @@ create() {
 # Ends with status 3 if the last answer was about quota.
 refuse_quota() {
   local line
-  line=$(grep -i 'quota' "$output" | head -n 1) || return 0
+  line=$(grep -i 'quota' "$output" | grep -vi 'per minute' | head -n 1 | grep .) || return 0
   say "quota: ${line#ERROR: }"
   say "that is the limit of project $project for $generation${spot:+, spot,} in $zone. Ask for more at \
 https://console.cloud.google.com/iam-admin/quotas?project=$project (filter: tpu.googleapis.com), take another zone, a \
 smaller --topology, or $([ -n "$spot" ] && echo 'leave --spot out' || echo 'add --spot'): each has a quota of its own"
-  delete_quietly
+  delete_quietly || true
   exit 3
 }
 
 delete_quietly() { # a refused or dead queued resource counts against the quota until it is gone
   to_delete
-  quietly || true
+  quietly || return 1
   exists=''
 }
 
@@ -344,7 +355,7 @@ ensure_machine() {
         must_own
         refuse_quota
         tries=$((tries + 1))
-        [ "$tries" -le "$retries" ] || { delete_quietly; say "gave up after $tries failures"; exit 1; }
+        [ "$tries" -le "$retries" ] || { say "gave up after $tries failures"; down; exit 1; }
         replace
         back_off "$tries" ;;
       SUSPENDED) replace ;;
@@ -362,8 +373,8 @@ wait_until() {
 replace() {
   must_own
   say "$machine was taken away or failed; deleting what is left and asking again"
-  delete_quietly
   installed=''
+  delete_quietly || { last_lines 1; wait_until "$end"; }
 }
 
 must_own() {
@@ -565,6 +576,11 @@ must_be_active() {
 # ---- --dry-run
 
 quote() { # for a person to read and a shell to accept
+  local head=''
+  case "$1" in --*=*) head="${1%%=*}=" ;; esac
+  case "$head" in *[!a-z=-]*) head='' ;; esac
+  printf '%s' "$head"
+  set -- "${1#"$head"}"
   case "$1" in
     '' | *[!A-Za-z0-9_./:=@%+,-]*)
       case "$1" in

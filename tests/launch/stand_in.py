@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Stands in for gcloud, and on the machines it makes for python3 and launch/train.py. Which of them, its name says.
+"""Stands in for gcloud and ssh-add, and on the machines for python3, hostname and train.py: its name says for which.
 
 Everything lies in the folder $STAND_IN: scenario.json says what shall happen, calls.jsonl what was called. A machine is
 machine.json, a worker a home folder in which --command really runs, through bash. Standard library only, since each
@@ -146,6 +146,11 @@ def python3(arguments: list[str]):
     fail("error: no space left on device")
 
 
+def ssh_add(_):
+  agent = BOX / "agent"
+  print(agent.read_text()) if agent.exists() else fail("Could not open a connection to your authentication agent.", 2)
+
+
 def hostname(_):
   print(pathlib.Path(os.environ["HOME"]).name)
 
@@ -192,4 +197,4 @@ def wait_for_sigterm():
 
 
 if __name__ == "__main__":
-  globals()[pathlib.Path(sys.argv[0]).name](sys.argv[1:])
+  globals()[pathlib.Path(sys.argv[0]).name.replace("-", "_")](sys.argv[1:])

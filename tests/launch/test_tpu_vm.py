@@ -27,7 +27,7 @@ class Box:
 
   def __init__(self, path: pathlib.Path, tree: pathlib.Path):
     self.path, self.script = path, tree / "launch" / "tpu_vm.sh"
-    for folder, names in (("local", ["gcloud"]), ("remote", ["python3", "hostname"])):
+    for folder, names in (("local", ["gcloud", "ssh-add"]), ("remote", ["python3", "hostname"])):
       (path / folder).mkdir()
       for name in names:
         text = (pathlib.Path(__file__).parent / "stand_in.py").read_text()
@@ -37,7 +37,7 @@ class Box:
   def start(self, *arguments: str, **scenario) -> subprocess.Popen:
     (self.path / "scenario.json").write_text(json.dumps({"workers": 1, "train": [[200, "done"]]} | scenario))
     environment = os.environ | {"STAND_IN": str(self.path), "PATH": f"{self.path}/local:{os.environ['PATH']}"}
-    environment |= {"GPT2_JAX_POLL": "0.02", "GPT2_JAX_PATIENCE": "1"}
+    environment |= {"HOME": str(self.path), "GPT2_JAX_POLL": "0.02", "GPT2_JAX_PATIENCE": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, "text": True}
     return subprocess.Popen(["bash", self.script, *arguments], env=environment, start_new_session=True, **pipes)
 
@@ -171,6 +171,18 @@ def test_want_of_capacity_is_tried_again_and_other_refusals_are_not(box):
   assert "PERMISSION_DENIED" in err and len(box.calls("create")) == 4
 
 
+def test_a_quota_of_requests_a_minute_is_waited_for(box):
+  busy = "RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Create node requests' and limit 'per minute'"
+  box.run("up", *TRAIN, create=[busy, "ok"])
+  assert len(box.calls("create")) == 2 and box.there
+
+
+def test_a_key_that_the_agent_lacks_is_said_before_the_machine_is_asked_for(box):
+  (box.path / "agent").write_text("256 SHA256:other other (RSA)")
+  _, err = box.run("train", *TRAIN, *FLAGS, status=2)
+  assert f"ssh-add {box.path}/.ssh/google_compute_engine" in err and not box.calls()
+
+
 def test_one_worker_that_cannot_install_is_named_tried_once_more_and_then_all_ends(box):
   bad = "gpt2-jax-test-w-1"
   _, err = box.run("train", *TRAIN, *FLAGS, install_fails=[[bad]], workers=2, status=1)
@@ -214,8 +226,13 @@ def test_ctrl_c_leaves_all_in_place_and_the_same_command_follows_again_until_sto
   process = box.start("train", *TRAIN, *FLAGS, train=[[100, "SIGTERM"]])
   calls = len(box.calls("ssh"))
   wait_for(lambda: any("follow" in call[-1] for call in box.calls("ssh")[calls:]))
-  out, _ = box.run("status", *MACHINE, train=[[100, "SIGTERM"]])
-  assert re.findall("^@worker .* running$", out, re.M) and len(box.trained()) == 1 and len(box.calls("scp")) == copies
+  out, err = box.run("status", *MACHINE, train=[[100, "SIGTERM"]])
+  assert (
+    re.findall("^@worker .* running$", out, re.M)
+    and "19.20 USD" in err
+    and len(box.trained()) == 1
+    and len(box.calls("scp")) == copies
+  )
   _, err = box.run("run", *TRAIN, *FLAGS, "--config.seed=1", status=2)
   assert "other flags" in err
   out, _ = box.run("stop", *MACHINE)
