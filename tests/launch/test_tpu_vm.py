@@ -19,7 +19,6 @@ ROOT = pathlib.Path(__file__).parents[2]
 MACHINE = ["--project=my-project", "--zone=us-west4-a", "--name=test"]
 TRAIN = [*MACHINE, "--topology=v5e-16", "--workdir=gs://bucket/run"]
 FLAGS = ["--", "--config=configs/gpt2.py:117M"]
-NOTHING_LEFT = "there is no gpt2-jax-test"
 
 
 class Box:
@@ -57,6 +56,11 @@ class Box:
   def trained(self, worker: str = "gpt2-jax-test-w-0") -> list[list[str]]:
     """The arguments of each train.py on a worker."""
     return self.lines(f"trained-{worker}.jsonl")
+
+  def place(self, labels: dict):
+    """A machine that is there already."""
+    machine = {"type": "v5litepod-16", "nodes": ["gpt2-jax-test"], "states": ["ACTIVE"], "lost": False}
+    (self.path / "machine.json").write_text(json.dumps(machine | {"labels": labels}))
 
   @property
   def there(self) -> bool:
@@ -110,15 +114,7 @@ def test_one_command_asks_waits_installs_trains_follows_and_deletes(box):
   assert not box.there
 
 
-def test_the_tree_arrives_with_its_changes_and_without_unknown_files(box):
-  _, err = box.run("train", *TRAIN, "--keep", *FLAGS)
-  tree = box.path / "workers" / "gpt2-jax-test-w-0" / "gpt2_jax"
-  assert (tree / "change").read_text() == "new" and not (tree / "unknown").exists()
-  assert "1 untracked files stay here" in err
-  assert box.there and "to delete it: launch/tpu_vm.sh down" in err
-
-
-def test_flags_arrive_as_they_were_given_and_run_nothing(box):
+def test_flags_arrive_as_they_were_given_and_run_nothing_and_the_tree_has_its_changes(box):
   mark = box.path / "mark"
   nasty = [
     f"--a=$(touch {mark})",
@@ -128,10 +124,13 @@ def test_flags_arrive_as_they_were_given_and_run_nothing(box):
     "--e=line\nline\n",
   ]
   nasty += ['--f="quoted" \\ $HOME *', "--g=", "", "--h=é~#!", "--spot"]
-  box.run("train", *TRAIN, *FLAGS, *nasty)
+  _, err = box.run("train", *TRAIN, "--keep", *FLAGS, *nasty)
   assert box.trained() == [["launch/train.py", "--workdir=gs://bucket/run", FLAGS[1], *nasty]]
-  assert not mark.exists()
-  assert "--spot" not in box.calls("create")[0]
+  assert not mark.exists() and "--spot" not in box.calls("create")[0]
+  tree = box.path / "workers" / "gpt2-jax-test-w-0" / "gpt2_jax"
+  assert (tree / "change").read_text() == "new" and not (tree / "unknown").exists()
+  assert "1 untracked files stay here" in err
+  assert box.there and "to delete it: launch/tpu_vm.sh down" in err
 
 
 def test_a_preempted_machine_is_replaced_and_training_goes_on_with_the_same_flags(box):
@@ -249,18 +248,17 @@ def test_ctrl_c_leaves_all_in_place_and_the_same_command_follows_again_until_sto
 
 
 def test_down_twice_is_down_once_and_only_what_the_script_made(box):
-  box.run("up", *TRAIN)
+  box.place(labels={"gpt2_jax": "tpu_vm"})
   box.run("down", *MACHINE)
   _, err = box.run("down", *MACHINE)
-  assert NOTHING_LEFT in err and len(box.calls("delete")) == 1
-  other = {"type": "v5litepod-16", "labels": {}, "nodes": ["gpt2-jax-test"], "states": ["ACTIVE"], "lost": False}
-  (box.path / "machine.json").write_text(json.dumps(other))
+  assert "there is no gpt2-jax-test" in err and len(box.calls("delete")) == 1
+  box.place(labels={})
   _, err = box.run("down", *MACHINE, status=2)
   assert "not made by this script" in err and box.there
 
 
 def test_a_machine_of_another_kind_is_not_taken(box):
-  box.run("up", *TRAIN)
+  box.place(labels={"gpt2_jax": "tpu_vm"})
   _, err = box.run("train", *MACHINE, "--topology=v5e-64", "--workdir=gs://bucket/run", *FLAGS, status=2)
   assert "1 of v5litepod-16, not 1 of v5litepod-64" in err and box.there
 
