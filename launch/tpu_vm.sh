@@ -334,9 +334,11 @@ ensure_machine() {
   local tries=0 said='' end=$((SECONDS + wait_hours * 3600))
   while :; do
     look
-    [ "$qr_state" = "$said" ] || say "$machine: $qr_state"
+    if [ "$qr_state" != NONE ]; then
+      exists=yes
+      [ "$qr_state" = "$said" ] || say "$machine: $qr_state$([ "$qr_state" != ACTIVE ] || price)"
+    fi
     said="$qr_state"
-    [ "$qr_state" = NONE ] || exists=yes
     case "$qr_state" in
       NONE)
         if ! create; then
@@ -417,7 +419,8 @@ prepare() {
         return
       fi
     fi
-    grep -E '^@worker .* install failed|Command execution on worker|ERROR' "$output" | sort -u >&2 || last_lines
+    grep -vE '^(@worker |#+ |Using |SSH: |SCP: )' "$output" | tail -n 3 >&2 || true # why
+    grep -E '^@worker .* install failed|Command execution on worker' "$output" | sort -u >&2 || true # where
   done
   say "installing failed twice; the workers named above need a look"
   return 1
@@ -431,7 +434,7 @@ start() {
     last_lines
     return 1
   fi
-  say "training runs on every worker; what follows is the log of worker 0"
+  say "training runs on every worker"
 }
 
 follow() {
@@ -641,7 +644,7 @@ trap 'rm -rf "$scratch"' EXIT
 trap interrupted INT TERM HUP
 case "$verb" in
   train) train ;;
-  up) ensure_machine; say "$machine is there$(price)" ;;
+  up) ensure_machine ;;
   run) must_be_active; attach; { [ -n "$installed" ] || prepare; } && start || exit $? ;;
   logs) must_be_active; follow ;;
   status) status ;;
