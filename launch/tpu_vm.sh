@@ -610,7 +610,7 @@ show_pack() {
 
 dry_run() {
   case "$verb" in train | up)
-    echo "# Ask for the machine, which is queued for$(price)"; to_create; show
+    echo "# Ask for the machine; it is queued for$(price)"; to_create; show
     echo "# Wait until it is there"
     to_describe state.state
     # shellcheck disable=SC2016 # to be expanded where it is pasted

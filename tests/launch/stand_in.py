@@ -158,9 +158,12 @@ def hostname(_):
 def python(arguments: list[str]):
   """Training on a worker. Plays, in turn: steps to save, then `done`, a status, `preempted`, or `SIGTERM`."""
   worker = pathlib.Path(os.environ["HOME"]).name
+  plays = scenario()
+  heard = []
+  if "SIGTERM" in json.dumps(plays):  # before anyone can see that training runs
+    signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
   with open(BOX / f"trained-{worker}.jsonl", "a") as file:
     file.write(json.dumps(arguments) + "\n")
-  plays = scenario()
   steps, end = turn(f"train-{worker}", plays.get(f"train-{worker}", plays["train"]))
   workdir = next(a for a in arguments if a.startswith("--workdir=")).removeprefix("--workdir=gs://")
   first = worker.endswith("w-0")
@@ -171,7 +174,8 @@ def python(arguments: list[str]):
   if end == "preempted":
     vanish(first)
   if end == "SIGTERM":
-    wait_for_sigterm()
+    while not heard:
+      time.sleep(0.02)
     print("SIGTERM: stopped and saved at step 7; the same command goes on from there")
   elif end == "hangs":
     time.sleep(60)
@@ -187,13 +191,6 @@ def vanish(first: bool):
     there = json.loads(machine.read_text())
     write(machine, there | {"lost": True, "states": ["ACTIVE", "SUSPENDING", "SUSPENDED"]})
   os.killpg(0, signal.SIGKILL)
-
-
-def wait_for_sigterm():
-  heard = []
-  signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
-  while not heard:
-    time.sleep(0.02)
 
 
 if __name__ == "__main__":
