@@ -32,11 +32,13 @@ setup(
   ],
   extras_require={
     "tpu": ["jax[tpu]>=0.10.2"],
+    "plan": ["jax[tpu]>=0.10.2"],  # libtpu, for its compiler: launch/plan.py needs no TPU
     "cuda": ["jax[cuda12]>=0.10.2"],
     "convert": ["torch>=2.13", "tensorflow-cpu>=2.21"],  # nanoGPT's and pickled files; OpenAI's
     "eval": ["rouge-score>=0.1.2", "sacrebleu>=2.6"],  # of summaries and translations
     "harness": ["lm_eval>=0.4.13"],  # this project's models under lm-evaluation-harness
     "test": [
+      "jax[tpu]>=0.10.2",  # two tests compile for a TPU
       "pytest>=9.0",
       "pytest-xdist>=3.8",
       "hypothesis>=6.170",

@@ -13,24 +13,8 @@ from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from gpt2_jax.chips import peak_flops
 from gpt2_jax.model import ModelConfig
-
-# Dense bfloat16 FLOP/s of one JAX device, by `device_kind`. Sources: cloud.google.com/tpu/docs/system-architecture,
-# NVIDIA's data sheets (without sparsity).
-PEAK_FLOPS = {
-  "TPU v3": 123e12 / 2,
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5": 459e12,
-  "TPU v5p": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12,
-  "NVIDIA A100-SXM4-40GB": 312e12,
-  "NVIDIA A100-SXM4-80GB": 312e12,
-  "NVIDIA H100 80GB HBM3": 989e12,
-  "NVIDIA H200": 989e12,
-}
 
 
 def flops_per_token(config: ModelConfig) -> int:
@@ -44,7 +28,7 @@ def flops_per_token(config: ModelConfig) -> int:
 
 def mfu(config: ModelConfig, tokens_per_second: float) -> float | None:
   """Model FLOPs utilization of all devices, or None where the device's peak is not known (a CPU)."""
-  peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+  peak = peak_flops(jax.devices()[0].device_kind)
   return peak and tokens_per_second * flops_per_token(config) / (peak * jax.device_count())
 
 

@@ -23,7 +23,7 @@ from gpt2_jax.loss import cross_entropy
 from gpt2_jax.metrics import Log, Metrics, Profile, plot_losses
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.optimizer import adamw, schedule
-from gpt2_jax.sharding import BATCH, ROWS, check_divides, make_mesh
+from gpt2_jax.sharding import BATCH, ROWS, check_divides, make_mesh, platform
 from gpt2_jax.tokenizer import load_tokenizer
 
 
@@ -103,6 +103,26 @@ def train_steps(state: TrainState, tokens_SBT, **how):
     state, metrics = train_step(state, tokens_SBT[0], **how)
     return state, jax.tree.map(lambda x: x[None], metrics)
   return jax.lax.scan(functools.partial(train_step, **how), state, tokens_SBT)
+
+
+# For the TPU's compiler. Products that wait for a gathered weight step by step around a ring ("windowed einsums") are
+# slower than a gather beside the product before, by the compiler's own estimate.
+COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}}
+
+
+def build(config: ConfigDict, model_config: ModelConfig, platform: str):
+  """The two functions of a run: `init(key)`, the state before step 0, and the jitted call of `steps_per_call` updates.
+
+  `launch/plan.py` compiles the same call. Nothing is computed here but two keys, and no mesh needs to be in force.
+  """
+  rate = schedule(config.learning_rate, config.steps, config.warmup_steps, config.final_lr_fraction)
+  optimizer = adamw(rate, config.b1, config.b2, config.weight_decay, config.clip_norm)
+  init = functools.partial(init_state, model_config=model_config, optimizer=optimizer)
+  how = {"optimizer": optimizer, "microbatches": config.microbatches, "rate": rate}
+  dropout_key = jax.random.split(jax.random.key(config.seed))[1]
+  options = COMPILER_OPTIONS.get(platform)
+  call = functools.partial(train_steps, **how, dropout_key=dropout_key)
+  return init, jax.jit(call, donate_argnums=0, compiler_options=options)
 
 
 @jax.jit
@@ -221,22 +241,18 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
   with jax.set_mesh(make_mesh(**config.mesh)), Stop() as stop, contextlib.ExitStack() as held:
     model_config = ModelConfig(**config.model)
     check_knobs(config)
-    rate = schedule(config.learning_rate, config.steps, config.warmup_steps, config.final_lr_fraction)
+    init, call = build(config, model_config, platform())
     train, validation, tokenizer = open_stores(config, model_config)
     batches = Batches(train, model_config.n_ctx, config.batch_size, config.seed)
-    optimizer = adamw(rate, config.b1, config.b2, config.weight_decay, config.clip_norm)
-    key, dropout_key = jax.random.split(jax.random.key(config.seed))
+    key = jax.random.split(jax.random.key(config.seed))[0]
     about = tell_about(config, train, validation, tokenizer)
     held.enter_context(alone_in(workdir))
     checkpoints = Checkpoints(workdir, config.keep)
-    init = functools.partial(init_state, model_config=model_config, optimizer=optimizer)
     state, first = checkpoints.newest(jax.eval_shape(init, key), about) or (jax.jit(init)(key), 0)
     metrics = Metrics(workdir, first, config.steps)
     log = Log(metrics, config, model_config)
     if first:
       metrics.say(f"going on from step {first}" if first < config.steps else f"all {first} steps were done before")
-    how = {"optimizer": optimizer, "microbatches": config.microbatches, "dropout_key": dropout_key, "rate": rate}
-    call = jax.jit(functools.partial(train_steps, **how), donate_argnums=0)
     try:
       profile = Profile(workdir, config.profile_steps)
       for step, state in segments(call, state, first, config, batches, log, stop, profile):  # noqa: B020
