@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The TPU's own compiler, on a TPU that is not there: what a step sends over the links, and whether it fits."""
+
+import collections
+import importlib.util
+import math
+
+import numpy as np
+import pytest
+
+from configs import gpt2
+from gpt2_jax.chips import GIB, topology
+from gpt2_jax.plan import report, search
+from gpt2_jax.plan.compiling import Compiled, DoesNotFit, compile_step
+from gpt2_jax.plan.estimate import KERNELS, MEMORY, PRODUCTS, estimate
+
+if importlib.util.find_spec("libtpu") is None:
+  pytest.skip("could not import libtpu", allow_module_level=True)
+
+WIDTH, VOCABULARY, LAYERS = 512, 1024, 2
+PARAMETERS = 12 * LAYERS * WIDTH**2 + VOCABULARY * WIDTH  # matrices; biases and norms are less than 1 % of them
+POSITIONS = 256 * WIDTH  # wpe, which `model` does not split
+
+
+def config_for(mesh: tuple[int, int, int], **knobs):
+  config = gpt2.get_config("117M")
+  config.model.update(n_vocab=VOCABULARY, n_ctx=256, n_embd=WIDTH, n_head=8, n_layer=LAYERS)
+  config.mesh.update(dict(zip(("replica", "data", "model"), mesh, strict=True)))
+  config.update(batch_size=16, **knobs)
+  return config
+
+
+@pytest.fixture(scope="module")
+def small() -> Compiled:
+  """Every axis of the mesh above 1."""
+  return compile_step(config_for((2, 2, 2)), topology("v5e:2x4"))
+
+
+@pytest.fixture(scope="module")
+def slices() -> Compiled:
+  return compile_step(config_for((2, 4, 1), microbatches=2), topology("v5e:2x2", slices=2))
+
+
+def axes_by_kind(compiled: Compiled, at_least: float = 4096) -> dict[str, set[str]]:
+  """For each kind of collective the axes over which it moves arrays of some size."""
+  found = collections.defaultdict(set)
+  for one in estimate(compiled).collectives:
+    if one.bytes >= at_least:
+      found[one.kind].add(one.axes)
+  return found
+
+
+def test_each_axis_of_the_mesh_has_its_own_collectives(small):
+  """What splits parameters gathers and scatters, what splits rows or columns reduces, and nothing is shuffled.
+
+  An activation that was gathered where the partitioner saw no other way ("involuntary full rematerialization") would
+  be an all-gather over an axis that splits the batch, `replica`, which no parameter is split over.
+  """
+  found = axes_by_kind(small)
+  assert "data" in found["all-gather"] and "data" in found["reduce-scatter"]
+  assert {"replica", "model"} <= found["all-reduce"]
+  assert not found["all-to-all"]
+  assert not [axes for kind in ("all-gather", "reduce-scatter") for axes in found[kind] if "replica" in axes]
+  largest = 4 * max(4 * WIDTH**2, VOCABULARY * WIDTH)  # one layer's widest matrix, or the table, in float32
+  assert all(one.bytes <= largest for one in estimate(small).collectives if one.kind == "all-gather")
+
+
+def test_hbm_is_what_the_state_takes_and_a_bound_on_the_rest(small):
+  """Parameters and two moments, a quarter of each on a chip; the rest is bounded by what the batch could ask for."""
+  assert small.hbm["parameters"] == pytest.approx(4 * (PARAMETERS / 4 + POSITIONS / 2), rel=0.02)
+  assert small.hbm["optimizer state"] == pytest.approx(8 * (PARAMETERS / 4 + POSITIONS / 2), rel=0.02)
+  tokens = 16 * 256 / 4
+  bound = 12 * PARAMETERS / 4 + 8 * PARAMETERS / 2 + tokens * (40 * WIDTH * LAYERS * 2 + 8 * VOCABULARY)
+  assert small.hbm_needed < bound
+  assert all(n >= 0 for n in small.hbm.values())
+
+
+def test_both_kernels_are_counted_in_every_layer(small):
+  assert sorted(name.split(".")[0] for name in small.kernels) == ["fused_attention_backward", "fused_attention_forward"]
+  one = estimate(small)
+  assert one.slow[KERNELS] == one.fast[KERNELS] == LAYERS * sum(small.kernels.values()) / 1.5e9
+
+
+def test_only_replica_crosses_slices(slices):
+  """`replica` is over the data center's network, and what goes there is gradients once summed inside a slice."""
+  assert set(slices.places[:, 0]) == {0, 1} and (slices.places[:4, 0] == slices.places[0, 0]).all()
+  found = axes_by_kind(slices)
+  assert found["all-gather"] == {"data"} and "replica" in found["all-reduce"]
+  one = estimate(slices)
+  reduced = [x for x in one.collectives if x.kind == "all-reduce" and x.axes == "replica" and x.bytes > 4096]
+  slowest = max(reduced, key=lambda x: x.seconds)
+  assert slowest.seconds == pytest.approx(slowest.count * 2 * slowest.bytes * (1 / 2) / 3.125e9, rel=1e-6)
+
+
+def test_the_estimate_is_made_of_its_parts(small, slices):
+  for compiled in (small, slices):
+    one = estimate(compiled)
+    fast, slow = one.step
+    assert 0 < fast <= slow and one.fast[PRODUCTS] == one.slow[PRODUCTS] and one.fast[MEMORY] <= one.slow[MEMORY]
+    assert slow == pytest.approx(sum(one.slow.values()) + one.exposed)
+    assert all(0 <= x.exposed <= x.seconds for x in one.collectives)
+    cycles = sum(x.cycles * n for x, n in compiled.program.executed()) / 1.5e9
+    assert sum(one.slow.values()) == pytest.approx(cycles + one.slow[KERNELS], rel=1e-9)
+    assert one.mfu(slow) == pytest.approx(one.model_flops / (8 * 197e12) / slow)
+
+
+def test_what_does_not_fit_says_how_much_is_missing():
+  config = config_for((1, 1, 1))
+  config.model.update(n_embd=4096, n_head=64, n_layer=4)
+  with pytest.raises(DoesNotFit, match=r"does not fit v5e:1x1: it needs [\d.]+G a chip, 15.75 GiB are there; raise"):
+    compile_step(config, topology("v5e:1x1"))
+
+
+def test_a_plan_reads_as_table_json_and_picture(small, tmp_path):
+  plan = report.Plan(small, estimate(small), tokens=1e9, usd_per_chip_hour=1.2)
+  facts, table = plan.facts(), plan.table()
+  assert facts["fits"] and "it fits" in table and "estimate" in table
+  low, high = facts["estimates"]["chip_hours"]
+  steps = math.ceil(1e9 / (16 * 256))
+  assert [low, high] == pytest.approx([8 * steps * s / 3600 for s in facts["estimates"]["step_seconds"]])
+  assert facts["estimates"]["usd"] == pytest.approx([1.2 * low, 1.2 * high])
+  report.plot(plan, str(tmp_path / "plan.png"))
+  assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+  assert "--config.mesh.model=2" in report.flags(plan) and "--config.model.remat=none" in report.flags(plan)
+
+
+def test_a_search_offers_only_what_divides_and_fits_on_paper():
+  config = gpt2.get_config("1542M")
+  for name, slices in (("v5e:8x8", 1), ("v5e:8x8", 2), ("v4:4x4x4", 1)):
+    target = topology(name, slices)
+    found = search.candidates(config, target)
+    assert [one.seconds for one in found] == sorted(one.seconds for one in found)
+    for one in found:
+      applied = one.apply(config)
+      assert np.prod(list(applied.mesh.values())) == target.chips and one.replica % slices == 0
+      assert one.hbm < target.chip.hbm and config.model.n_embd % one.data == 0
+      assert config.batch_size % (one.replica * one.data * one.microbatches) == 0
+      assert applied.model.pad_heads == (one.model > 1)
+  assert config.mesh.data == -1, "the config that was given stays as it was"
+  with pytest.raises(ValueError, match="no mesh of v5e:1x1 holds this model"):
+    search.candidates(config, topology("v5e:1x1"))
+
+
+def test_what_the_compiler_allows_is_what_the_table_of_chips_says():
+  assert topology("v5e:8x8").chip.hbm == 15.75 * GIB

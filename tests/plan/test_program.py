@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small scheduled program, written by hand in the compiler's form: everything in it can be counted by hand."""
+
+import numpy as np
+import pytest
+
+from gpt2_jax.plan import program
+
+CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
+TEXT = f"""HloModule jit_step, is_scheduled=true, entry_computation_layout={{()->f32[8]}}
+
+%fused (p: bf16[8,128]) -> bf16[8,128] {{
+  %p = bf16[8,128]{{1,0}} parameter(0)
+  ROOT %dot = bf16[8,128]{{1,0}} convolution(%p, %p), dim_labels=bf_io->bf
+}}
+
+%all-reduce-scatter.1 (p.1: f32[64,4]) -> f32[8,4] {{
+  %p.1 = f32[64,4]{{1,0}} parameter(0)
+  %ar = f32[64,4]{{1,0}} all-reduce(%p.1), replica_groups={{{{0,1}},{{2,3}}}}, to_apply=%add
+  ROOT %kept = f32[8,4]{{1,0}} dynamic-slice(%ar), dynamic_slice_sizes={{8,4}}
+}}
+
+%body (s: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %s = (s32[], f32[8]{{0:T(8,128)S(1)}}) parameter(0)
+  %work = bf16[8,128]{{1,0}} fusion(%s), kind=kOutput, calls=%fused, metadata={{op_name="jit(f)/dot"}}, {CYCLES % 100}
+  %kernel = (f32[8]{{0}}, bf16[8,2]{{1,0}}) custom-call(%work), custom_call_target="tpu_custom_call", metadata={{
+"a": "several lines, as a kernel's attributes are
+}}}}, metadata={{op_name="jit(f)/pallas_call"}}
+  %scatter = f32[8,4]{{1,0}} fusion(%work), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %out = (s32[], f32[8]{{0}}) tuple(%s)
+}}
+
+%condition (s.1: (s32[], f32[8])) -> pred[] {{
+  %s.1 = (s32[], f32[8]{{0}}) parameter(0)
+  %twelve = s32[]{{:T(128)}} constant(12)
+  ROOT %less = pred[] compare(%s.1, %twelve), direction=LT
+}}
+
+%short (a: f32[8]) -> f32[8] {{
+  ROOT %a = f32[8]{{0}} parameter(0)
+}}
+
+%long (b: f32[8]) -> f32[8] {{
+  %b = f32[8]{{0}} parameter(0)
+  ROOT %update = f32[8]{{0}} copy(%b), {CYCLES % 7}
+}}
+
+ENTRY %main (x: f32[8]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  %loop = (s32[], f32[8]{{0}}) while(%x), condition=%condition, body=%body
+  ROOT %choice = f32[8]{{0}} conditional(%loop, %x), branch_computations={{%short, %long}}
+}}
+"""
+
+
+def test_a_loop_counts_by_its_trips_and_a_conditional_by_its_longest_branch():
+  found = program.parse(TEXT)
+  executed = {one.name: times for one, times in found.executed()}
+  assert executed == {"x": 1, "s": 12, "work": 12, "kernel": 12, "scatter": 12, "out": 12, "b": 1, "update": 1}
+  assert sum(one.cycles * times for one, times in found.executed()) == 12 * 100 + 7
+
+
+def test_instructions_know_what_they_are():
+  parsed = program.parse(TEXT)
+  found = {one.name: one for one, _ in parsed.executed()}
+  assert [name for name, one in found.items() if one.is_kernel] == ["kernel"]
+  assert found["kernel"].shape == "(f32[8]{0}, bf16[8,2]{1,0})" and found["kernel"].operands == ["work"]
+  assert found["work"].source == "jit(f)/dot" and found["x"].source == ""
+  assert parsed.collective(found["scatter"]).name == "ar" and parsed.collective(found["work"]) is None
+  assert parsed.traffic(found["work"]) == 8 * 128 * 2 + 4 + 8 * 4, "what it gives, and the operand's two arrays"
+
+
+def test_sizes():
+  assert program.size("(f32[8,4]{1,0:T(8,128)}, bf16[2]{0}, s32[], pred[3], token[])") == 128 + 4 + 4 + 3
+
+
+@pytest.mark.parametrize(
+  "text, expected",
+  [
+    ("replica_groups={{0,1},{2,3}}, x", [[0, 1], [2, 3]]),
+    ("replica_groups=[2,4]<=[8], x", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    ("replica_groups=[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+    ("replica_groups=mesh['a'=2,'b'=3] {'b'}, use", [[0, 1, 2], [3, 4, 5]]),
+    ("replica_groups=mesh['a'=2,'b'=3] {'a'}", [[0, 3], [1, 4], [2, 5]]),
+    ("replica_groups=mesh['a'=1,'b'=2,'c'=2], device_ids=([2,2]T(1,0)) {'b'}", [[0, 1], [2, 3]]),
+    ("source_target_pairs={{0,1},{1,2}}", [[0, 1], [1, 2]]),
+  ],
+)
+def test_groups_in_every_way_of_writing(text, expected):
+  found = program.groups(text).tolist()
+  assert sorted(found) == sorted(expected)
+
+
+def test_what_is_no_program_is_refused():
+  with pytest.raises(ValueError, match="is no scheduled program"):
+    program.parse(TEXT.replace("is_scheduled=true, ", ""))
+  with pytest.raises(ValueError, match="no groups of devices"):
+    program.groups("replica_groups=everyone")
+  endless = program.parse(TEXT.replace("constant(12)", "constant({1,2})"))
+  with pytest.raises(ValueError, match=r"condition compares with \[\]"):
+    list(endless.executed())
+
+
+def test_a_kernel_takes_its_bundles_times_the_trips_of_its_loop(tmp_path):
+  lines = ["= control target key start", "     0   :  { %a = b }", "   0x1   :  { %c = d }"]
+  lines += ["   0x2 LB: > { %e = f }", "   0x3   : > { %p = scmp.ge.s32.totalorder %i, 50 /* loop exit test */ }"]
+  lines += ["   0x4   :  { %g = h }"]
+  (tmp_path / "17-fused_attention.1-01-final_bundles.txt").write_text("\n".join(lines))
+  (tmp_path / "17-fused_attention.1-00-schedule-analysis_final_bundles.txt").write_text("total: 99")
+  assert program.kernel_cycles(tmp_path) == {"fused_attention.1": 3 + 2 * 50}
+
+
+def test_a_dump_of_nothing_tells_no_kernel(tmp_path):
+  assert program.kernel_cycles(tmp_path) == {}
+  assert np.array(program.groups("replica_groups={{0}}")).shape == (1, 1)
