@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
+from gpt2_jax import hosts
 from gpt2_jax.model import GPT2, ModelConfig, check_mesh, name_of
 from gpt2_jax.sharding import concrete
 from gpt2_jax.tokenizer import from_json
@@ -96,6 +97,7 @@ class Checkpoints:
         cleanup_tmp_directories=create,
       ),
     )
+    self.best = hosts.from_first("the best checkpoint", self._least_val_loss())
 
   def steps(self) -> list[int]:
     """Steps of the whole checkpoints, newest first."""
@@ -104,7 +106,8 @@ class Checkpoints:
   def save(self, step: int, state, about: dict, val_loss: float = float("inf")):
     """Starts to write `state`; returns once its arrays are copied and may be donated. OSError for want of room."""
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    if "://" not in self.path and (free := shutil.disk_usage(self.path).free) < needed:
+    free = math.inf if "://" in self.path else shutil.disk_usage(self.path).free
+    if (free := hosts.from_first("the free space", free)) < needed:
       raise self._no_room(f"it takes {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} are free")
     arrays = named(state)
     sums = {name: [str(arrays[name].dtype), int(n)] for name, n in jax.device_get(bit_sums(arrays)).items()}
@@ -115,15 +118,24 @@ class Checkpoints:
       self.manager.save(
         step, args=items, metrics={"val_loss": val_loss if math.isfinite(val_loss) else 1e30}, force=True
       )
+    self.best = min(self.best, val_loss)
 
   def about(self, step: int) -> dict:
     """The config, tokenizer and manifest saved with `step`."""
-    return self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+    return self._read(step, about=ocp.args.JsonRestore())["about"]
 
   def sums(self, step: int) -> dict:
     """The checksums saved with `step`, by name."""
     with _readable(self, step):
-      return self.manager.restore(step, args=ocp.args.Composite(sums=ocp.args.JsonRestore()))["sums"]
+      return self._read(step, sums=ocp.args.JsonRestore())["sums"]
+
+  def _read(self, step: int, **items):
+    """What this process needs of the items; it waits for no other process, so one that fails leaves none waiting."""
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"{me}")
+    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+      return reader.restore(epath.Path(self.path) / str(step), args=ocp.args.Composite(**items))
 
   def restore(self, step: int, abstract_state, prefix: str = ""):
     """The state of `step` in the shapes, dtypes and shardings of `abstract_state`, on the mesh in force.
@@ -138,7 +150,8 @@ class Checkpoints:
       for name, leaf in names.items()
     }
     state = ocp.args.PyTreeRestore(item=names, restore_args=how, partial_restore=True)
-    saved = self.manager.restore(step, args=ocp.args.Composite(state=state, sums=ocp.args.JsonRestore()))
+    with everywhere(f"the arrays of checkpoint {step}"):
+      saved = self._read(step, state=state, sums=ocp.args.JsonRestore())
     arrays, sums = saved["state"], saved["sums"]
     for name, n in jax.device_get(bit_sums(arrays)).items():
       if sums[name][0] == str(arrays[name].dtype) and sums[name][1] != int(n):
@@ -152,9 +165,10 @@ class Checkpoints:
     read, or if they are those of another run.
     """
     unreadable = {}
-    for step in self.steps():
+    for step in hosts.from_first("the checkpoints", self.steps()):
       try:
-        saved = self.about(step)
+        with everywhere(f"the config of checkpoint {step}"):
+          saved = self.about(step)
       except UNREADABLE as error:
         unreadable[step] = error
         continue
@@ -176,15 +190,17 @@ class Checkpoints:
     return None
 
   def _set_aside(self, step: int, error: Exception):
-    names = (f"damaged-{step}{'-again' * n}" for n in itertools.count())
-    aside = next(path for name in names if not (path := epath.Path(self.path).parent / name).exists())
-    (epath.Path(self.path) / str(step)).rename(aside)
+    if hosts.is_first():
+      names = (f"damaged-{step}{'-again' * n}" for n in itertools.count())
+      aside = next(path for name in names if not (path := epath.Path(self.path).parent / name).exists())
+      (epath.Path(self.path) / str(step)).rename(aside)
+      print(f"checkpoint {step} cannot be read ({_reason(error)}); moved to {aside}", file=sys.stderr)
+    hosts.barrier(f"moving checkpoint {step} aside")
     self.manager.reload()
-    print(f"checkpoint {step} cannot be read ({_reason(error)}); moved to {aside}", file=sys.stderr)
+    self.best = hosts.from_first("the best checkpoint", self._least_val_loss())
 
-  @property
-  def best(self) -> float:
-    """The least `val_loss` among the checkpoints, infinite if there is none."""
+  def _least_val_loss(self) -> float:
+    """Among the checkpoints; infinite if there is none."""
     step = self.manager.best_step()
     return math.inf if step is None else (self.manager.metrics(step) or {}).get("val_loss", math.inf)
 
@@ -209,6 +225,19 @@ class Checkpoints:
       f"a checkpoint cannot be written to {self.path}: {reason}; whole ones there: {self.steps() or 'none'}; "
       f"make room and start again, the run goes on from the newest"
     )
+
+
+@contextlib.contextmanager
+def everywhere(what: str):
+  """A read that succeeds on every process or raises ValueError on every one: they go the same way."""
+  reason, damage = None, None
+  try:
+    yield
+  except UNREADABLE as error:
+    reason, damage = _reason(error), error
+  reasons = hosts.gather(what, reason)
+  if any(reasons):
+    raise ValueError(next(filter(None, reasons))) from damage
 
 
 def _reason(error: Exception) -> str:

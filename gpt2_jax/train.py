@@ -5,9 +5,14 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import hashlib
+import json
 import math
 import os
+import pathlib
 import signal
+import time
+import uuid
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +22,8 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from gpt2_jax.checkpoint import Checkpoints
+from gpt2_jax import hosts
+from gpt2_jax.checkpoint import Checkpoints, flat
 from gpt2_jax.data import Batches, TokenStore, evaluation_batches
 from gpt2_jax.loss import cross_entropy
 from gpt2_jax.metrics import Log, Metrics, Profile, plot_losses
@@ -137,7 +143,8 @@ def evaluate(model: GPT2, store: TokenStore, batch_size: int, windows: int) -> f
   sharding = NamedSharding(jax.sharding.get_mesh(), BATCH)
   batches = evaluation_batches(store, model.config.n_ctx, batch_size, sharding, windows or None)
   sums = []
-  for tokens_BT, real_B in tqdm(batches, "evaluation", leave=False, disable=None, unit="batch"):
+  quiet = None if hosts.is_first() else True  # None: where stderr is no terminal
+  for tokens_BT, real_B in tqdm(batches, "evaluation", leave=False, disable=quiet, unit="batch"):
     sums.append(evaluation_sums(model, tokens_BT, real_B))
   sums = jax.device_get(sums)
   return sum(float(s["nats"]) for s in sums) / sum(int(s["tokens"]) for s in sums)
@@ -158,7 +165,7 @@ class Stop:
   """SIGTERM or SIGINT asks for an end: the step is finished and saved. A second one ends at once."""
 
   def __enter__(self):
-    self.signal = None
+    self.signal = 0
     self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
     return self
 
@@ -166,7 +173,7 @@ class Stop:
     if self.signal:
       os._exit(128 + number)
     os.write(2, b"\nfinishing the step, then saving; a second signal ends at once\n")
-    self.signal = signal.Signals(number).name
+    self.signal = number
 
   def __exit__(self, *_):
     for number, handler in self.before.items():
@@ -199,6 +206,28 @@ def tell_about(config: ConfigDict, train: TokenStore, validation: TokenStore, to
   for name, store in (("train", train), ("validation", validation)):
     data[name] = {key: value for key, value in store.manifest.items() if key != "tokenizer"}
   return {"config": config.to_dict(), "tokenizer": tokenizer.to_json(), "data": data}
+
+
+def identity(about: dict) -> dict:
+  """The knobs, and short hashes of the data and the tokenizer."""
+  content = {name: value for name, value in flat(about["data"]).items() if name.endswith("sha256")}
+  facts = {"the data": content, "the tokenizer": about["tokenizer"]}
+  return flat(about["config"]) | {name: digest(value) for name, value in facts.items()}
+
+
+def digest(value) -> str:
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def say_start(metrics: Metrics, first: int, steps: int):
+  """Where it runs, and from which step on."""
+  mesh, processes, devices = jax.sharding.get_mesh(), jax.process_count(), jax.local_device_count()
+  metrics.say(
+    f"{processes} process{'es' * (processes > 1)} x {devices} device{'s' * (devices > 1)} "
+    f"({jax.devices()[0].device_kind}), mesh {tuple(mesh.shape.values())}"
+  )
+  if first:
+    metrics.say(f"going on from step {first}" if first < steps else f"all {first} steps were done before")
 
 
 def say_health(metrics: Metrics, model: GPT2, tokens_BT):
@@ -246,26 +275,32 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     batches = Batches(train, model_config.n_ctx, config.batch_size, config.seed)
     key = jax.random.split(jax.random.key(config.seed))[0]
     about = tell_about(config, train, validation, tokenizer)
+    hosts.check_same("config", {"workdir": workdir} | identity(about))
     held.enter_context(alone_in(workdir))
     checkpoints = Checkpoints(workdir, config.keep)
     state, first = checkpoints.newest(jax.eval_shape(init, key), about) or (jax.jit(init)(key), 0)
     metrics = Metrics(workdir, first, config.steps)
     log = Log(metrics, config, model_config)
-    if first:
-      metrics.say(f"going on from step {first}" if first < config.steps else f"all {first} steps were done before")
+    say_start(metrics, first, config.steps)
+    anyone = hosts.Anyone(jax.sharding.get_mesh())
+
+    def asked():  # by a signal to any process: all know it at the same step
+      return anyone(stop.signal)
+
     try:
       profile = Profile(workdir, config.profile_steps)
-      for step, state in segments(call, state, first, config, batches, log, stop, profile):  # noqa: B020
+      for step, state in segments(call, state, first, config, batches, log, asked, profile):  # noqa: B020
         val_loss = math.inf
         if due(step, config.eval_every, config):
           val_loss = evaluate(state.model, validation, config.batch_size // config.microbatches, config.eval_windows)
           metrics.write(step, val_loss=val_loss)
           metrics.say(f"step {step}: validation {val_loss:.4f} nats a token")
-        asked = stop.signal
-        if due(step, config.save_every, config) or asked or val_loss < checkpoints.best:
+        number = asked()
+        if due(step, config.save_every, config) or number or val_loss < checkpoints.best:
           checkpoints.save(step, state, about, val_loss)
-        if asked:
-          metrics.say(f"{asked}: stopped and saved at step {step}; the same command goes on from there")
+        if number:
+          name = signal.Signals(number).name
+          metrics.say(f"{name}: stopped and saved at step {step}; the same command goes on from there")
           break
     finally:
       metrics.close()
@@ -275,15 +310,45 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     return state
 
 
+@contextlib.contextmanager
 def alone_in(workdir: str):
-  """A lock on the workdir, held until it is closed or the process ends. Raises OSError if another run holds it."""
-  os.makedirs(workdir, exist_ok=True)
-  lock = open(os.path.join(workdir, f"lock-{jax.process_index()}"), "w")  # noqa: SIM115
-  try:
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    raise OSError(f"{workdir} is in use by another run; wait for it, or take another --workdir") from None
-  return lock
+  """Holds the workdir's lock, on process 0, while the run lasts. Raises OSError if another run holds it.
+
+  Raises ValueError where another process does not see the same workdir.
+  """
+  path = pathlib.Path(workdir) / "lock"
+  with contextlib.ExitStack() as held:
+    mine = None
+    if hosts.is_first():
+      path.parent.mkdir(parents=True, exist_ok=True)
+      lock = held.enter_context(path.open("a"))
+      with contextlib.suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = uuid.uuid4().hex
+        lock.truncate(0)
+        lock.write(mine)
+        lock.flush()
+    mark = hosts.from_first("the lock of the workdir", mine)
+    if mark is None:
+      raise OSError(f"{workdir} is in use by another run; wait for it, or take another --workdir")
+    seen = mine == mark or appears(path, mark)
+    blind = [i for i, sees in enumerate(hosts.gather("the workdir", seen)) if not sees]
+    if blind:
+      raise ValueError(
+        f"process {', '.join(map(str, blind))} does not see in {workdir} what process 0 wrote there; "
+        f"give a --workdir on a filesystem that all hosts share"
+      )
+    yield
+
+
+def appears(path: pathlib.Path, text: str, seconds: float = 20) -> bool:
+  """Whether the file comes to hold `text`: a shared filesystem may show it late."""
+  end = time.monotonic() + seconds
+  while not (path.exists() and path.read_text() == text):
+    if time.monotonic() > end:
+      return False
+    time.sleep(0.1)
+  return True
 
 
 def due(step: int, every: int, config: ConfigDict) -> bool:
@@ -291,8 +356,10 @@ def due(step: int, every: int, config: ConfigDict) -> bool:
   return step == config.steps or step // every > (step - config.steps_per_call) // every
 
 
-def segments(call, state, step, config, batches, log, stop, profile):
+def segments(call, state, step, config, batches, log, asked, profile):
   """Runs the steps; yields the state and its step wherever something is to be done between two calls.
+
+  `asked` is called once a step and says whether the run is to end.
 
   The metrics of a call are read after the next one is dispatched, so that the device never waits for the host.
   """
@@ -306,11 +373,12 @@ def segments(call, state, step, config, batches, log, stop, profile):
         say_health(log.metrics, state.model, jax.lax.slice_in_dim(tokens_SBT[0], 0, rows))
       profile.before(step, state)
       state, now = call(state, tokens_SBT)
+      end = asked()
       if past:
         log.read(*past)
       step += tokens_SBT.shape[0]
       past = step, now
-      if due(step, config.eval_every, config) or due(step, config.save_every, config) or stop.signal:
+      if due(step, config.eval_every, config) or due(step, config.save_every, config) or end:
         log.read(*past)
         past = None
         yield step, state

@@ -3,13 +3,17 @@
 
 import logging as standard_logging
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
 
-def run(main: Callable[[], None]) -> None:
-  """Parses the flags and calls `main`; an error that carries a message for the user becomes that line."""
+def run(main: Callable[[], None], leave: Callable[[int], None] = sys.exit) -> None:
+  """Parses the flags and calls `main`; an error that carries a message for the user becomes that line.
+
+  After an error the process ends through `leave`.
+  """
 
   def parse(argv):
     try:
@@ -26,11 +30,14 @@ def run(main: Callable[[], None]) -> None:
       main()
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
       if flags.FLAGS.traceback:
-        raise
-      sys.exit(_line(error))
+        traceback.print_exc()
+      leave(_line(error))
+    except Exception:
+      traceback.print_exc()
+      leave(1)
     except KeyboardInterrupt:
       print("interrupted", file=sys.stderr)
-      sys.exit(130)
+      leave(130)
 
   app.run(guarded, flags_parser=parse)
 
