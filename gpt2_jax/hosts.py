@@ -28,7 +28,6 @@ import time
 import traceback
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -520,27 +519,29 @@ def versions() -> dict[str, str]:
   return {"gpt2_jax": code.hexdigest()[:12], "python": platform.python_version()} | packages
 
 
-class Anyone:
-  """The largest of a number that each process has; every process learns it at the same call, the next one.
-
-  It is a collective like those of the step, dispatched beside them, so nobody waits for it.
-  """
+class Notice:
+  """A number that any process may raise, brought to all by the step itself: its largest is a result like the loss."""
 
   def __init__(self, mesh: Mesh):
     self.sharding = NamedSharding(mesh, P(mesh.axis_names))
-    self.largest = jax.jit(jnp.max)
     self.arrays: dict[int, jax.Array] = {}
-    self.past = None
 
-  def __call__(self, value: int) -> int:
-    """The largest `value` of the call before, 0 at the first one; of a process alone, this one's."""
-    if jax.process_count() == 1:
-      return value
+  def array(self, value: int) -> jax.Array:
+    """This process's `value` in its part of an int32 array [devices]."""
     if value not in self.arrays:
-      place = functools.partial(np.full, 1, value, np.int32)
-      self.arrays[value] = jax.make_array_from_callback((self.sharding.mesh.size,), self.sharding, lambda _: place())
-    past, self.past = self.past, self.largest(self.arrays[value])
-    return 0 if past is None else int(jax.device_get(past))
+      shape = (self.sharding.mesh.size,)
+      self.arrays[value] = jax.make_array_from_callback(shape, self.sharding, lambda _: np.full(1, value, np.int32))
+    return self.arrays[value]
+
+
+def settled(arrays):
+  """`arrays`; on the CPUs of many processes not before they are computed.
+
+  Gloo tells collectives apart by their order, and two programs under way at once would mix theirs.
+  """
+  if jax.process_count() > 1 and jax.default_backend() == "cpu":
+    jax.block_until_ready(arrays)
+  return arrays
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ import uuid
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -103,6 +103,12 @@ def train_step(state: TrainState, tokens_BT, *, optimizer, microbatches: int = 1
   return TrainState(state.step + 1, skipped, skips, model, opt_state), metrics
 
 
+def train_call(state: TrainState, tokens_SBT, signals, **how):
+  """What the loop dispatches: `train_steps`, and the largest of the numbers `signals`, [devices]."""
+  state, metrics = train_steps(state, tokens_SBT, **how)
+  return state, metrics, jnp.max(signals)
+
+
 def train_steps(state: TrainState, tokens_SBT, **how):
   """`train_step` over the leading axis in one dispatch; metrics come stacked, [S]."""
   if tokens_SBT.shape[0] == 1:
@@ -127,7 +133,7 @@ def build(config: ConfigDict, model_config: ModelConfig, platform: str):
   how = {"optimizer": optimizer, "microbatches": config.microbatches, "rate": rate}
   dropout_key = jax.random.split(jax.random.key(config.seed))[1]
   options = COMPILER_OPTIONS.get(platform)
-  call = functools.partial(train_steps, **how, dropout_key=dropout_key)
+  call = functools.partial(train_call, **how, dropout_key=dropout_key)
   return init, jax.jit(call, donate_argnums=0, compiler_options=options)
 
 
@@ -145,7 +151,7 @@ def evaluate(model: GPT2, store: TokenStore, batch_size: int, windows: int) -> f
   sums = []
   quiet = None if hosts.is_first() else True  # None: where stderr is no terminal
   for tokens_BT, real_B in tqdm(batches, "evaluation", leave=False, disable=quiet, unit="batch"):
-    sums.append(evaluation_sums(model, tokens_BT, real_B))
+    sums.append(hosts.settled(evaluation_sums(model, tokens_BT, real_B)))
   sums = jax.device_get(sums)
   return sum(float(s["nats"]) for s in sums) / sum(int(s["tokens"]) for s in sums)
 
@@ -162,7 +168,20 @@ COUNTS += ("max_skips",)
 
 
 class Stop:
-  """SIGTERM or SIGINT asks for an end: the step is finished and saved. A second one ends at once."""
+  """SIGTERM or SIGINT, to any process, asks for an end: the step is finished and saved. A second one ends at once."""
+
+  def __init__(self, mesh: Mesh):
+    self.notice = hosts.Notice(mesh)
+
+  def signals(self) -> jax.Array:
+    """What this process was asked, for `train_call` to bring to all."""
+    return self.notice.array(self.signal)
+
+  def asked(self, largest: jax.Array | None) -> int:
+    """The number of the signal, 0 for none: the same on all processes, as of the call that gave `largest`."""
+    if jax.process_count() == 1:
+      return self.signal
+    return 0 if largest is None else int(jax.device_get(largest))
 
   def __enter__(self):
     self.signal = 0
@@ -267,7 +286,8 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
   """
   if "://" in workdir:
     raise ValueError(f"--workdir={workdir} is not a local path, and metrics.jsonl is appended to; give a mounted one")
-  with jax.set_mesh(make_mesh(**config.mesh)), Stop() as stop, contextlib.ExitStack() as held:
+  mesh = make_mesh(**config.mesh)
+  with jax.set_mesh(mesh), Stop(mesh) as stop, contextlib.ExitStack() as held:
     model_config = ModelConfig(**config.model)
     check_knobs(config)
     init, call = build(config, model_config, platform())
@@ -282,20 +302,15 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     metrics = Metrics(workdir, first, config.steps)
     log = Log(metrics, config, model_config)
     say_start(metrics, first, config.steps)
-    anyone = hosts.Anyone(jax.sharding.get_mesh())
-
-    def asked():  # by a signal to any process: all know it at the same step
-      return anyone(stop.signal)
-
     try:
       profile = Profile(workdir, config.profile_steps)
-      for step, state in segments(call, state, first, config, batches, log, asked, profile):  # noqa: B020
+      for step, state, signals in segments(call, state, first, config, batches, log, stop, profile):  # noqa: B020
         val_loss = math.inf
         if due(step, config.eval_every, config):
           val_loss = evaluate(state.model, validation, config.batch_size // config.microbatches, config.eval_windows)
           metrics.write(step, val_loss=val_loss)
           metrics.say(f"step {step}: validation {val_loss:.4f} nats a token")
-        number = asked()
+        number = stop.asked(signals)
         if due(step, config.save_every, config) or number or val_loss < checkpoints.best:
           checkpoints.save(step, state, about, val_loss)
         if number:
@@ -356,15 +371,13 @@ def due(step: int, every: int, config: ConfigDict) -> bool:
   return step == config.steps or step // every > (step - config.steps_per_call) // every
 
 
-def segments(call, state, step, config, batches, log, asked, profile):
-  """Runs the steps; yields the state and its step wherever something is to be done between two calls.
-
-  `asked` is called once a step and says whether the run is to end.
+def segments(call, state, step, config, batches, log, stop, profile):
+  """Runs the steps; yields the step, its state and signals wherever something is to be done between two calls.
 
   The metrics of a call are read after the next one is dispatched, so that the device never waits for the host.
   """
   sharding = NamedSharding(jax.sharding.get_mesh(), P(None, *BATCH))
-  past = None
+  past = signals = None
   log.start_clock()
   try:
     for tokens_SBT in batches.prefetch(step, config.steps, config.steps_per_call, sharding):
@@ -372,16 +385,16 @@ def segments(call, state, step, config, batches, log, asked, profile):
         rows = config.batch_size // config.microbatches
         say_health(log.metrics, state.model, jax.lax.slice_in_dim(tokens_SBT[0], 0, rows))
       profile.before(step, state)
-      state, now = call(state, tokens_SBT)
-      end = asked()
+      state, metrics, largest = call(state, tokens_SBT, stop.signals())
       if past:
         log.read(*past)
+      asked, signals = stop.asked(signals), largest
       step += tokens_SBT.shape[0]
-      past = step, now
-      if due(step, config.eval_every, config) or due(step, config.save_every, config) or end:
+      past = step, metrics
+      if due(step, config.eval_every, config) or due(step, config.save_every, config) or asked:
         log.read(*past)
         past = None
-        yield step, state
+        yield step, state, signals
         log.start_clock()
   finally:
     profile.end(state)

@@ -7,6 +7,7 @@ import os
 import statistics
 import tempfile
 import time
+import types
 
 import jax
 import numpy as np
@@ -107,19 +108,20 @@ def loop_round(state, call, store, clock: Clock, ahead: list[bool]):
   config, model = loop_config(), state.model.config
   past = []
 
-  def timed(state, tokens_SBT):
+  def timed(state, tokens_SBT, signals):
     with clock("dispatch"):
       state, metrics = call(state, tokens_SBT)
     ahead.extend(not loss.is_ready() for loss in past)  # was the step before still under way?
     past[:] = [metrics["loss"]]
-    return state, metrics
+    return state, metrics, signals
 
   with tempfile.TemporaryDirectory() as workdir:
     metrics = Metrics(workdir, 1, config.steps)
     log = TimedLog(clock, metrics, config, model)
     batches = TimedBatches(Batches(store, model.n_ctx, config.batch_size, config.seed), clock)
     begin = time.perf_counter()
-    for _, last in segments(timed, state, 1, config, batches, log, lambda: 0, Profile(workdir, 0)):
+    stop = types.SimpleNamespace(signals=lambda: 0, asked=lambda largest: 0)  # SIGTERM ends it as it ends any script
+    for _, last, _ in segments(timed, state, 1, config, batches, log, stop, Profile(workdir, 0)):
       state, seconds = last, time.perf_counter() - begin
     metrics.close()
   return state, seconds
