@@ -9,6 +9,7 @@ tensor parallelism. A laptop is the mesh (1, 1, 1): there is no other code path 
 import math
 
 import jax
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -24,7 +25,8 @@ HEADS = P(ROWS, None, "model", None)  # [B, T, H, K]
 def make_mesh(replica: int = 1, data: int = -1, model: int = 1, devices=None) -> Mesh:
   """The mesh over `devices` (default: all); one axis may be -1 and takes the devices that are left.
 
-  Raises ValueError if the sizes do not multiply to the number of devices.
+  Where the devices are several TPU slices, `replica` runs over the slices first, and no other axis leaves its slice.
+  Raises ValueError if the sizes do not multiply to the number of devices, or `replica` is no multiple of the slices.
   """
   devices = jax.devices() if devices is None else devices
   sizes, count = [replica, data, model], len(devices)
@@ -37,7 +39,22 @@ def make_mesh(replica: int = 1, data: int = -1, model: int = 1, devices=None) ->
       f"mesh (replica, data, model) = ({replica}, {data}, {model}) does not multiply to the {count} devices here; "
       f"give sizes whose product is {count} (-1 takes the rest)"
     )
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+  slices = count_slices(devices)
+  if slices == 1:
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+  if sizes[0] % slices:
+    raise ValueError(
+      f"mesh (replica, data, model) = {tuple(sizes)} over {slices} slices: only replica may cross slices, so it is a "
+      f"multiple of them; set --config.mesh.replica={slices} and data and model to the {count // slices} of one slice"
+    )
+  within = (sizes[0] // slices, *sizes[1:])
+  placed = create_hybrid_device_mesh(within, (slices, 1, 1), devices, process_is_granule=False)
+  return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def count_slices(devices) -> int:
+  """How many TPU slices the devices are; hosts of other platforms are not told apart."""
+  return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"} or {0})
 
 
 def abstract_mesh(replica: int, data: int, model: int) -> AbstractMesh:

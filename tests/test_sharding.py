@@ -1,4 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -31,6 +36,30 @@ def test_make_mesh_has_three_explicit_axes(asked, made):
 def test_make_mesh_refuses_with_the_rule(asked, rule):
   with pytest.raises(ValueError, match=rule):
     make_mesh(*asked)
+
+
+@pytest.fixture(scope="module")
+def slices():
+  """Two slices of eight v5e chips, from libtpu's compile-only client; no TPU is needed."""
+  pytest.importorskip("libtpu")
+  script = pathlib.Path(__file__).parent / "tpu_slices.py"
+  found = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+  assert found.returncode == 0, found.stderr
+  return json.loads(found.stdout)
+
+
+def test_replica_runs_over_the_slices_and_nothing_else_does(slices):
+  for sizes in ("2 8 1", "2 2 4", "4 4 1"):
+    made, of_slices = slices[sizes]
+    assert made == [int(size) for size in sizes.split()]
+    for replica, its_slices in enumerate(of_slices):
+      assert set(its_slices) == {replica * 2 // made[0]}
+  assert slices["one"] == [1, 4, 2]
+
+
+def test_a_mesh_that_would_cross_slices_elsewhere_is_refused(slices):
+  for sizes in ("1 16 1", "1 2 8"):
+    assert "over 2 slices: only replica may cross slices" in slices[sizes] and "replica=2" in slices[sizes]
 
 
 def test_axis_size_follows_the_mesh_in_force():

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real processes that meet, agree, lose one another, and are named. JAX itself is not started here."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import pytest
+
+from gpt2_jax import hosts
+
+ROOT = pathlib.Path(__file__).parents[1]
+JOIN = """
+import os, signal, sys, time
+from gpt2_jax import hosts
+place = hosts.Place(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+crew = hosts._crew = hosts.meet(place, 60)
+crew.start()
+assert hosts.gather("the start", place.process) == list(range(place.processes))
+"""
+HANG = "time.sleep(60)"  # as in a collective
+
+
+def free_port() -> int:
+  """A port that is free, as is the next one."""
+  while True:
+    with socket.socket() as one, socket.socket() as two, contextlib.suppress(OSError):
+      one.bind(("", 0))
+      two.bind(("", one.getsockname()[1] + 1))
+      return one.getsockname()[1]
+
+
+def end_of(*actions: str, setting: str = "") -> list[tuple[int, str]]:
+  """Status and stderr of a process for each action, which they do after they have met."""
+  address, env = f"localhost:{free_port()}", os.environ | {"PYTHONPATH": str(ROOT)}
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", f"{JOIN}\n{setting}\n{action}", address, str(len(actions)), str(i)],
+      stderr=subprocess.PIPE,
+      text=True,
+      env=env,
+    )
+    for i, action in enumerate(actions)
+  ]
+  try:
+    return [(process.wait(90), process.stderr.read().strip()) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+      process.stderr.close()
+
+
+def meet_all(*places: hosts.Place, seconds: int = 20) -> list:
+  """What `meet` gives or raises for each place, all at once."""
+  ends = [None] * len(places)
+
+  def one(i):
+    try:
+      ends[i] = hosts.meet(places[i], seconds)
+    except (OSError, ValueError) as error:
+      ends[i] = error
+
+  threads = [threading.Thread(target=one, args=(i,)) for i in range(len(places))]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join(60)
+  return ends
+
+
+def test_a_process_alone_meets_nobody_and_opens_no_socket(monkeypatch):
+  monkeypatch.setattr(socket, "socket", None)
+  assert hosts.find_place(None, None, None, 1) is None
+  with hosts.joined(None):
+    assert not jax.distributed.is_initialized()
+    assert hosts.gather("alone", {"a": 1}) == [{"a": 1}] and hosts.from_first("alone", 2) == 2 and hosts.is_first()
+    hosts.barrier("alone", 1)
+    hosts.check_same("config", {"a": 1})
+
+
+def test_flags_give_the_place():
+  place = hosts.find_place("[::1]:1234", 4, 3, 1)
+  assert (place.host, place.port, place.processes, place.process) == ("::1", 1234, 4, 3)
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (("h:1", None, None), "--processes and --process missing: --coordinator, --processes and --process go together"),
+    ((None, 2, 0), "--coordinator missing"),
+    (("h", 2, 0), "--coordinator=h is not HOST:PORT"),
+    (("h:x", 2, 0), "is not HOST:PORT"),
+    (("h:65535", 2, 0), "a port of 1 to 65534"),
+    (("h:1", 2, 2), "--process=2 is not one of --processes=2: they count from 0"),
+  ],
+)
+def test_flags_that_do_not_go_together_are_one_line(flags, message):
+  with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+    hosts.find_place(*flags, 1)
+
+
+def test_a_tpu_machine_of_several_slices_knows_its_place(monkeypatch):
+  """As GKE tells it: two slices of two hosts, the second host of the second slice."""
+  from jax._src.clusters import cloud_tpu_cluster
+
+  monkeypatch.setattr(hosts, "_on_tpu", lambda: True)
+  monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+  told = {"TPU_WORKER_HOSTNAMES": "localhost,other", "TPU_WORKER_ID": "1", "MEGASCALE_NUM_SLICES": "2"}
+  for name, value in (told | {"MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "localhost"}).items():
+    monkeypatch.setenv(name, value)
+  assert hosts.find_place(None, None, None, 5) == hosts.Place("localhost:8482", 4, 3)
+
+
+def test_who_does_not_arrive_is_named_by_all_who_did():
+  address = f"localhost:{free_port()}"
+  ends = meet_all(hosts.Place(address, 4, 0), hosts.Place(address, 4, 2), seconds=2)
+  for end in ends:
+    assert isinstance(end, TimeoutError)
+    assert str(end).startswith("process 1, 3 did not arrive within 2 s; here are 0 (") and ", 2 (" in str(end)
+
+
+def test_a_process_0_that_does_not_answer_is_named():
+  address = f"localhost:{free_port()}"
+  (end,) = meet_all(hosts.Place(address, 2, 1), seconds=1)
+  assert isinstance(end, TimeoutError) and str(end).startswith("process 0 did not answer at localhost:")
+
+
+@pytest.mark.parametrize(
+  "others, message",
+  [
+    ([(3, 1)], "was started as one of 3 processes, process 0 as one of 2"),
+    ([(3, 1), (3, 1)], "two processes, on .*, were started as process 1"),
+  ],
+)
+def test_places_that_do_not_fit_are_refused_everywhere(others, message):
+  address = f"localhost:{free_port()}"
+  first = hosts.Place(address, 1 + len(others), 0)
+  ends = meet_all(first, *(hosts.Place(address, *other) for other in others), seconds=5)
+  with pytest.raises(ValueError, match=message):
+    raise ends[0]
+  assert str(ends[0]) in [str(end) for end in ends[1:]]
+
+
+def test_other_code_is_refused_with_the_difference(monkeypatch):
+  address, mine = f"localhost:{free_port()}", hosts.versions()
+  turns = iter([mine, mine | {"jax": "0.0.1"}])
+  monkeypatch.setattr(hosts, "versions", lambda: next(turns))
+  told = {
+    f"runs other code: jax is {a} on process 0 and {b} there"
+    for a, b in ((jax.__version__, "0.0.1"), ("0.0.1", jax.__version__))  # whichever thread comes first
+  }
+  for end in meet_all(hosts.Place(address, 2, 0), hosts.Place(address, 2, 1)):
+    assert isinstance(end, ValueError) and any(line in str(end) for line in told)
+
+
+def test_a_stranger_at_the_door_is_no_process():
+  port, ends = free_port(), []
+  address = f"localhost:{port}"
+  first = threading.Thread(target=lambda: ends.append(hosts.meet(hosts.Place(address, 2, 0), 20)))
+  first.start()
+  knocked, end = False, time.monotonic() + 20
+  while not knocked and time.monotonic() < end:
+    with contextlib.suppress(OSError), socket.create_connection(("localhost", port + 1), timeout=1) as door:
+      door.sendall(b"GET / HTTP/1.1\r\n\r\n")
+      knocked = True
+  ends.append(hosts.meet(hosts.Place(address, 2, 1), 20))
+  first.join(20)
+  assert knocked and [type(end) for end in ends] == [hosts.Crew] * 2
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_killed_process_is_named_by_the_others_which_end_with_75(victim):
+  actions = [HANG] * 3
+  actions[victim] = "os.kill(os.getpid(), signal.SIGKILL)"
+  for i, (status, err) in enumerate(end_of(*actions)):
+    if i == victim:
+      assert status == -signal.SIGKILL
+    else:
+      assert status == hosts.LOST and err.startswith(f"error: process {victim} ({socket.gethostname()}) is gone: ")
+      assert "start the same command again" in err and "\n" not in err
+
+
+def test_a_stopped_process_is_named():
+  """And it ends too, as soon as it is allowed to go on."""
+  short = "hosts.SILENT, hosts.PING = 2, 0.5"
+  child = "if not os.fork(): time.sleep(5); os.kill(os.getppid(), signal.SIGCONT); os._exit(0)"
+  ends = end_of(HANG, f"{child}\nos.kill(os.getpid(), signal.SIGSTOP)\n{HANG}", setting=short)
+  assert [status for status, _ in ends] == [hosts.LOST] * 2
+  assert "error: process 1 (" in ends[0][1] and "has not answered for 2 s" in ends[0][1]
+
+
+def test_who_does_not_come_to_a_barrier_is_named():
+  ends = end_of("hosts.barrier('the lake', 2)", HANG, "hosts.barrier('the lake', 2)", HANG)
+  host = socket.gethostname()
+  for status, err in ends:
+    assert status == hosts.LOST
+    assert f"process 1 ({host}), process 3 ({host}) did not arrive at the lake within 2 s" in err
+
+
+def test_an_error_of_one_ends_the_others_with_its_line():
+  failing = "crew.fail('no such file'); print('my own line', file=sys.stderr); hosts.leave(2)"
+  for place in (0, 1):
+    actions = [HANG] * 3
+    actions[place] = failing
+    for i, (status, err) in enumerate(end_of(*actions, setting="hosts.GRACE = 1")):
+      assert status == 2
+      assert (
+        err == "my own line" if i == place else f"error: process {place} ({socket.gethostname()}): no such file" in err
+      )
+
+
+def test_what_differs_is_told_by_all_alike():
+  same = "hosts.check_same('config', {'a': 1, 'rate': %s})"
+  for status, err in end_of(same % 1, same % 1, same % 2):
+    assert status == 1
+    assert (
+      f"process 2 ({socket.gethostname()}) was started with another config: rate is 1 on process 0 and 2 there" in err
+    )
+
+
+def test_those_who_part_miss_nobody():
+  part = "hosts.barrier('the end'); crew.part(); time.sleep(%s)"
+  assert [status for status, _ in end_of(part % 0, part % 1, part % 2)] == [0, 0, 0]
+
+
+def test_a_relay_stays_open_when_the_other_side_ends():
+  with socket.create_server(("localhost", 0)) as server:
+    near = socket.create_connection(("127.0.0.1", hosts.relay("localhost", server.getsockname()[1])))
+    far, _ = server.accept()
+    near.sendall(b"ping")
+    assert far.recv(9) == b"ping"
+    far.sendall(b"pong")
+    assert near.recv(9) == b"pong"
+    far.close()
+    near.settimeout(1)
+    with near, pytest.raises(TimeoutError):
+      near.recv(9)
