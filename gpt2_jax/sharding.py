@@ -48,7 +48,9 @@ def make_mesh(replica: int = 1, data: int = -1, model: int = 1, devices=None) ->
       f"multiple of them; set --config.mesh.replica={slices} and data and model to the {count // slices} of one slice"
     )
   within = (sizes[0] // slices, *sizes[1:])
-  placed = create_hybrid_device_mesh(within, (slices, 1, 1), devices, process_is_granule=False)
+  placed = create_hybrid_device_mesh(
+    within, (slices, 1, 1), devices, process_is_granule=False, allow_split_physical_axes=True
+  )
   return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * 3)
 
 

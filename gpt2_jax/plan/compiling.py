@@ -114,10 +114,11 @@ def compile_step(config: ConfigDict, topology: Topology) -> Compiled:
     state = _placed(jax.eval_shape(lambda: init(jax.random.key(0))), mesh)
     shape = (config.steps_per_call, config.batch_size, model_config.n_ctx + 1)
     tokens_SBT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, P(None, *BATCH)))
+    signals = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=NamedSharding(mesh, P(mesh.axis_names)))
     kept = _kept_for_backward(state.model, config, mesh)
     start = time.perf_counter()
     with _fitting(topology):
-      compiled = call.lower(state, tokens_SBT).compile()
+      compiled = call.lower(state, tokens_SBT, signals).compile()
   return Compiled(
     topology=topology,
     mesh=dict(mesh.shape),

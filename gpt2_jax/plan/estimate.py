@@ -5,13 +5,14 @@
 - For what is bound by memory the compiler's figure comes to about 40 % of the chip's HBM bandwidth. The slow end of the
   range believes it; the fast end moves the same bytes at the full bandwidth.
 - A collective takes its bytes over the links that its group has in the torus: both directions of a ring, one of a line,
-  no latency; between slices, the chip's share of the host's network. It hides behind what the compiler scheduled
-  between its start and its end, and is exposed where that is shorter or where it has no start of its own.
+  no latency. Between slices what a chip sends goes over its share of the host's network. A collective hides behind
+  what the compiler scheduled between its start and its end, and is exposed where that is shorter, or where it blocks.
 """
 
 import collections
 import dataclasses
 import math
+import re
 
 import numpy as np
 
@@ -74,12 +75,10 @@ def estimate(compiled: Compiled) -> Estimate:
   chip, found = compiled.topology.chip, collections.defaultdict(list)
   for instructions, times in _sequences(compiled):
     for place, one in enumerate(instructions):
-      if (collective := _starts(compiled, one)) is not None:
-        devices = groups(collective.text)
-        seconds = _link_seconds(compiled, _kind(compiled, one, collective), size(collective.shape), devices)
+      if crossing := _crossing(compiled, one):
+        kind, axes, nbytes, seconds = crossing
         hidden = min(seconds, _behind(compiled, instructions, place))
-        key = _kind(compiled, one, collective), _axes(compiled, devices)
-        found[key].append((times, size(collective.shape), seconds * times, (seconds - hidden) * times))
+        found[kind, axes].append((times, nbytes, seconds * times, (seconds - hidden) * times))
       kind, seconds = _work(compiled, one), _cycles(compiled, one) / chip.clock
       at_full_speed = compiled.program.traffic(one) / chip.hbm_bandwidth
       slow[kind] += seconds * times
@@ -125,6 +124,21 @@ def _work(compiled: Compiled, one: Instruction) -> str:
   return PRODUCTS if {"convolution", "dot"} & {one.opcode, *inside} else MEMORY
 
 
+def _crossing(compiled: Compiled, one: Instruction) -> tuple[str, str, float, float] | None:
+  """Kind, axes, bytes of the whole array and seconds of the collective that begins with this instruction."""
+  if transfer := re.search(r'_xla_megascale_transfer_type="(\w+)"', one.text) if one.opcode == "send" else None:
+    # Between slices the hosts exchange what their chips hold, each its part of an array that was reduced inside.
+    nbytes, n = size(one.shape.partition("]")[0] + "]"), compiled.topology.slices
+    kind = transfer[1].lower().replace("_", "-")
+    rounds = 2 if kind == "all-reduce" else 1
+    return kind, "slices", nbytes, rounds * nbytes * (n - 1) / n / compiled.topology.chip.dcn
+  collective = _starts(compiled, one)
+  if collective is None:
+    return None
+  devices, nbytes, kind = groups(collective.text), size(collective.shape), _kind(compiled, one, collective)
+  return kind, _axes(compiled, devices), nbytes, _link_seconds(compiled, kind, nbytes, devices)
+
+
 def _starts(compiled: Compiled, one: Instruction) -> Instruction | None:
   """The collective that begins with this instruction; a fusion that carries one on, or ends it, begins none."""
   called = "".join(one.called("calls"))
@@ -146,6 +160,10 @@ def _behind(compiled: Compiled, instructions: list[Instruction], place: int) -> 
   one = instructions[place]
   if one.name.startswith("async-collective-start"):
     ends = [i for i, x in enumerate(instructions) if x.name == one.name.replace("start", "done", 1)]
+  elif one.opcode == "send":
+    meeting = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', one.text)[0]
+    received = [x.name for x in instructions if x.opcode == "recv" and meeting in x.text]
+    ends = [i for i, x in enumerate(instructions) if x.opcode == "recv-done" and set(received) & set(x.operands)]
   elif one.opcode.endswith("-start"):
     ends = [i for i, x in enumerate(instructions) if x.opcode.endswith("-done") and one.name in x.operands]
   else:
@@ -164,18 +182,15 @@ def _axes(compiled: Compiled, devices: np.ndarray) -> str:
 def _link_seconds(compiled: Compiled, kind: str, nbytes: float, devices: np.ndarray) -> float:
   """Seconds of one collective; `nbytes` is the whole array's: what is gathered, or what is reduced."""
   chip, shape = compiled.topology.chip, compiled.topology.shape
-  slices, *coordinates = compiled.places[devices[0]].T
+  coordinates = compiled.places[devices[0]].T[1:]
   if kind == "collective-permute":
     return nbytes / chip.link
   links = 0
   for length, along in zip((*shape, 1, 1), coordinates, strict=False):
     extent = len(set(along))
     links += 0 if extent == 1 else 2 if extent == length and length % chip.ring == 0 else 1
-  n_slices = len(set(slices))
-  inside = devices.shape[1] // n_slices
-  rounds = 2 if kind == "all-reduce" else 1
-  seconds = rounds * nbytes * (inside - 1) / inside / (links * chip.link) if links else 0.0
-  return seconds + rounds * nbytes / inside * (n_slices - 1) / n_slices / chip.dcn
+  n, rounds = devices.shape[1], 2 if kind == "all-reduce" else 1
+  return rounds * nbytes * (n - 1) / n / (links * chip.link) if links else 0.0
 
 
 def hours(estimate_: Estimate, tokens: float) -> tuple[float, float]:

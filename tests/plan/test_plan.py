@@ -85,11 +85,13 @@ def test_only_replica_crosses_slices(slices):
   """`replica` is over the data center's network, and what goes there is gradients once summed inside a slice."""
   assert set(slices.places[:, 0]) == {0, 1} and (slices.places[:4, 0] == slices.places[0, 0]).all()
   found = axes_by_kind(slices)
-  assert found["all-gather"] == {"data"} and "replica" in found["all-reduce"]
-  one = estimate(slices)
-  reduced = [x for x in one.collectives if x.kind == "all-reduce" and x.axes == "replica" and x.bytes > 4096]
-  slowest = max(reduced, key=lambda x: x.seconds)
-  assert slowest.seconds == pytest.approx(slowest.count * 2 * slowest.bytes * (1 / 2) / 3.125e9, rel=1e-6)
+  assert found["all-gather"] == {"data"} and found["reduce-scatter"] == {"data"} and "slices" in found["all-reduce"]
+  between = [x for x in estimate(slices).collectives if x.axes == "slices"]
+  # Twice, for each of two microbatches: the gradients that a chip holds, a quarter; wpe's is whole until the end.
+  sent = sum(x.bytes * x.count for x in between)
+  assert sent == pytest.approx(2 * 4 * PARAMETERS / 4, rel=0.25)
+  assert sum(x.seconds for x in between) == pytest.approx(sent / 3.125e9, rel=1e-6), "half of it twice"
+  assert {x.kind for x in between} == {"all-reduce"}
 
 
 def test_the_estimate_is_made_of_its_parts(small, slices):
