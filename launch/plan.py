@@ -9,9 +9,7 @@ It compiles the very step that launch/train.py runs with that config, with libtp
 HBM holds, what a step is made of, and how long all of the config's steps take. All times are estimates.
 """
 
-import json
 import os
-import pathlib
 import sys
 
 if __name__ == "__main__":  # the root in place of launch/, whose tokenize.py would hide the standard library's
@@ -24,7 +22,6 @@ from tqdm import tqdm
 
 from gpt2_jax import chips
 from gpt2_jax.plan import compiling, report, search
-from gpt2_jax.plan.estimate import estimate
 from launch import shell
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with :SIZE where it takes one.")
@@ -44,16 +41,11 @@ def main() -> None:
   if _SEARCH.value:
     print(f"\nthe best, to paste after --config:\n{report.flags(best)}")
   if _OUT.value:
-    folder = pathlib.Path(_OUT.value)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plan.json").write_text(json.dumps(best.facts(), indent=1) + "\n")
-    report.plot(best, str(folder / "plan.png"))
+    report.save(best, _OUT.value)
 
 
 def _plan(config, topology: chips.Topology) -> report.Plan:
-  compiled = compiling.compile_step(config, topology)
-  tokens = _TOKENS.value or config.steps * config.batch_size * config.model.n_ctx
-  return report.Plan(compiled, estimate(compiled), tokens, _PRICE.value)
+  return report.Plan.of(config, topology, _TOKENS.value, _PRICE.value)
 
 
 def _search(config, topology: chips.Topology) -> report.Plan:

@@ -2,10 +2,14 @@
 """What a plan says: a table to read, the same as JSON, and one picture. Every time in it is an estimate."""
 
 import dataclasses
+import json
+import pathlib
 
-from gpt2_jax.chips import GIB
-from gpt2_jax.plan.compiling import Compiled
-from gpt2_jax.plan.estimate import Estimate, hours
+from ml_collections import ConfigDict
+
+from gpt2_jax.chips import GIB, Topology
+from gpt2_jax.plan.compiling import Compiled, compile_step
+from gpt2_jax.plan.estimate import Estimate, estimate, hours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +20,13 @@ class Plan:
   estimate: Estimate
   tokens: float  # of the whole run
   usd_per_chip_hour: float | None = None
+
+  @classmethod
+  def of(cls, config: ConfigDict, topology: Topology, tokens: float | None = None, usd_per_chip_hour=None) -> "Plan":
+    """Compiles and estimates the run of `config`, as compile_step does; `tokens` if not those of all its steps."""
+    compiled = compile_step(config, topology)
+    tokens = tokens or config.steps * config.batch_size * config.model.n_ctx
+    return cls(compiled, estimate(compiled), tokens, usd_per_chip_hour)
 
   def facts(self) -> dict:
     """Everything as plain values; bytes, seconds, FLOP/s, per chip where it says so."""
@@ -133,6 +144,16 @@ def _links(facts) -> str:
         f"{1e3 * one['exposed']:11,.2f}"
       )
   return "\n".join(lines)
+
+
+def save(plan: Plan, folder: str) -> None:
+  """plan.json and plan.png."""
+  path = pathlib.Path(folder)
+  path.mkdir(parents=True, exist_ok=True)
+  plot(plan, str(path / "plan.png"))
+  fresh = path / "plan.json.tmp"
+  fresh.write_text(json.dumps(plan.facts(), indent=1) + "\n")
+  fresh.replace(path / "plan.json")
 
 
 def plot(plan: Plan, path: str) -> None:
