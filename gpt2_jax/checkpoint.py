@@ -134,8 +134,13 @@ class Checkpoints:
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"{me}")
     handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=alone))
-    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
-      return reader.restore(epath.Path(self.path) / str(step), args=ocp.args.Composite(**items))
+    try:
+      with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        return reader.restore(epath.Path(self.path) / str(step), args=ocp.args.Composite(**items))
+    except Exception as error:
+      if type(error) is not Exception:  # Orbax's for what TensorStore could not read; a lack of memory is another
+        raise
+      raise ValueError(_reason(error.__cause__ or error)) from error
 
   def restore(self, step: int, abstract_state, prefix: str = ""):
     """The state of `step` in the shapes, dtypes and shardings of `abstract_state`, on the mesh in force.

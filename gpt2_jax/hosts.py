@@ -535,11 +535,12 @@ class Notice:
 
 
 def settled(arrays):
-  """`arrays`; on the CPUs of many processes not before they are computed.
+  """`arrays`; on several CPU devices not before they are computed.
 
-  Gloo tells collectives apart by their order, and two programs under way at once would mix theirs.
+  Two programs under way there can wait for each other for ever: gloo tells collectives apart by their order, and
+  simulated devices share few threads.
   """
-  if jax.process_count() > 1 and jax.default_backend() == "cpu":
+  if jax.device_count() > 1 and jax.default_backend() == "cpu":
     jax.block_until_ready(arrays)
   return arrays
 
