@@ -110,7 +110,11 @@ def joined(place: Place | None, seconds: int = 300):
   if place is None:
     yield
     return
-  crew = _crew = meet(place, seconds)
+  try:
+    crew = _crew = meet(place, seconds)
+  except TimeoutError as error:
+    say_error(str(error))
+    sys.exit(LOST)
   crew.start()
   try:
     _initialize(place, seconds)
