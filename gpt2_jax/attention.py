@@ -53,8 +53,12 @@ def self_attention(c_BTC, K: int, kernel: str = "auto", dropout=None):
   if kernel == "splash" and not dropout:
     return merge_heads(_splash(q_BTHK, k_BTHK, v_BTHK))
   if kernel == "cudnn" and not dropout:
+    if platform() != "gpu":
+      raise ValueError(f"attention is cudnn and the devices are {platform()}s; set --config.model.attention=auto")
     cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-    return merge_heads(jax.shard_map(cudnn, in_specs=(HEADS,) * 3, out_specs=HEADS)(q_BTHK, k_BTHK, v_BTHK))
+    return merge_heads(
+      jax.shard_map(cudnn, in_specs=(HEADS,) * 3, out_specs=HEADS, check_vma=False)(q_BTHK, k_BTHK, v_BTHK)
+    )
   return merge_heads(causal_attention(q_BTHK, k_BTHK, v_BTHK, dropout))
 
 

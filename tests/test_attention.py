@@ -119,3 +119,8 @@ def test_dropout_is_never_lost_to_a_kernel(kernel, mesh):
   with mesh(1, 1, 1):
     c_BTC = jnp.ones((1, 9, 3 * 64), out_sharding=HIDDEN)
     assert not self_attention(c_BTC, 64, kernel, lambda p, start: jnp.zeros_like(p)).any()
+
+
+def test_a_kernel_of_other_devices_is_refused(mesh):
+  with mesh(1, 1, 1), pytest.raises(ValueError, match="attention is cudnn and the devices are cpus; set"):
+    self_attention(jnp.ones((1, 8, 3 * 64), out_sharding=HIDDEN), 64, "cudnn")
