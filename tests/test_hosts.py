@@ -15,13 +15,16 @@ import jax
 import pytest
 
 from gpt2_jax import hosts
+from gpt2_jax.hosts import crew, meeting
+from gpt2_jax.hosts import place as places_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 JOIN = """
 import os, signal, sys, time
 from gpt2_jax import hosts
+from gpt2_jax.hosts import crew as settings, meeting
 place = hosts.Place(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
-crew = hosts._crew = hosts.meet(place, 60)
+crew = hosts._crew = meeting.meet(place, 60)
 crew.start()
 assert hosts.gather("the start", place.process) == list(range(place.processes))
 """
@@ -63,7 +66,7 @@ def meet_all(*places: hosts.Place, seconds: int = 20) -> list:
 
   def one(i):
     try:
-      ends[i] = hosts.meet(places[i], seconds)
+      ends[i] = meeting.meet(places[i], seconds)
     except (OSError, ValueError) as error:
       ends[i] = error
 
@@ -110,7 +113,7 @@ def test_a_tpu_machine_of_several_slices_knows_its_place(monkeypatch):
   """As GKE tells it: two slices of two hosts, the second host of the second slice."""
   from jax._src.clusters import cloud_tpu_cluster
 
-  monkeypatch.setattr(hosts, "_on_tpu", lambda: True)
+  monkeypatch.setattr(places_of, "_on_tpu", lambda: True)
   monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
   told = {"TPU_WORKER_HOSTNAMES": "localhost,other", "TPU_WORKER_ID": "1", "MEGASCALE_NUM_SLICES": "2"}
   for name, value in (told | {"MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "localhost"}).items():
@@ -149,9 +152,9 @@ def test_places_that_do_not_fit_are_refused_everywhere(others, message):
 
 
 def test_other_code_is_refused_with_the_difference(monkeypatch):
-  address, mine = f"localhost:{free_port()}", hosts.versions()
+  address, mine = f"localhost:{free_port()}", meeting.versions()
   turns = iter([mine, mine | {"jax": "0.0.1"}])
-  monkeypatch.setattr(hosts, "versions", lambda: next(turns))
+  monkeypatch.setattr(meeting, "versions", lambda: next(turns))
   told = {
     f"runs other code: jax is {a} on process 0 and {b} there"
     for a, b in ((jax.__version__, "0.0.1"), ("0.0.1", jax.__version__))  # whichever thread comes first
@@ -163,16 +166,16 @@ def test_other_code_is_refused_with_the_difference(monkeypatch):
 def test_a_stranger_at_the_door_is_no_process():
   port, ends = free_port(), []
   address = f"localhost:{port}"
-  first = threading.Thread(target=lambda: ends.append(hosts.meet(hosts.Place(address, 2, 0), 20)))
+  first = threading.Thread(target=lambda: ends.append(meeting.meet(hosts.Place(address, 2, 0), 20)))
   first.start()
   knocked, end = False, time.monotonic() + 20
   while not knocked and time.monotonic() < end:
     with contextlib.suppress(OSError), socket.create_connection(("localhost", port + 1), timeout=1) as door:
       door.sendall(b"GET / HTTP/1.1\r\n\r\n")
       knocked = True
-  ends.append(hosts.meet(hosts.Place(address, 2, 1), 20))
+  ends.append(meeting.meet(hosts.Place(address, 2, 1), 20))
   first.join(20)
-  assert knocked and [type(end) for end in ends] == [hosts.Crew] * 2
+  assert knocked and [type(end) for end in ends] == [crew.Crew] * 2
 
 
 @pytest.mark.parametrize("victim", [0, 2])
@@ -189,7 +192,7 @@ def test_a_killed_process_is_named_by_the_others_which_end_with_75(victim):
 
 def test_a_stopped_process_is_named():
   """And it ends too, as soon as it is allowed to go on."""
-  short = "hosts.SILENT, hosts.PING = 2, 0.5"
+  short = "settings.SILENT, settings.PING = 2, 0.5"
   child = "if not os.fork(): time.sleep(5); os.kill(os.getppid(), signal.SIGCONT); os._exit(0)"
   ends = end_of(HANG, f"{child}\nos.kill(os.getpid(), signal.SIGSTOP)\n{HANG}", setting=short)
   assert [status for status, _ in ends] == [hosts.LOST] * 2
@@ -207,7 +210,7 @@ def test_an_error_of_one_ends_the_others_with_its_line():
   for place in (0, 1):
     actions = [HANG] * 3
     actions[place] = failing
-    for i, (status, err) in enumerate(end_of(*actions, setting="hosts.GRACE = 1")):
+    for i, (status, err) in enumerate(end_of(*actions, setting="settings.GRACE = 1")):
       assert status == 2
       assert (
         err == "my own line" if i == place else f"error: process {place} ({socket.gethostname()}): no such file" in err
