@@ -52,7 +52,7 @@ def _search(config, topology: chips.Topology) -> report.Plan:
   """The fastest of the best on paper, each told as it is compiled. Raises ValueError if none of them fits."""
   compiling.check_installed()
   found = search.candidates(config, topology)
-  tried = found[: _COMPILED.value]
+  tried = search.leading(found, _COMPILED.value)
   print(f"{len(found)} candidates divide and fit on paper; compiling {len(tried)}", file=sys.stderr)
   plans = []
   for one in tqdm(tried, unit="compile", disable=None):

@@ -132,6 +132,10 @@ def test_a_search_offers_only_what_divides_and_fits_on_paper():
     target = topology(name, slices)
     found = search.candidates(config, target)
     assert [one.seconds for one in found] == sorted(one.seconds for one in found)
+    tried = search.leading(found, 5)
+    assert (
+      tried[0] == found[0] and len(set(tried)) == 5 and {one.remat for one in tried[:3]} == {"full", "dots", "none"}
+    )
     for one in found:
       applied = one.apply(config)
       assert np.prod(list(applied.mesh.values())) == target.chips and one.replica % slices == 0
