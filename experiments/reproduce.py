@@ -82,11 +82,17 @@ def facts(run: Run, out: pathlib.Path) -> dict:
   """What plan.json says of a run; computed where it is not there yet."""
   folder = out / run.name.replace(" ", "_").replace(":", "_")
   path = folder / "plan.json"
-  if not path.exists():
+  if not (path.exists() and is_of(run, json.loads(path.read_text()))):
     config = gpt2.get_config(run.size)
     config.update_from_flattened_dict(run.knobs())
     save(Plan.of(config, topology(run.topology, run.slices)), str(folder))
   return json.loads(path.read_text())
+
+
+def is_of(run: Run, found: dict) -> bool:
+  """Whether a plan is this run's, and not one of earlier knobs."""
+  had = tuple(found["mesh"].values()), found["microbatches"], found["model"]["remat"]
+  return had == (run.mesh, run.microbatches, run.remat)
 
 
 def row(run: Run, found: dict) -> str:
@@ -128,7 +134,8 @@ def main() -> None:
     bar.set_description(run.name)
     rows.append(row(run, facts(run, out)))
   table = "\n".join([HEAD, *rows])
-  (out / "table.md").write_text(table + "\n")
+  if len(runs) == len(RUNS):
+    (out / "table.md").write_text(table + "\n")
   print(table)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-from gpt2_jax.fused_attention import LONGEST, fused_attention
+from gpt2_jax.fused_attention import fused_attention, suits
 from gpt2_jax.sharding import HEADS, HIDDEN, padded, platform
 
 QUERIES = 256  # queries in one chunk; a chunk reads no key that lies after its last query
@@ -43,9 +43,8 @@ def self_attention(c_BTC, K: int, kernel: str = "auto", dropout=None):
   bfloat16. "auto" takes the fastest of the platform, by the TPU compiler's own count of instructions; on GPUs that
   choice was not measured. Dropout is only in "chunked", whatever is asked for.
   """
-  T = c_BTC.shape[1]
   if kernel == "auto":
-    tpu = "fused" if T <= LONGEST else "splash"
+    tpu = "fused" if suits(c_BTC.shape[1], K) else "splash"
     kernel = {"tpu": tpu, "gpu": "cudnn" if c_BTC.dtype == jnp.bfloat16 else "chunked"}.get(platform(), "chunked")
   if kernel == "fused" and not dropout:
     return fused_attention(c_BTC, K)

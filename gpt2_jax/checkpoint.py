@@ -266,7 +266,7 @@ def load(workdir: str, step: str = "latest", dtype: str | None = None):
   with _readable(checkpoints, wanted):
     about = checkpoints.about(int(wanted))
   model_config = ModelConfig(**about["config"]["model"])
-  model_config = dataclasses.replace(model_config, dtype=dtype or model_config.dtype, pad_heads=True)
+  model_config = dataclasses.replace(model_config, dtype=dtype or model_config.dtype, pad_heads=True, attention="auto")
   check_mesh(model_config)
   model = jax.eval_shape(functools.partial(GPT2, model_config), jax.random.key(0))
   with _readable(checkpoints, wanted):

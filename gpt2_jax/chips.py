@@ -22,7 +22,7 @@ class Chip:
   clock: float = 0.0  # Hz
   link: float = 0.0  # to a neighbour in the torus
   dcn: float = 0.0  # a chip's share of its host's network, between slices
-  ring: int = 0  # an axis of the torus closes to a ring if its length is a multiple of this
+  ring: int = 0  # see Topology.closes
   config: str = "default"  # libtpu's name of how its cores show as devices
   dimensions: int = 2  # of the torus
 
@@ -61,6 +61,11 @@ class Topology:
   @property
   def chips(self) -> int:
     return math.prod(self.shape) * self.slices
+
+  def closes(self, axis: int) -> bool:
+    """Whether an axis of the torus closes to a ring: 16 long in two dimensions; in three, of a slice of whole cubes."""
+    lengths = self.shape if self.chip.dimensions == 3 else self.shape[axis : axis + 1]
+    return all(length % self.chip.ring == 0 for length in lengths)
 
   @property
   def name(self) -> str:

@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.sharding import HIDDEN, ROWS, padded, platform
 
 LANES = 128
 QUERIES = 256  # of one chunk; 128 and 512 take more instructions, by the compiler's count
-LONGEST = 2048  # chunks are unrolled, and the scores of one live in VMEM
+LONGEST, WIDEST = 1024, 64  # tokens and head size up to which both passes fit into the VMEM that a kernel gets unasked
 LOG2_E = math.log2(math.e)
 STATISTICS = P(ROWS, "model", None, None)  # [B, G, N, T]
 
@@ -33,6 +34,11 @@ BY_COLUMNS, BY_ROWS, OF_COLUMNS = ((((i,), (j,)), ((), ())) for i, j in ((1, 0),
 def group_size(K: int) -> int:
   """Heads whose columns fill whole lane tiles: 2 where a head is 64 wide."""
   return LANES // math.gcd(LANES, K)
+
+
+def suits(T: int, K: int) -> bool:
+  """Whether the kernels compile for a TPU as they are: GPT-2's own context and heads, and what is smaller."""
+  return T <= LONGEST and K <= WIDEST
 
 
 def fused_attention(c_BTC, K: int):
@@ -85,6 +91,7 @@ def _on_groups(kernel, K: int, name: str, outputs: tuple[str, ...], c_BTC, *othe
     in_specs=[columns, heads, statistics, heads][: 1 + len(others)],
     out_specs=out_specs,
     out_shape=out_shape,
+    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),  # v4 and v5p have two cores
     interpret=platform() != "tpu",
     name=name,
   )(c_BTC, *others)

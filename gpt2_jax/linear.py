@@ -107,15 +107,18 @@ def dot_int8(x_RI, q_OI, out_sharding: P):
   return jax.lax.platform_dependent(x_RI, q_OI, cpu=by_digits if few else converted, default=as_it_is_read)
 
 
-def rows_of(x_BTI):
-  """[B, T, I] as XLA's CPU backend wants it, [B * T, I], the batch split as it was; elsewhere as it is."""
-  if platform() != "cpu":
-    return x_BTI
+def flat_rows(x_BTI):
+  """[B, T, I] as [B * T, I]; the batch stays split as it was."""
   return jnp.reshape(x_BTI, (-1, x_BTI.shape[-1]), out_sharding=P(ROWS, jax.typeof(x_BTI).sharding.spec[2]))
 
 
+def rows_of(x_BTI):
+  """As products want it: flat rows on the CPU, for XLA's backend there wants two dimensions; elsewhere as it is."""
+  return flat_rows(x_BTI) if platform() == "cpu" else x_BTI
+
+
 def unrows(x, like_BTI):
-  """What `rows_of` made, as [B, T, O] again."""
+  """What `rows_of` or `flat_rows` made, as [B, T, O] again."""
   if x.ndim == 3:
     return x
   B, T, _ = like_BTI.shape
@@ -169,8 +172,7 @@ def project(x_BTI, w_IO, b_O, gathered: P, contract: int = 0, out_dtype=None):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _project_int8(x_BTI, w: Int8, b_O, out_dtype):
   q_OI = whole(w.q_OI)
-  x = rows_of(x_BTI)
-  y = dot_int8(x, q_OI, row_spec(x, jax.typeof(q_OI).sharding.spec[0])) * w.scale_O
+  y = dot_int8(flat_rows(x_BTI), q_OI, P(ROWS, jax.typeof(q_OI).sharding.spec[0])) * w.scale_O
   y = y if b_O is None else y + b_O
   return unrows(y.astype(out_dtype or x_BTI.dtype), x_BTI)
 

@@ -9,9 +9,14 @@ import jax.numpy as jnp
 from gpt2_jax.sharding import AXES, BATCH, axis_size
 
 
+def _tokens(logits_BTV):
+  """The token of each logit, split like them: a plain range would be whole on every device, and masks with it."""
+  return jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2, out_sharding=jax.typeof(logits_BTV).sharding.spec)
+
+
 def _real(logits_BTV, n_vocab: int):
   """Logits with the padding of the vocabulary at minus infinity."""
-  return jnp.where(jnp.arange(logits_BTV.shape[-1]) < n_vocab, logits_BTV, -jnp.inf)
+  return jnp.where(_tokens(logits_BTV) < n_vocab, logits_BTV, -jnp.inf)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -34,14 +39,14 @@ def _of_label(logits_BTV, labels_BT):
   if axis_size(*AXES) == 1:
     row_B1, time_T = jnp.arange(labels_BT.shape[0])[:, None], jnp.arange(labels_BT.shape[1])
     return logits_BTV.at[row_B1, time_T, labels_BT].get(out_sharding=BATCH)
-  is_label = jnp.arange(logits_BTV.shape[-1]) == labels_BT[..., None]
+  is_label = _tokens(logits_BTV) == labels_BT[..., None]
   return jnp.sum(jnp.where(is_label, logits_BTV, 0.0), axis=-1)
 
 
 def _backward(n_vocab, saved, d_BT):
   logits_BTV, labels_BT, lse_BT = saved
   p_BTV = jnp.exp(_real(logits_BTV, n_vocab) - lse_BT[..., None])
-  is_label = jnp.arange(logits_BTV.shape[-1]) == labels_BT[..., None]
+  is_label = _tokens(logits_BTV) == labels_BT[..., None]
   return (p_BTV - is_label) * d_BT[..., None], None
 
 

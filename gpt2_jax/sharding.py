@@ -9,7 +9,7 @@ tensor parallelism. A laptop is the mesh (1, 1, 1): there is no other code path 
 import math
 
 import jax
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -41,7 +41,8 @@ def make_mesh(replica: int = 1, data: int = -1, model: int = 1, devices=None) ->
     )
   slices = count_slices(devices)
   if slices == 1:
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+    placed = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * 3)
   if sizes[0] % slices:
     raise ValueError(
       f"mesh (replica, data, model) = {tuple(sizes)} over {slices} slices: only replica may cross slices, so it is a "

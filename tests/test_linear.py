@@ -170,9 +170,11 @@ def test_digits_add_up(n):
   assert (np.abs(total - x) <= most * (0.5 / (127 * 254 ** (n - 1)) + 2**-23)).all()
 
 
+@pytest.mark.parametrize("form", ["cpu", "tpu"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 1, 2)], ids=str)
-def test_project_takes_int8_for_the_values_it_stands_for(kind, sizes, mesh, put):
+def test_project_takes_int8_for_the_values_it_stands_for(form, kind, sizes, mesh, put, monkeypatch):
+  monkeypatch.setattr(linear, "platform", lambda: form)
   """Few rows go another way than many on the CPU; both keep the activations."""
   stored, gathered, contract, x_spec, y_spec = KINDS[kind]
   rng = np.random.default_rng(0)

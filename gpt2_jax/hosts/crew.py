@@ -61,8 +61,10 @@ class Link:
 
   def first(self) -> list:
     """The first message, waited for as long as the connection's time limit; others that came with it stay unread."""
+    end = time.monotonic() + self.connection.gettimeout()
     while not (messages := self.receive()):
-      pass
+      if time.monotonic() > end or len(self.buffer) > 1 << 20:
+        raise TimeoutError("no message came")
     self.unread = messages[1:]
     return messages[0]
 
@@ -95,12 +97,13 @@ class Crew(threading.Thread):
     if self.process:
       self.links[0].send("value", key, value)
       with self.changed:
-        if self.changed.wait_for(lambda: key in self.answers, seconds + 2 * PING):
+        # Process 0 judges who is late, by a clock that may have started after this one.
+        if self.changed.wait_for(lambda: key in self.answers, 2 * seconds + 2 * PING):
           return self.answers.pop(key)
       self._end_here(LOST, f"{self.name_of(0)} {late}")
     with self.changed:
       values = self.values.setdefault(key, {})
-      values[0] = value
+      values[0] = json.loads(json.dumps(value))  # as the others' come
       self.changed.wait_for(lambda: len(values) == len(self.names), seconds)
     if missing := [self.name_of(i) for i in range(len(self.names)) if i not in values]:
       self._end_here(LOST, f"{', '.join(missing)} {late}")

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import math
 import os
 import pathlib
 import re
@@ -24,10 +25,10 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from gpt2_jax import train
-from gpt2_jax.chips import GIB, Topology
+from gpt2_jax.chips import Topology
 from gpt2_jax.model import ModelConfig, check_mesh
 from gpt2_jax.plan import program
-from gpt2_jax.sharding import BATCH, make_mesh
+from gpt2_jax.sharding import BATCH, concrete, make_mesh
 
 SETTINGS = {  # a machine without TPUs: no metadata server to ask, no logs, several processes at once
   "TPU_SKIP_MDS_QUERY": "1",
@@ -101,18 +102,20 @@ class Compiled:
 
 
 def compile_step(config: ConfigDict, topology: Topology) -> Compiled:
-  """Compiles the update that `launch/train.py` with this config would run on that topology.
+  """Compiles the update that `launch/train.py` with this config would run on that topology; one of them a call.
 
   Raises DoesNotFit with the numbers, and ValueError on a mesh, batch or model that cannot be.
   """
   devices = open_topology(topology)
   mesh, model_config = make_mesh(**config.mesh, devices=devices), ModelConfig(**config.model)
+  config = config.copy_and_resolve_references()
+  config.steps_per_call = 1
   init, call = train.build(config, model_config, platform="tpu")
   with jax.set_mesh(mesh):
     train.check_knobs(config)
     check_mesh(model_config)
-    state = _placed(jax.eval_shape(lambda: init(jax.random.key(0))), mesh)
-    shape = (config.steps_per_call, config.batch_size, model_config.n_ctx + 1)
+    state = concrete(jax.eval_shape(lambda: init(jax.random.key(0))), mesh)
+    shape = (1, config.batch_size, model_config.n_ctx + 1)
     tokens_SBT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, P(None, *BATCH)))
     signals = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=NamedSharding(mesh, P(mesh.axis_names)))
     kept = _kept_for_backward(state.model, config, mesh)
@@ -149,21 +152,13 @@ def _kernels(parsed: program.Program) -> dict[str, int]:
   return found
 
 
-def _placed(tree, mesh: Mesh):
-  def place(leaf):
-    spec = leaf.sharding.spec if leaf.sharding else P()
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-  return jax.tree.map(place, tree)
-
-
 def _local_bytes(tree, mesh: Mesh) -> float:
   """Bytes a chip holds of a tree of shapes."""
   total = 0
   for leaf in jax.tree.leaves(tree):
     spec = leaf.sharding.spec if leaf.sharding else P()
     shape = NamedSharding(mesh, spec).shard_shape(leaf.shape)
-    total += leaf.dtype.itemsize * functools.reduce(int.__mul__, shape, 1)
+    total += leaf.dtype.itemsize * math.prod(shape)
   return total
 
 
@@ -189,7 +184,7 @@ def _classes(memory, state, kept: float) -> dict[str, float]:
   return {
     "parameters": parameters,
     "optimizer state": optimizer,
-    "activations kept": activations,
+    "kept for backward, at most": activations,
     "temporaries": memory.temp_size_in_bytes - activations,
     "batch, program, rest": memory.argument_size_in_bytes
     + memory.output_size_in_bytes
@@ -206,13 +201,10 @@ def _fitting(topology: Topology):
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
-    text = str(error)
-    if "RESOURCE_EXHAUSTED" not in text:
-      raise
-    found = re.search(r"\(([\d.]+[KMGT]?)\) exceeds available (\w+) \(([\d.]+[KMGT]?)\)", text)
-    found = found or re.search(r"[Uu]sed ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) (hbm|HBM)", text)
-    needed = f"it needs {found[1]} a chip" if found else text.splitlines()[0][:200]
+    found = re.search(r"\(([\d.]+[KMGT]?)\) exceeds available hbm \(([\d.]+[KMGT]?)\)", str(error), re.IGNORECASE)
+    if found is None:  # other memories run out too, but of what the compiler or a kernel chose
+      raise ValueError(f"the TPU compiler gave up on {topology}: {str(error).splitlines()[0][:300]}") from error
     raise DoesNotFit(
-      f"it does not fit {topology}: {needed}, {topology.chip.hbm / GIB:.2f} GiB are there; "
+      f"it does not fit {topology}: it needs {found[1]} a chip, {found[2]} are there; "
       f"raise --config.microbatches, split more with --config.mesh.data or .model, or set --config.model.remat=full"
     ) from error

@@ -135,7 +135,7 @@ def _crossing(compiled: Compiled, one: Instruction) -> tuple[str, str, float, fl
   collective = _starts(compiled, one)
   if collective is None:
     return None
-  devices, nbytes, kind = groups(collective.text), size(collective.shape), _kind(compiled, one, collective)
+  devices, nbytes, kind = groups(collective.text), _whole(collective), _kind(compiled, one, collective)
   return kind, _axes(compiled, devices), nbytes, _link_seconds(compiled, kind, nbytes, devices)
 
 
@@ -172,6 +172,14 @@ def _behind(compiled: Compiled, instructions: list[Instruction], place: int) -> 
   return sum(_cycles(compiled, x) for x in between) / compiled.topology.chip.clock
 
 
+def _whole(collective: Instruction) -> float:
+  """Bytes of what is gathered, or of what is reduced before it is scattered."""
+  if collective.opcode in ("all-gather-start", "collective-permute-start"):  # a tuple: operand, result, and marks
+    return max(size(array) for array in re.findall(r"\w+\[[\d,]*\]", collective.shape))
+  parts = groups(collective.text).shape[1] if collective.opcode == "reduce-scatter" else 1
+  return size(collective.shape) * parts
+
+
 def _axes(compiled: Compiled, devices: np.ndarray) -> str:
   """The mesh axes along which the groups run."""
   places = np.stack(np.unravel_index(devices, [compiled.mesh[name] for name in AXES]))
@@ -186,9 +194,9 @@ def _link_seconds(compiled: Compiled, kind: str, nbytes: float, devices: np.ndar
   if kind == "collective-permute":
     return nbytes / chip.link
   links = 0
-  for length, along in zip((*shape, 1, 1), coordinates, strict=False):
+  for axis, (length, along) in enumerate(zip(shape, coordinates, strict=False)):
     extent = len(set(along))
-    links += 0 if extent == 1 else 2 if extent == length and length % chip.ring == 0 else 1
+    links += 0 if extent == 1 else 2 if extent == length and compiled.topology.closes(axis) else 1
   n, rounds = devices.shape[1], 2 if kind == "all-reduce" else 1
   return rounds * nbytes * (n - 1) / n / (links * chip.link) if links else 0.0
 

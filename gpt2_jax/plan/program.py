@@ -73,7 +73,10 @@ class Program:
   entry: str
 
   def executed(self, computation: str | None = None, times: int = 1) -> Iterator[tuple[Instruction, int]]:
-    """What runs and how often: bodies of loops by their trips, of a conditional the longest branch."""
+    """What runs and how often: bodies of loops by their trips, of a conditional the branch of the most cycles.
+
+    What has no cycles of its own, a kernel or a collective, does not count in that choice.
+    """
     for one in self.computations[computation or self.entry]:
       if one.opcode == "while":
         yield from self.executed(one.called("body")[0], times * self._trips(one.called("condition")[0]))

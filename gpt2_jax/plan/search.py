@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from gpt2_jax.attention import KERNELS
 from gpt2_jax.chips import Topology
+from gpt2_jax.fused_attention import suits
 from gpt2_jax.metrics import flops_per_token
 from gpt2_jax.model import ModelConfig
 
@@ -53,8 +53,10 @@ class Candidate:
 def candidates(config: ConfigDict, topology: Topology) -> list[Candidate]:
   """All that divide and, on paper, fit; the fastest on paper first. Raises ValueError if there is none."""
   found = []
+  K = config.model.n_embd // config.model.n_head
+  kernels = [kernel for kernel in BUNDLES if kernel != "fused" or suits(config.model.n_ctx, K)]
   for mesh in _meshes(config, topology):
-    for microbatches, remat, kernel in itertools.product(_slices(config, mesh), KEPT, BUNDLES):
+    for microbatches, remat, kernel in itertools.product(_slices(config, mesh), KEPT, kernels):
       seconds, hbm = _on_paper(config, topology, mesh, microbatches, remat, kernel)
       if hbm < ROOM * topology.chip.hbm:
         found.append(Candidate(*mesh, microbatches, remat, kernel, seconds, hbm))
@@ -63,16 +65,16 @@ def candidates(config: ConfigDict, topology: Topology) -> list[Candidate]:
       f"no mesh of {topology} holds this model with batch_size of {config.batch_size}; "
       f"take more chips, or a batch that divides by them"
     )
-  assert set(BUNDLES) < set(KERNELS)
   return sorted(found, key=lambda one: one.seconds)
 
 
 def leading(found: list[Candidate], count: int) -> list[Candidate]:
-  """The first of each remat policy, on which the paper is least to be trusted, then the rest; `count` of them."""
-  first = {}
+  """The best of each mesh and remat policy, of each policy one first: there the paper is least to be trusted."""
+  best, first = {}, {}
   for one in found:
+    best.setdefault((one.replica, one.data, one.model, one.remat), one)
     first.setdefault(one.remat, one)
-  return [*first.values(), *(one for one in found if one not in first.values())][:count]
+  return [*first.values(), *(one for one in best.values() if one not in first.values())][:count]
 
 
 def _meshes(config: ConfigDict, topology: Topology) -> Iterator[tuple[int, int, int]]:
@@ -106,7 +108,7 @@ def _on_paper(config: ConfigDict, topology: Topology, mesh, microbatches: int, r
   forward, backward = BUNDLES[kernel]
   kernels = rows * heads * L * (forward * FORWARDS[remat] + backward) / chip.clock
   elementwise = tokens * L * D * (MOVED[0] + MOVED[1] / model) / chip.hbm_bandwidth
-  ring = 2 * chip.link if topology.shape[0] % chip.ring == 0 else chip.link
+  ring = 2 * chip.link if topology.closes(0) else chip.link
   # Over more than one axis of the torus the compiler makes an all-reduce and a slice of a reduce-scatter.
   scatter = 2 if data > max(topology.shape) else 1
   gathers = microbatches * (1 + FORWARDS[remat])

@@ -4,15 +4,19 @@
 import collections
 import importlib.util
 import math
+import re
 
 import numpy as np
 import pytest
 
 from configs import gpt2
+from gpt2_jax.attention import KERNELS as ATTENTION
 from gpt2_jax.chips import GIB, topology
 from gpt2_jax.plan import report, search
-from gpt2_jax.plan.compiling import Compiled, DoesNotFit, compile_step
-from gpt2_jax.plan.estimate import KERNELS, MEMORY, PRODUCTS, estimate
+from gpt2_jax.plan.compiling import Compiled, DoesNotFit, compile_step, open_topology
+from gpt2_jax.plan.estimate import KERNELS, MEMORY, PRODUCTS, _whole, estimate
+from gpt2_jax.plan.program import Instruction
+from gpt2_jax.sharding import make_mesh
 
 if importlib.util.find_spec("libtpu") is None:
   pytest.skip("could not import libtpu", allow_module_level=True)
@@ -32,8 +36,8 @@ def config_for(mesh: tuple[int, int, int], **knobs):
 
 @pytest.fixture(scope="module")
 def small() -> Compiled:
-  """Every axis of the mesh above 1."""
-  return compile_step(config_for((2, 2, 2)), topology("v5e:2x4"))
+  """Every axis of the mesh above 1; a plan is of one step, however many a call has."""
+  return compile_step(config_for((2, 2, 2), steps_per_call=3), topology("v5e:2x4"))
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,9 @@ def test_each_axis_of_the_mesh_has_its_own_collectives(small):
   assert {"replica", "model"} <= found["all-reduce"]
   assert not found["all-to-all"]
   assert not [axes for kind in ("all-gather", "reduce-scatter") for axes in found[kind] if "replica" in axes]
+  carried = [x for one, _ in small.program.executed() if (x := small.program.collective(one))]
+  gathered = [x.shape for x in carried if "gather" in x.opcode]
+  assert gathered and not [shape for shape in gathered if "[4,256," in shape], "an activation, [B, T, ...]"
   largest = 4 * max(4 * WIDTH**2, VOCABULARY * WIDTH)  # one layer's widest matrix, or the table, in float32
   assert all(one.bytes <= largest for one in estimate(small).collectives if one.kind == "all-gather")
 
@@ -106,11 +113,25 @@ def test_the_estimate_is_made_of_its_parts(small, slices):
     assert one.mfu(slow) == pytest.approx(one.model_flops / (8 * 197e12) / slow)
 
 
+def test_bytes_are_the_whole_arrays_in_each_way_of_writing():
+  def whole(shape, opcode):
+    return _whole(Instruction("x", shape, opcode, "replica_groups={{0,1,2,3}}"))
+
+  assert (
+    whole("f32[8,128]", "all-gather") == whole("(f32[2,128], f32[8,128]{1,0:T(8,128)})", "all-gather-start") == 4096
+  )
+  assert whole("f32[2,128]", "reduce-scatter") == whole("f32[8,128]", "all-reduce") == 4096
+  assert whole("(f32[8,128], f32[8,128], u32[], u32[])", "collective-permute-start") == 4096
+
+
 def test_what_does_not_fit_says_how_much_is_missing():
   config = config_for((1, 1, 1))
   config.model.update(n_embd=4096, n_head=64, n_layer=4)
-  with pytest.raises(DoesNotFit, match=r"does not fit v5e:1x1: it needs [\d.]+G a chip, 15.75 GiB are there; raise"):
+  message = r"does not fit v5e:1x1: it needs [\d.]+G a chip, ([\d.]+)G are there; raise"
+  with pytest.raises(DoesNotFit, match=message) as raised:
     compile_step(config, topology("v5e:1x1"))
+  available = re.search(message, str(raised.value))[1]
+  assert float(available) * GIB == topology("v5e:1x1").chip.hbm, "the table of chips has what the compiler allows"
 
 
 def test_a_plan_reads_as_table_json_and_picture(small, tmp_path):
@@ -136,16 +157,16 @@ def test_a_search_offers_only_what_divides_and_fits_on_paper():
     assert (
       tried[0] == found[0] and len(set(tried)) == 5 and {one.remat for one in tried[:3]} == {"full", "dots", "none"}
     )
+    devices = open_topology(target)
+    for one in tried:
+      make_mesh(one.replica, one.data, one.model, devices=devices)
     for one in found:
       applied = one.apply(config)
       assert np.prod(list(applied.mesh.values())) == target.chips and one.replica % slices == 0
       assert one.hbm < target.chip.hbm and config.model.n_embd % one.data == 0
       assert config.batch_size % (one.replica * one.data * one.microbatches) == 0
       assert applied.model.pad_heads == (one.model > 1)
+  assert set(search.BUNDLES) < set(ATTENTION)
   assert config.mesh.data == -1, "the config that was given stays as it was"
   with pytest.raises(ValueError, match="no mesh of v5e:1x1 holds this model"):
     search.candidates(config, topology("v5e:1x1"))
-
-
-def test_what_the_compiler_allows_is_what_the_table_of_chips_says():
-  assert topology("v5e:8x8").chip.hbm == 15.75 * GIB
