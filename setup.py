@@ -31,7 +31,8 @@ setup(
     "tqdm>=4.70.1",
   ],
   extras_require={
-    "tpu": ["jax[tpu]>=0.10.2"],
+    "tpu": ["jax[tpu]>=0.10.2", "gcsfs>=2026.10.1"],
+    "gcs": ["gcsfs>=2026.10.1"],  # workdirs on gs://: Orbax and etils reach what is no array there through it
     "plan": ["jax[tpu]>=0.10.2"],  # libtpu, for its compiler: launch/plan.py needs no TPU
     "cuda": ["jax[cuda12]>=0.10.2"],
     "convert": ["torch>=2.13", "tensorflow-cpu>=2.21"],  # nanoGPT's and pickled files; OpenAI's
@@ -39,6 +40,7 @@ setup(
     "harness": ["lm_eval>=0.4.13"],  # this project's models under lm-evaluation-harness
     "test": [
       "jax[tpu]>=0.10.2",  # two tests compile for a TPU
+      "gcsfs>=2026.10.1",
       "pytest>=9.0",
       "pytest-xdist>=3.8",
       "hypothesis>=6.170",

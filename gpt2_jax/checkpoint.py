@@ -26,6 +26,7 @@ from gpt2_jax import hosts
 from gpt2_jax.model import GPT2, ModelConfig, check_mesh, name_of
 from gpt2_jax.sharding import concrete
 from gpt2_jax.tokenizer import from_json
+from gpt2_jax.workdir import at, is_remote, reached
 
 
 def named(tree) -> dict:
@@ -85,7 +86,7 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: str, last: int = 1, create: bool = True):
-    self.path = os.path.join(workdir if "://" in workdir else os.path.abspath(workdir), "checkpoints")
+    self.path = os.path.join(at(workdir) if is_remote(workdir) else os.path.abspath(workdir), "checkpoints")
     best = keep.BestN(get_metric_fn=lambda metrics: metrics["val_loss"], reverse=True, n=1)
     self.manager = ocp.CheckpointManager(
       self.path,
@@ -106,7 +107,7 @@ class Checkpoints:
   def save(self, step: int, state, about: dict, val_loss: float = float("inf")):
     """Starts to write `state`; returns once its arrays are copied and may be donated. OSError for want of room."""
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    free = math.inf if "://" in self.path else shutil.disk_usage(self.path).free
+    free = math.inf if is_remote(self.path) else shutil.disk_usage(self.path).free
     if (free := hosts.from_first("the free space", free)) < needed:
       raise self._no_room(f"it takes {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} are free")
     arrays = named(state)
@@ -218,12 +219,13 @@ class Checkpoints:
   def _writing(self):
     """A save under way may have failed since it began: one line, and what is whole stays."""
     try:
-      yield
+      with reached(self.path):
+        yield
     except (ValueError, OSError) as error:
       reason = re.search(
         r"No space left on device|Permission denied|Read-only file system|Disk quota exceeded", str(error)
       )
-      raise self._no_room(reason[0] if reason else str(error)) from error
+      raise self._no_room(reason[0] if reason else _reason(error)) from error
 
   def _no_room(self, reason: str) -> OSError:
     return OSError(
@@ -254,7 +256,9 @@ def load(workdir: str, step: str = "latest", dtype: str | None = None):
 
   `dtype` computes in another dtype than the run did. Raises FileNotFoundError if there is no such checkpoint.
   """
-  if not epath.Path(workdir).exists():
+  with reached(workdir):
+    there = at(workdir).exists()
+  if not there:
     raise FileNotFoundError(f"{workdir} is not there; give the --workdir of a run")
   checkpoints = Checkpoints(workdir, create=False)
   steps = checkpoints.steps()

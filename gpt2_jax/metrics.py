@@ -83,6 +83,11 @@ class Metrics:
     if self.active:
       self.bar.write(text, file=sys.stderr)
 
+  def flush(self):
+    """All that was written is in the files."""
+    if self.active:
+      self.board.flush()  # metrics.jsonl is written line by line
+
   def close(self):
     if self.active:
       self.bar.close()

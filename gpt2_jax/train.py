@@ -3,16 +3,12 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
 import math
 import os
-import pathlib
 import signal
-import time
-import uuid
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +27,7 @@ from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.optimizer import adamw, schedule
 from gpt2_jax.sharding import BATCH, ROWS, check_divides, make_mesh, platform
 from gpt2_jax.tokenizer import load_tokenizer
+from gpt2_jax.workdir import Workdir, alone_in, at
 
 
 @functools.partial(
@@ -284,8 +281,7 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
 
   Raises ValueError or OSError with one clear line on input that cannot be, FloatingPointError on a run that diverged.
   """
-  if "://" in workdir:
-    raise ValueError(f"--workdir={workdir} is not a local path, and metrics.jsonl is appended to; give a mounted one")
+  at(workdir)  # refuses what can be no workdir before anything is done
   mesh = make_mesh(**config.mesh)
   with jax.set_mesh(mesh), Stop(mesh) as stop, contextlib.ExitStack() as held:
     model_config = ModelConfig(**config.model)
@@ -299,11 +295,12 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     held.enter_context(alone_in(workdir))
     checkpoints = Checkpoints(workdir, config.keep)
     state, first = checkpoints.newest(jax.eval_shape(init, key), about) or (jax.jit(init)(key), 0)
-    metrics = Metrics(workdir, first, config.steps)
+    folder = held.enter_context(Workdir(workdir))
+    metrics = Metrics(folder.path, first, config.steps)
     log = Log(metrics, config, model_config)
     say_start(metrics, first, config.steps)
     try:
-      profile = Profile(workdir, config.profile_steps)
+      profile = Profile(folder.path, config.profile_steps)
       for step, state, signals in segments(call, state, first, config, batches, log, stop, profile):  # noqa: B020
         val_loss = math.inf
         if due(step, config.eval_every, config):
@@ -311,6 +308,8 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
           metrics.write(step, val_loss=val_loss)
           metrics.say(f"step {step}: validation {val_loss:.4f} nats a token")
         number = stop.asked(signals)
+        metrics.flush()
+        folder.copy_up()  # before the checkpoint: who goes on from it finds the lines up to it
         if due(step, config.save_every, config) or number or val_loss < checkpoints.best:
           checkpoints.save(step, state, about, val_loss)
         if number:
@@ -321,49 +320,8 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
       metrics.close()
       checkpoints.close()
     if metrics.active:
-      plot_losses(workdir)
+      plot_losses(folder.path)
     return state
-
-
-@contextlib.contextmanager
-def alone_in(workdir: str):
-  """Holds the workdir's lock, on process 0, while the run lasts. Raises OSError if another run holds it.
-
-  Raises ValueError where another process does not see the same workdir.
-  """
-  path = pathlib.Path(workdir) / "lock"
-  with contextlib.ExitStack() as held:
-    mine = None
-    if hosts.is_first():
-      path.parent.mkdir(parents=True, exist_ok=True)
-      lock = held.enter_context(path.open("a"))
-      with contextlib.suppress(BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mine = uuid.uuid4().hex
-        lock.truncate(0)
-        lock.write(mine)
-        lock.flush()
-    mark = hosts.from_first("the lock of the workdir", mine)
-    if mark is None:
-      raise OSError(f"{workdir} is in use by another run; wait for it, or take another --workdir")
-    seen = mine == mark or appears(path, mark)
-    blind = [i for i, sees in enumerate(hosts.gather("the workdir", seen)) if not sees]
-    if blind:
-      raise ValueError(
-        f"process {', '.join(map(str, blind))} does not see in {workdir} what process 0 wrote there; "
-        f"give a --workdir on a filesystem that all hosts share"
-      )
-    yield
-
-
-def appears(path: pathlib.Path, text: str, seconds: float = 20) -> bool:
-  """Whether the file comes to hold `text`: a shared filesystem may show it late."""
-  end = time.monotonic() + seconds
-  while not (path.exists() and path.read_text() == text):
-    if time.monotonic() > end:
-      return False
-    time.sleep(0.1)
-  return True
 
 
 def due(step: int, every: int, config: ConfigDict) -> bool:

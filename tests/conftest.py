@@ -33,6 +33,7 @@ from gpt2_jax.model import (  # noqa: E402
   name_of,  # noqa: E402
 )
 from gpt2_jax.sharding import abstract_mesh, concrete, make_mesh  # noqa: E402
+from tests.stand_in_bucket import Bucket  # noqa: E402
 
 
 def _mesh(*sizes: int):
@@ -74,6 +75,24 @@ def _unpadded(tree, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     leaf[inside] = 0
     assert not leaf.any(), f"the padding of {name} is not zero"
   return cut
+
+
+@pytest.fixture(scope="session")
+def _server():
+  """One for all tests: the clients of gs:// keep their connection."""
+  server = Bucket()
+  yield server
+  server.close()
+
+
+@pytest.fixture
+def bucket(_server, monkeypatch):
+  """gs://bucket on localhost, empty."""
+  for variable in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+    monkeypatch.setenv(variable, _server.url)
+  monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "a token")
+  _server.reset()
+  return _server
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,9 @@
 import json
 import math
 import pathlib
+import re
 import shutil
+import tempfile
 
 import jax
 import numpy as np
@@ -16,6 +18,7 @@ from gpt2_jax import train
 from gpt2_jax.checkpoint import Checkpoints, load
 from gpt2_jax.data import TokenStore, encode_corpus
 from gpt2_jax.decoding import generate
+from gpt2_jax.pretrained import load_pretrained
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.tokenizer import train_characters
 
@@ -209,9 +212,63 @@ def test_bad_input_is_one_line_and_leaves_nothing(data, tmp_path, knobs, message
   assert not (tmp_path / "run").exists()
 
 
-def test_a_workdir_that_cannot_be_appended_to_is_refused(data):
-  with pytest.raises(ValueError, match="is not a local path"):
-    train.run(config_for(data), "gs://bucket/run")
+@pytest.mark.parametrize("workdir", ["s3://bucket/run", "gs:///run"])
+def test_a_workdir_elsewhere_is_refused(data, workdir):
+  with pytest.raises(ValueError, match=r"is neither a local path nor gs://BUCKET/PATH"):
+    train.run(config_for(data), workdir)
+
+
+def test_a_run_on_gs_that_is_broken_off_goes_on_as_the_local_one(whole, data, bucket, tmp_path, monkeypatch, capfd):
+  """A dropped mark is a save that a kill cut off; the lines after it, and the torn one, are written again."""
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+  train.run(config_for(data, profile_steps=2), "gs://bucket/a/run")
+  told = bucket.objects["a/run/metrics.jsonl"].decode()
+  assert any(name.startswith("a/run/profile/") for name in bucket.objects)
+  assert not list(tmp_path.iterdir())
+  for step in (16, 24):
+    bucket.drop(f"a/run/checkpoints/{step}/commit_success.txt")
+  bucket.put("a/run/metrics.jsonl", told[: len(told) - 9].encode())
+  train.run(config_for(data), "gs://bucket/a/run")
+  assert "going on from step 8" in capfd.readouterr().err
+  (tmp_path / "metrics.jsonl").write_bytes(bucket.objects["a/run/metrics.jsonl"])
+  for name in ("loss", "grad_norm", "batch_hash", "val_loss"):
+    assert lines(tmp_path, name) == lines(whole, name)
+  assert bucket.objects["a/run/loss.png"].startswith(b"\x89PNG")
+  assert sum(name.startswith("a/run/tensorboard/events") for name in bucket.objects) == 2
+  with jax.set_mesh(make_mesh(8, 1, 1)):
+    remote, _ = load_pretrained("gs://bucket/a/run", step="16")
+    local, _ = load(str(whole), "16")
+  assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), remote, local))
+
+
+def test_what_a_run_on_gs_wrote_is_there_before_its_checkpoint(data, bucket):
+  """A kill right after a checkpoint loses no line up to it: seen from the bucket, at every commit."""
+  seen = {}
+  put = bucket.put
+
+  def watch(name, content):
+    put(name, content)
+    if found := re.fullmatch(r"run/checkpoints/(\d+)/commit_success.txt", name):
+      told = bucket.objects["run/metrics.jsonl"].decode().splitlines()
+      seen[int(found[1])] = {json.loads(line)["step"] for line in told}
+
+  bucket.put = watch
+  try:
+    train.run(config_for(data, steps=16, warmup_steps=4), "gs://bucket/run")
+  finally:
+    del bucket.put
+  assert seen.keys() == {8, 16} and all(set(range(1, step + 1)) <= told for step, told in seen.items())
+
+
+@pytest.mark.parametrize("refused", ["lock", "metrics.jsonl", "checkpoints/8/state"])
+def test_what_gs_does_not_take_is_one_line(data, bucket, tmp_path, monkeypatch, refused):
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+  bucket.refuse = refused
+  with pytest.raises(OSError, match=r"gs://bucket/run.*(Forbidden|may not create objects here)") as raised:
+    train.run(config_for(data, steps=8, warmup_steps=4), "gs://bucket/run")
+  assert "\n" not in str(raised.value)
+  kept = [lines(path.parent) for path in tmp_path.rglob("metrics.jsonl")]
+  assert kept == [] if refused != "metrics.jsonl" else len(kept[0]) == 8
 
 
 def test_a_store_of_another_tokenizer_is_refused(data, tmp_path):

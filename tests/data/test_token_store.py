@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-import http.server
 import json
 import os
 import pathlib
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-import urllib.parse
-from collections.abc import Iterator
 
 import numpy as np
 import psutil
@@ -43,63 +38,6 @@ if __name__ == "__main__":
   documents = Slow(chr(97 + i) * 5000 for i in range(12))
   encode_corpus(documents, Characters("abcdefghijkl"), sys.argv[1], {}, processes=2, documents_per_part=1)
 """
-
-
-class FakeBucket(http.server.BaseHTTPRequestHandler):
-  """As much of Google Cloud Storage as TensorStore calls, on a dictionary; counts the bytes that it serves."""
-
-  protocol_version = "HTTP/1.1"
-  objects: dict[str, bytes] = {}
-  served = 0
-
-  def _request(self) -> tuple[str, dict[str, str]]:
-    url = urllib.parse.urlparse(self.path)
-    query = dict(urllib.parse.parse_qsl(url.query))
-    return urllib.parse.unquote(url.path.partition("/o/")[2]) or query.get("name", ""), query
-
-  def _answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-    self.send_response(status)
-    for key, value in (headers | {"Content-Length": str(len(body))}).items():
-      self.send_header(key.replace("_", "-"), value)
-    self.end_headers()
-    self.wfile.write(body)
-
-  def do_GET(self):
-    name, query = self._request()
-    if not name:
-      found = [key for key in self.objects if query["startOffset"] <= key < query["endOffset"]]
-      return self._answer(200, json.dumps({"items": [{"name": key} for key in found]}).encode())
-    if name not in self.objects:
-      return self._answer(404)
-    body = self.objects[name]
-    first, last = re.fullmatch(r"bytes=(-?\d+)-?(\d*)", self.headers.get("Range", "bytes=0-")).groups()
-    part = body[int(first) : int(last) + 1 if last else None]
-    begin = int(first) % len(body)
-    FakeBucket.served += len(part)
-    span = f"bytes {begin}-{begin + len(part) - 1}/{len(body)}"
-    return self._answer(206 if "Range" in self.headers else 200, part, Content_Range=span, x_goog_generation="1")
-
-  def do_POST(self):
-    name, _ = self._request()
-    self.objects[name] = self.rfile.read(int(self.headers["Content-Length"]))
-    self._answer(200, json.dumps({"name": name, "generation": "1"}).encode())
-
-  def do_DELETE(self):
-    self._answer(204 if self.objects.pop(self._request()[0], None) is not None else 404)
-
-  def log_message(self, *args):
-    pass
-
-
-@pytest.fixture
-def bucket(monkeypatch) -> Iterator[str]:
-  server = http.server.ThreadingHTTPServer(("localhost", 0), FakeBucket)
-  threading.Thread(target=server.serve_forever, daemon=True).start()
-  monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://localhost:{server.server_port}")
-  monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "a token")
-  yield "gs://bucket"
-  server.shutdown()
-  server.server_close()
 
 
 def write(path: pathlib.Path | str, documents=DOCUMENTS, tokenizer=ALPHABET, source=SOURCE, processes=1, per_part=7):
@@ -202,7 +140,7 @@ def test_pieces_do_not_change_gpt2s_tokens():
 
 
 def test_a_store_on_gs_is_written_and_read_at_random(store, bucket):
-  remote = write(f"{bucket}/some/store")
+  remote = write("gs://bucket/some/store")
   assert {name: remote.manifest[name] for name in ("tokens", "parts")} == {
     name: store.manifest[name] for name in ("tokens", "parts")
   }
@@ -210,15 +148,15 @@ def test_a_store_on_gs_is_written_and_read_at_random(store, bucket):
   starts = [0, 7, len(store) - 300, len(store) // 2]
   np.testing.assert_array_equal(TokenStore.open(remote.path).read(starts, 300), store.read(starts, 300))
   with pytest.raises(FileNotFoundError, match="no token store at gs://bucket/none"):
-    TokenStore.open(f"{bucket}/none")
+    TokenStore.open("gs://bucket/none")
 
 
 def test_a_window_on_gs_costs_its_chunks_not_its_shard(bucket):
-  remote = write(f"{bucket}/large", ["abcdefghij" * 50_000])
+  remote = write("gs://bucket/large", ["abcdefghij" * 50_000])
   remote.read([0], 10)  # brings the shard's index
-  before = FakeBucket.served
+  before = bucket.served
   remote.read([200_000], 1025)
-  assert 1025 * 2 <= FakeBucket.served - before <= 2 * (token_store.CHUNK * 2 + 4)
+  assert 1025 * 2 <= bucket.served - before <= 2 * (token_store.CHUNK * 2 + 4)
 
 
 def test_a_killed_job_is_never_taken_for_whole_and_continues(tmp_path):
