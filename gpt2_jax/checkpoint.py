@@ -88,16 +88,17 @@ class Checkpoints:
   def __init__(self, workdir: str, last: int = 1, create: bool = True):
     self.path = os.path.join(at(workdir) if is_remote(workdir) else os.path.abspath(workdir), "checkpoints")
     best = keep.BestN(get_metric_fn=lambda metrics: metrics["val_loss"], reverse=True, n=1)
-    self.manager = ocp.CheckpointManager(
-      self.path,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(last), best]),
-        best_fn=lambda metrics: metrics["val_loss"],
-        best_mode="min",
-        create=create,
-        cleanup_tmp_directories=create,
-      ),
-    )
+    with reached(self.path):
+      self.manager = ocp.CheckpointManager(
+        self.path,
+        options=ocp.CheckpointManagerOptions(
+          preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(last), best]),
+          best_fn=lambda metrics: metrics["val_loss"],
+          best_mode="min",
+          create=create,
+          cleanup_tmp_directories=create,
+        ),
+      )
     self.best = hosts.from_first("the best checkpoint", self._least_val_loss())
 
   def steps(self) -> list[int]:
@@ -256,8 +257,9 @@ def load(workdir: str, step: str = "latest", dtype: str | None = None):
 
   `dtype` computes in another dtype than the run did. Raises FileNotFoundError if there is no such checkpoint.
   """
+  path = at(workdir)
   with reached(workdir):
-    there = at(workdir).exists()
+    there = path.exists()
   if not there:
     raise FileNotFoundError(f"{workdir} is not there; give the --workdir of a run")
   checkpoints = Checkpoints(workdir, create=False)

@@ -65,8 +65,9 @@ def find(name_or_path: str, revision: str | None = None) -> pathlib.Path:
   """The path itself, or where the Hub's repository of that name lies once it is fetched; on gs:// a workdir only."""
   name_or_path = os.fspath(name_or_path)
   if is_remote(name_or_path):
+    path = at(name_or_path)
     with reached(name_or_path):
-      there = is_workdir(path := at(name_or_path))
+      there = is_workdir(path)
     if not there:
       raise FileNotFoundError(
         f"{path} is no workdir of a run (checkpoints/), and others are read from local paths only"

@@ -279,6 +279,8 @@ def check_knobs(config: ConfigDict):
 def run(config: ConfigDict, workdir: str) -> TrainState:
   """Trains as `config` says (configs/gpt2.py explains the knobs), from the newest checkpoint in `workdir` if any.
 
+  `workdir` is a local path or gs://BUCKET/PATH, where nothing keeps two runs apart.
+
   Raises ValueError or OSError with one clear line on input that cannot be, FloatingPointError on a run that diverged.
   """
   at(workdir)  # refuses what can be no workdir before anything is done

@@ -22,7 +22,9 @@ from gpt2_jax.sharding import make_mesh
 from launch import shell
 from launch.console import Console, Settings, newlines
 
-_MODEL = flags.DEFINE_string("model", None, "A published name (gpt2, gpt2-xl, ...), a checkpoint's path, or a workdir.")
+_MODEL = flags.DEFINE_string(
+  "model", None, "A published name (gpt2, gpt2-xl, ...), a checkpoint's path, or a workdir (also gs://)."
+)
 _STEP = flags.DEFINE_string("step", "latest", "Of a workdir: latest, best (least validation loss), or a step.")
 _REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit of the Hub's repository.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue; may be repeated. Default: <|endoftext|>.")

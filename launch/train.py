@@ -23,7 +23,9 @@ from gpt2_jax import hosts, train
 from launch import shell
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with :SIZE where it takes one.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics.jsonl, TensorBoard and traces go.")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Where checkpoints, metrics.jsonl, TensorBoard and traces go; local or gs://."
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where a TPU does not tell.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the run has.", lower_bound=1)
 _PROCESS = flags.DEFINE_integer("process", None, "Which of them this one is, from 0.", lower_bound=0)

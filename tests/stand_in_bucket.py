@@ -15,7 +15,7 @@ import urllib.parse
 
 
 class Bucket(http.server.ThreadingHTTPServer):
-  """`objects` holds the content by name; uploads to names that `refuse` matches are answered with 403."""
+  """`objects` holds the content by name. 403 answers uploads to names that `refuse` matches, and a wrong permission."""
 
   daemon_threads = True
   request_queue_size = 128
@@ -83,6 +83,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
   def _get(self):
     name, query = self._request()
     if "/o" not in self.path.partition("?")[0]:
+      if self._refused("storage.buckets.get"):
+        return None
       return self._json({"kind": "storage#bucket", "id": "bucket", "name": "bucket", "storageClass": "STANDARD"})
     if not name:
       return self._list(query)
@@ -143,12 +145,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
       _, head, content, _ = body.split(boundary)
       name = json.loads(re.split(rb"\r?\n\r?\n", head, maxsplit=1)[1])["name"]
       body = re.split(rb"\r?\n\r?\n", content, maxsplit=1)[1].removesuffix(b"\n").removesuffix(b"\r")
-    if self.server.refuse and re.search(self.server.refuse, name):
-      message = "the service account may not create objects here"
-      return self._json({"error": {"code": 403, "message": message}}, 403)
-    if self._holds(name, query):
+    if not self._refused(name) and self._holds(name, query):
       self.server.put(name, body)
       self._json(self.server.about(name))
+
+  def _refused(self, name: str) -> bool:
+    if not self.server.refuse or not re.search(self.server.refuse, name):
+      return False
+    self._json({"error": {"code": 403, "message": "the service account may not do this"}}, 403)
+    return True
 
   def _holds(self, name: str, query: dict[str, str]) -> bool:
     wanted = query.get("ifGenerationMatch")

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop: a run that is broken off and goes on is the run that never was, and every bad input is one line."""
 
+import gc
 import json
+import logging
 import math
 import pathlib
 import re
@@ -260,15 +262,26 @@ def test_what_a_run_on_gs_wrote_is_there_before_its_checkpoint(data, bucket):
   assert seen.keys() == {8, 16} and all(set(range(1, step + 1)) <= told for step, told in seen.items())
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("refused", ["lock", "metrics.jsonl", "checkpoints/8/state"])
 def test_what_gs_does_not_take_is_one_line(data, bucket, tmp_path, monkeypatch, refused):
   monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+  monkeypatch.setattr(logging.getLogger("asyncio"), "disabled", True)  # Orbax leaves the other arrays' errors to it
   bucket.refuse = refused
-  with pytest.raises(OSError, match=r"gs://bucket/run.*(Forbidden|may not create objects here)") as raised:
+  with pytest.raises(OSError, match=r"gs://bucket/run.*(Forbidden|may not do this)") as raised:
     train.run(config_for(data, steps=8, warmup_steps=4), "gs://bucket/run")
   assert "\n" not in str(raised.value)
   kept = [lines(path.parent) for path in tmp_path.rglob("metrics.jsonl")]
   assert kept == [] if refused != "metrics.jsonl" else len(kept[0]) == 8
+  gc.collect()
+
+
+def test_a_bucket_that_may_not_be_looked_at_is_one_line(data, bucket):
+  """Orbax asks what kind of bucket it is before it deletes the first checkpoint."""
+  bucket.refuse = "storage.buckets.get"
+  with pytest.raises(OSError, match=r"gs://closed/run/checkpoints.*: 403 .*may not do this") as raised:
+    train.run(config_for(data, keep=1), "gs://closed/run")
+  assert "\n" not in str(raised.value)
 
 
 def test_a_store_of_another_tokenizer_is_refused(data, tmp_path):
