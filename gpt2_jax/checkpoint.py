@@ -26,7 +26,7 @@ from gpt2_jax import hosts
 from gpt2_jax.model import GPT2, ModelConfig, check_mesh, name_of
 from gpt2_jax.sharding import concrete
 from gpt2_jax.tokenizer import from_json
-from gpt2_jax.workdir import at, is_remote, reached
+from gpt2_jax.workdir import at, is_remote, is_there, reached
 
 
 def named(tree) -> dict:
@@ -257,10 +257,7 @@ def load(workdir: str, step: str = "latest", dtype: str | None = None):
 
   `dtype` computes in another dtype than the run did. Raises FileNotFoundError if there is no such checkpoint.
   """
-  path = at(workdir)
-  with reached(workdir):
-    there = path.exists()
-  if not there:
+  if not is_there(workdir):
     raise FileNotFoundError(f"{workdir} is not there; give the --workdir of a run")
   checkpoints = Checkpoints(workdir, create=False)
   steps = checkpoints.steps()

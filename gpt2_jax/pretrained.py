@@ -16,7 +16,7 @@ from gpt2_jax.model import GPT2
 from gpt2_jax.quantization import quantize as quantized
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.tokenizer import Tokenizer
-from gpt2_jax.workdir import at, is_remote, reached
+from gpt2_jax.workdir import at, is_remote, is_there
 
 FORMATS = {"hf": hf, "openai": openai, "nanogpt": nanogpt, "llmc": llmc}  # in the order in which they are asked
 WRITABLE = ("hf", "orbax", "nanogpt", "llmc")
@@ -65,14 +65,11 @@ def find(name_or_path: str, revision: str | None = None) -> pathlib.Path:
   """The path itself, or where the Hub's repository of that name lies once it is fetched; on gs:// a workdir only."""
   name_or_path = os.fspath(name_or_path)
   if is_remote(name_or_path):
-    path = at(name_or_path)
-    with reached(name_or_path):
-      there = is_workdir(path)
-    if not there:
+    if not is_there(f"{name_or_path}/checkpoints"):
       raise FileNotFoundError(
-        f"{path} is no workdir of a run (checkpoints/), and others are read from local paths only"
+        f"{name_or_path} is no workdir of a run (checkpoints/), and others are read from local paths only"
       )
-    return path
+    return at(name_or_path)
   path = pathlib.Path(name_or_path).expanduser()
   looks_local = path.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1
   if path.exists() and name_or_path in hub.PUBLISHED:

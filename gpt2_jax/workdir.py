@@ -54,6 +54,17 @@ def reached(place: str):
     raise OSError(f"{place} cannot be reached: {reason}; look at the bucket, its rights and this host's") from error
 
 
+def is_there(place: str) -> bool:
+  """Whether there is such a file or folder; `exists` on gs:// says no where it could not ask."""
+  path = at(place)
+  with reached(place):
+    try:
+      path.stat()
+    except FileNotFoundError:
+      return False
+  return True
+
+
 class Workdir:
   """Where a run writes its files: `path`, a folder here. Nothing is done for a local workdir, which is that folder.
 
@@ -75,10 +86,9 @@ class Workdir:
     return self
 
   def _fetch(self, name: str):
-    there = at(self.place) / name
-    with reached(str(there)):
-      if there.exists():
-        (pathlib.Path(self.path) / name).write_bytes(there.read_bytes())
+    if is_there(f"{self.place}/{name}"):
+      with reached(self.place):
+        (pathlib.Path(self.path) / name).write_bytes((at(self.place) / name).read_bytes())
 
   def copy_up(self):
     """Copies the files that changed since the last time. Raises OSError with the first that cannot be written."""

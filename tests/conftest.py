@@ -2,6 +2,7 @@
 """Eight simulated CPU devices for every test, and what several test files share."""
 
 import getpass
+import logging
 import math
 import os
 import pathlib
@@ -91,6 +92,7 @@ def bucket(_server, monkeypatch):
   for variable in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
     monkeypatch.setenv(variable, _server.url)
   monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "a token")
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # as launch/shell.py does: Orbax leaves errors to it
   _server.reset()
   return _server
 
