@@ -260,7 +260,6 @@ def test_what_a_run_on_gs_wrote_is_there_before_its_checkpoint(data, bucket):
   assert seen.keys() == {8, 16} and all(set(range(1, step + 1)) <= told for step, told in seen.items())
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("refused", ["lock", "metrics.jsonl", "checkpoints/8/state"])
 def test_what_gs_does_not_take_is_one_line(data, bucket, tmp_path, monkeypatch, refused):
   monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
