@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from gpt2_jax import hosts
+import gpt2_jax.hosts as hosts
 from gpt2_jax.checkpoint import Checkpoints, flat
 from gpt2_jax.data import Batches, TokenStore, evaluation_batches
 from gpt2_jax.loss import cross_entropy

@@ -24,7 +24,7 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 import fsspec  # noqa: E402
 from etils import epath  # noqa: E402
 
-from gpt2_jax import hosts  # noqa: E402
+import gpt2_jax.hosts as hosts  # noqa: E402
 
 
 def is_remote(path: str) -> bool:
