@@ -61,7 +61,14 @@ def start(*flags: str) -> subprocess.Popen:
   cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
   cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
   command = [sys.executable, str(ROOT / "launch" / "evaluate.py"), *flags]
-  return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | cache)
+  return subprocess.Popen(
+    command,
+    stderr=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+    env=os.environ | cache,
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background hands on SIG_IGN
+  )
 
 
 def run(*flags: str, status: int = 0) -> tuple[str, str]:

@@ -38,7 +38,13 @@ class Box:
     environment = os.environ | {"STAND_IN": str(self.path), "PATH": f"{self.path}/local:{os.environ['PATH']}"}
     environment |= {"HOME": str(self.path), "GPT2_JAX_POLL": "0.02", "GPT2_JAX_PATIENCE": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, "text": True}
-    return subprocess.Popen(["bash", self.script, *arguments], env=environment, start_new_session=True, **pipes)
+    return subprocess.Popen(
+      ["bash", self.script, *arguments],
+      env=environment,
+      start_new_session=True,
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background hands on SIG_IGN
+      **pipes,
+    )
 
   def run(self, *arguments: str, status: int = 0, **scenario) -> tuple[str, str]:
     process = self.start(*arguments, **scenario)
