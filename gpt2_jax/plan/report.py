@@ -126,8 +126,8 @@ def _memory(facts) -> str:
   hbm = dict(facts["hbm_per_chip"])
   needed, available = hbm.pop("needed"), hbm.pop("available")
   room = (available - needed) / GIB  # below zero where the compiler lets some of these share room: it took the step
-  lines = ["HBM a chip, GiB"] + [f"  {name:22.22}{n / GIB:9.2f}" for name, n in hbm.items()]
-  lines.append(f"  {'all':22}{needed / GIB:9.2f}   of {available / GIB:.2f}: it fits, {room:+.2f}")
+  lines = ["HBM a chip, GiB"] + [f"  {name:27.27}{n / GIB:9.2f}" for name, n in hbm.items()]
+  lines.append(f"  {'all':27}{needed / GIB:9.2f}   of {available / GIB:.2f}: it fits, {room:+.2f}")
   return "\n".join(lines)
 
 

@@ -102,13 +102,14 @@ def _on_paper(config: ConfigDict, topology: Topology, mesh, microbatches: int, r
   tokens = rows * T
   whole, split = KEPT[remat]
   kept = 2 * D * L * (split / model + whole) + 6 * V / model
-  hbm = 16 * (layers + table) / (data * model) + tokens / microbatches * kept + 6 * table / model
+  hbm = 18 * (layers + table) / (data * model) + tokens / microbatches * kept + 6 * table / model
 
   products = tokens * (flops_per_token(model_config) - 12 * L * T * D) / model * (2 + FORWARDS[remat]) / 3
   forward, backward = BUNDLES[kernel]
   kernels = rows * heads * L * (forward * FORWARDS[remat] + backward) / chip.clock
   elementwise = tokens * L * D * (MOVED[0] + MOVED[1] / model) / chip.hbm_bandwidth
-  ring = 2 * chip.link if topology.closes(0) else chip.link
+  rings = [n for axis, n in enumerate(topology.shape) if topology.closes(axis)]  # both directions carry
+  bandwidth = (2 if data in rings else 1) * chip.link
   # Over more than one axis of the torus the compiler makes an all-reduce and a slice of a reduce-scatter.
   scatter = 2 if data > max(topology.shape) else 1
   gathers = microbatches * (1 + FORWARDS[remat])
@@ -117,4 +118,4 @@ def _on_paper(config: ConfigDict, topology: Topology, mesh, microbatches: int, r
   moved += 8 * weights / data * microbatches * (replica - 1) / replica
   moved += 16 * L * tokens * D * (1 + FORWARDS[remat]) * (model - 1) / model  # two all-reduces each way, in float32
   between = 8 * weights / data / chip.dcn if topology.slices > 1 else 0.0
-  return products / (EFFICIENCY * chip.flops) + kernels + elementwise + moved / ring + between, hbm
+  return products / (EFFICIENCY * chip.flops) + kernels + elementwise + moved / bandwidth + between, hbm
