@@ -6,11 +6,12 @@ from setuptools import find_packages, setup
 setup(
   name="gpt2_jax",
   version="0.1.0",
-  description="GPT-2 in JAX and Flax, TPU first: sharded training, zero-shot evaluation, converted checkpoints",
+  description="GPT-2 in JAX and Flax, TPU first: sharded training, zero-shot evaluation, "
+  "converted checkpoints",
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["gpt2_jax", "gpt2_jax.*"]),
-  package_data={"gpt2_jax.evaluate": ["paper.json"]},
+  package_data={"gpt2_jax.evaluate.sweep": ["paper.json"]},
   install_requires=[
     "jax>=0.10.2",
     "flax>=0.12.8",
@@ -32,7 +33,8 @@ setup(
   ],
   extras_require={
     "tpu": ["jax[tpu]>=0.10.2", "gcsfs>=2026.10.1"],
-    "gcs": ["gcsfs>=2026.10.1"],  # workdirs on gs://: Orbax and etils reach what is no array there through it
+    # Workdirs on gs://: Orbax and etils read and write everything but arrays through it.
+    "gcs": ["gcsfs>=2026.10.1"],
     "plan": ["jax[tpu]>=0.10.2"],  # libtpu, for its compiler: launch/plan.py needs no TPU
     "cuda": ["jax[cuda12]>=0.10.2"],
     "convert": ["torch>=2.13", "tensorflow-cpu>=2.21"],  # nanoGPT's and pickled files; OpenAI's

@@ -4,20 +4,21 @@
   python launch/train.py --config=configs/gpt2.py:117M --workdir=runs/117M \\
     --config.data.train=data/train --config.data.validation=data/validation
 
-The batch is the paper's 512 x 1024 tokens; the rest of the recipe is GPT-3's (Brown et al. 2020, table 2.1) as
-nanoGPT uses it, since the GPT-2 paper gives none. Nobody has run this to its end with this code yet: no number to
-expect stands here.
+The batch is the paper's 512 x 1024 tokens; the rest of the recipe is GPT-3's (Brown et al. 2020,
+table 2.1) as nanoGPT uses it, since the GPT-2 paper gives none. Nobody has run this to its end with
+this code yet: no number to expect stands here.
 """
 
 import dataclasses
 
 from ml_collections import ConfigDict
 
-from gpt2_jax.model import model_config
+from gpt2_jax.sizes import model_config
 
 
 def get_config(size: str = "117M") -> ConfigDict:
-  """`size` follows the colon on the command line: 117M, 345M, 762M, 1542M, distilgpt2, or today's names."""
+  """`size` follows the colon on the command line: 117M, 345M, 762M, 1542M, distilgpt2, or today's
+  names."""
   model = model_config(size)
   learning_rate = {768: 6e-4, 1024: 3e-4, 1280: 2.5e-4, 1600: 2e-4}[model.n_embd]
   return ConfigDict(
@@ -40,12 +41,14 @@ def get_config(size: str = "117M") -> ConfigDict:
       "b1": 0.9,
       "b2": 0.95,
       "weight_decay": 0.1,  # on matrices only
-      "clip_norm": 1.0,
+      "clip_norm": 1.0,  # 0 is no clipping
+      "trainable": ("*",),  # names of the parameters that are trained
       "max_skips": 10,  # updates in a row that may be not finite before the run stops
       "log_every": 10,  # steps between lines of metrics.jsonl
       "eval_every": 1000,  # steps between evaluations
       "eval_windows": 512,  # first windows of the validation store that are scored; 0 is all
-      "save_every": 1000,  # steps between checkpoints; an evaluation that is the best so far saves too
+      # steps between checkpoints; an evaluation that is the best so far saves too
+      "save_every": 1000,
       "keep": 3,  # newest checkpoints kept; the best one stays besides
       "profile_steps": 0,  # steps of a JAX trace in workdir/profile
     }

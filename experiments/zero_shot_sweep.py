@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPT-2 paper's zero-shot figures for its four sizes, each beside ours, with intervals, differences and plots.
+"""Zero-shot sweep of the paper's four sizes: its figures beside ours, with intervals and plots.
 
 COMMAND   python experiments/zero_shot_sweep.py --data=data --out=runs/zero_shot_sweep
           or a part of it: --model=gpt2 --task=lambada --config.limit=500
-HARDWARE  one device that holds gpt2-xl in float32, 6.2 GB of weights, or a mesh (--config.mesh.model=4)
-EXPECT    nothing yet: nobody has run this with this code. What the paper has stands in gpt2_jax/evaluate/paper.json;
-          a drift within -1 and 1 says that its figure lies in our interval. Two are known to be far for a reason:
-          LAMBADA's accuracy, which others came near with the last piece of the word (46.67 % for gpt2, in
-          huggingface/transformers#13761), and perplexities, since the paper's de-tokenizers were not published.
+HARDWARE  one device that holds gpt2-xl in float32, 6.2 GB of weights, or a mesh
+          (--config.mesh.model=4)
+EXPECT    nothing yet: nobody has run this with this code. The paper's figures are in
+          gpt2_jax/evaluate/sweep/paper.json. A drift within -1 and 1 says that its figure lies in
+          our interval. Two are known to be far for a reason. LAMBADA's accuracy is one: others came
+          near it with the last token of the word alone (46.67 % for gpt2, in
+          huggingface/transformers#13761). Perplexities are the other, since the paper's
+          de-tokenizers were not published.
 
-The weights come from the Hugging Face Hub, or from its cache. The datasets lie under --data in the form in which they
-were published, or are prepared by TFDS; those that are neither are named before anything is loaded, and --skip_missing
-goes on without them. It is `launch/evaluate.py` with `configs/zero_shot.py`: after a kill the same command goes on.
+The weights come from the Hugging Face Hub, or from its cache. The datasets are under --data in the
+form in which they were published, or are prepared by TFDS. Those that are neither are named before
+anything is loaded, and --skip_missing leaves them out. It is `launch/evaluate.py` with
+`configs/zero_shot.py`: the same command resumes after a kill.
 """
 
 import os
@@ -25,8 +29,11 @@ def main() -> None:
   flags = sys.argv[1:]
   if not any(flag.startswith("--out") for flag in flags):
     flags.append("--out=runs/zero_shot_sweep")
-  command = [sys.executable, str(ROOT / "launch" / "evaluate.py"), f"--config={ROOT}/configs/zero_shot.py", *flags]
-  os.execv(sys.executable, command)
+
+  script = str(ROOT / "launch" / "evaluate.py")
+  config = f"--config={ROOT}/configs/zero_shot.py"
+  # in place of this process, so that signals reach the sweep itself
+  os.execv(sys.executable, [sys.executable, script, config, *flags])
 
 
 if __name__ == "__main__":

@@ -2,55 +2,61 @@
 """GPT-2 in JAX and Flax, TPU first. In three lines:
 
 import gpt2_jax
-model, tokenizer = gpt2_jax.load_pretrained("gpt2")  # or a path: any format, or the workdir of a run
-print(gpt2_jax.complete(model, tokenizer, "Once upon a time", n_new=50))
+model, tokenizer = gpt2_jax.load_pretrained("gpt2")  # or a path: a checkpoint, a run's workdir
+print(gpt2_jax.complete(model, tokenizer, "Once upon a time", temperature=0.8, top_k=40))
 """
 
+from gpt2_jax.convert.pretrained import load_pretrained, save_pretrained
 from gpt2_jax.decoding import (
-  Continuation,
-  Decoder,
+  Completion,
+  FrequencyPenalty,
+  Generation,
   Greedy,
+  InferenceModel,
   LogitBias,
-  MinNew,
+  MinNewTokens,
   MinP,
   NoRepeatNgram,
-  OccurrencePenalty,
+  PresencePenalty,
   RepetitionPenalty,
   Sample,
   SlidingWindow,
   Temperature,
   TopK,
   TopP,
-  Typical,
+  TypicalP,
   complete,
+  for_inference,
   generate,
-  ready,
   stream,
+  stream_rows,
 )
 from gpt2_jax.decoding.beam import beam_search
 from gpt2_jax.decoding.contrastive import contrastive_search
-from gpt2_jax.decoding.speculation import speculative
-from gpt2_jax.model import GPT2, SIZES, ModelConfig, model_config
-from gpt2_jax.pretrained import load_pretrained, save_pretrained
+from gpt2_jax.decoding.speculative import speculative
+from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.quantization import quantize
 from gpt2_jax.sharding import make_mesh
+from gpt2_jax.sizes import SIZES, model_config
 from gpt2_jax.tokenizer import Characters, Gpt2Bpe, HuggingFace, SentencePiece, load_tokenizer
 
 __all__ = [
   "GPT2",
   "SIZES",
   "Characters",
-  "Continuation",
-  "Decoder",
+  "Completion",
+  "FrequencyPenalty",
+  "Generation",
   "Gpt2Bpe",
   "Greedy",
   "HuggingFace",
+  "InferenceModel",
   "LogitBias",
-  "MinNew",
+  "MinNewTokens",
   "MinP",
   "ModelConfig",
   "NoRepeatNgram",
-  "OccurrencePenalty",
+  "PresencePenalty",
   "RepetitionPenalty",
   "Sample",
   "SentencePiece",
@@ -58,18 +64,19 @@ __all__ = [
   "Temperature",
   "TopK",
   "TopP",
-  "Typical",
+  "TypicalP",
   "beam_search",
   "complete",
   "contrastive_search",
+  "for_inference",
   "generate",
   "load_pretrained",
   "load_tokenizer",
   "make_mesh",
   "model_config",
   "quantize",
-  "ready",
   "save_pretrained",
   "speculative",
   "stream",
+  "stream_rows",
 ]

@@ -1,41 +1,92 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cross-entropy over a vocabulary that may be padded and may be split over devices."""
+"""Cross-entropy loss, and the objective of training: a value that maps a batch to sums.
 
+An objective is `objective(model, batch, key) -> {"nats": ..., "tokens": ..., ...}`: sums over the
+batch, so that microbatches, batches and hosts add up, and the division comes last. It is a
+registered pytree and an argument of the jitted step: a teacher's weights would be its leaves.
+Every sum but "tokens" is reported per token, under its name.
+"""
+
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from gpt2_jax.batch import Batch
+from gpt2_jax.linear import Context
+from gpt2_jax.model import split_or_none
 from gpt2_jax.sharding import AXES, BATCH, axis_size
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+  """The language model's objective: -log p of each token after those before it."""
+
+  def __call__(self, model, batch: Batch, key=None) -> dict:
+    """Sums over the batch: "nats" (weighted), and "tokens" (the weights)."""
+    k_embd, k_h = split_or_none(key, 2)
+    k_weights = None if key is None else jax.random.fold_in(key, 2)
+    context = Context(k_weights, batch.extras.get("adapter_B"))
+    x_BTD = model.embed(batch.tokens_BT[:, :-1], batch.positions_BT, k_embd, context)
+    attend = model.self_attend(batch.segments_BT)
+    x_BTD = model.hidden(x_BTD, k_h, attend, context)[0]
+
+    labels_BT = batch.tokens_BT[:, 1:]
+    nats_BT = cross_entropy(model.head(x_BTD, context), labels_BT, model.config.n_vocab)
+
+    # Weights of one, if none are given. The barrier hides that they are: so the program, and every
+    # bit of what it computes, is the one with weights.
+    weights_BT = batch.weights_BT
+    if weights_BT is None:
+      weights_BT = jax.lax.optimization_barrier(jnp.ones_like(nats_BT))
+    return {"nats": (nats_BT * weights_BT).sum(), "tokens": weights_BT.sum()}
+
+
+def mean_loss(objective, model, batch: Batch, key=None):
+  """Nats a token, and the sums: the objective with the division done."""
+  sums = objective(model, batch, key)
+  return per_token(sums["nats"], sums), sums
+
+
+def per_token(total, sums: dict):
+  """A sum over the tokens; 0 where no token has a weight, as in a batch of prompts alone."""
+  return total / jnp.maximum(sums["tokens"], 1e-9)
+
+
 def _tokens(logits_BTV):
-  """The token of each logit, split like them: a plain range would be whole on every device, and masks with it."""
-  return jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2, out_sharding=jax.typeof(logits_BTV).sharding.spec)
+  """The token of each logit, split over the mesh like them.
+
+  A plain range would be whole on every device, and masks with it.
+  """
+  spec = jax.typeof(logits_BTV).sharding.spec
+  return jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2, out_sharding=spec)
 
 
-def _real(logits_BTV, n_vocab: int):
+def _mask_padding(logits_BTV, n_vocab: int):
   """Logits with the padding of the vocabulary at minus infinity."""
   return jnp.where(_tokens(logits_BTV) < n_vocab, logits_BTV, -jnp.inf)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def cross_entropy(logits_BTV, labels_BT, n_vocab: int):
-  """-log p(label), in nats, float32 [B, T].
+  """-log p(label), in nats, float32 [B, T], over a vocabulary that may be padded and split.
 
-  The backward pass rebuilds the softmax from the logits and their logsumexp, so that no second array of the logits'
-  size is kept.
+  The backward pass rebuilds the softmax from the logits and their logsumexp, so that no second
+  array of the logits' size is kept.
   """
-  return _forward(logits_BTV, labels_BT, n_vocab)[0]
+  return _cross_entropy_forward(logits_BTV, labels_BT, n_vocab)[0]
 
 
-def _forward(logits_BTV, labels_BT, n_vocab):
-  lse_BT = jax.nn.logsumexp(_real(logits_BTV, n_vocab), axis=-1)
-  return lse_BT - _of_label(logits_BTV, labels_BT), (logits_BTV, labels_BT, lse_BT)
+def _cross_entropy_forward(logits_BTV, labels_BT, n_vocab):
+  lse_BT = jax.nn.logsumexp(_mask_padding(logits_BTV, n_vocab), axis=-1)
+  return lse_BT - _label_logit(logits_BTV, labels_BT), (logits_BTV, labels_BT, lse_BT)
 
 
-def _of_label(logits_BTV, labels_BT):
-  """The label's logit, [B, T]: a gather on one device; a masked sum where the batch or the vocabulary is split."""
+def _label_logit(logits_BTV, labels_BT):
+  """The label's logit, [B, T]: a gather on one device; a masked sum where the batch or the
+  vocabulary is split."""
   if axis_size(*AXES) == 1:
     row_B1, time_T = jnp.arange(labels_BT.shape[0])[:, None], jnp.arange(labels_BT.shape[1])
     return logits_BTV.at[row_B1, time_T, labels_BT].get(out_sharding=BATCH)
@@ -43,11 +94,11 @@ def _of_label(logits_BTV, labels_BT):
   return jnp.sum(jnp.where(is_label, logits_BTV, 0.0), axis=-1)
 
 
-def _backward(n_vocab, saved, d_BT):
+def _cross_entropy_backward(n_vocab, saved, d_BT):
   logits_BTV, labels_BT, lse_BT = saved
-  p_BTV = jnp.exp(_real(logits_BTV, n_vocab) - lse_BT[..., None])
+  p_BTV = jnp.exp(_mask_padding(logits_BTV, n_vocab) - lse_BT[..., None])
   is_label = _tokens(logits_BTV) == labels_BT[..., None]
   return (p_BTV - is_label) * d_BT[..., None], None
 
 
-cross_entropy.defvjp(_forward, _backward)
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

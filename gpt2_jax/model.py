@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPT-2, exactly: pre-LayerNorm blocks, tanh GELU, biases everywhere, the head tied to the embedding.
+"""GPT-2, exactly: pre-LayerNorm blocks, tanh GELU, biases everywhere, the head tied to wte.
 
-Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and its released model
-code, whose parameter names these are (wte, wpe, h, ln_1, attn.c_attn, ...).
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and its released
+model code, whose parameter names these are (wte, wpe, h, ln_1, attn.c_attn, ...).
 
-  # B batch  T time  S keys' time  D model  H heads  K per-head  F feed-forward  V vocabulary  L layer
+  # B batch  T time  S keys' time  D model  H heads  K per-head  F feed-forward  V vocabulary
+  # L layers
 """
 
 import dataclasses
-import difflib
 import functools
 import math
 
@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.attention import KERNELS, merge_heads, self_attention, split_heads
-from gpt2_jax.linear import Linear, normal, project, take, whole
-from gpt2_jax.sharding import axis_size, check_divides, padded
+from gpt2_jax.attention import self_attention
+from gpt2_jax.kernels.choose import KERNELS
+from gpt2_jax.linear import NO_CONTEXT, Dense, Linear, embedding_lookup, normal
+from gpt2_jax.sharding import axis_size, check_divides, padded, unshard
 
 GELU = ("tanh", "erf")
 DTYPES = ("float32", "bfloat16")
@@ -32,7 +33,10 @@ REMAT = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """What a GPT-2 is (OpenAI's hparams first), then how it is computed. Raises ValueError on what cannot be."""
+  """What a GPT-2 is (OpenAI's hparams first), then how it is computed.
+
+  Raises ValueError on what cannot be, with the rule.
+  """
 
   n_vocab: int = 50257
   n_ctx: int = 1024
@@ -44,77 +48,92 @@ class ModelConfig:
   embd_pdrop: float = 0.0
   attn_pdrop: float = 0.0
   resid_pdrop: float = 0.0
-  dtype: str = "bfloat16"  # of activations and matmul operands; parameters, norms, softmax, loss are float32
-  pad_heads: bool = False  # zero heads up to a multiple of the mesh's model axis (attention dropout draws for them too)
+  # Mixed precision: the dtype of activations and matmul operands. Parameters, norms, softmax and
+  # loss are float32.
+  dtype: str = "bfloat16"
+  # Zero heads up to a multiple of the mesh's model axis. Attention dropout draws numbers for them.
+  pad_heads: bool = False
   attention: str = "auto"  # the kernel that trains and scores, see attention.self_attention
   remat: str = "none"  # what the backward pass recomputes: "none", "dots" (all but matmuls), "full"
   unroll: int = 1  # layers a step of the scan; n_layer is a Python loop
 
   def __post_init__(self):
+    for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer", "unroll"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} is {getattr(self, name)}; it is 1 or more")
     if self.n_embd % self.n_head:
       raise ValueError(f"n_embd of {self.n_embd} does not divide by n_head of {self.n_head}")
-    for name, allowed in (("gelu", GELU), ("remat", REMAT), ("attention", KERNELS), ("dtype", DTYPES)):
+
+    choices = {"gelu": GELU, "remat": REMAT, "attention": KERNELS, "dtype": DTYPES}
+    for name, allowed in choices.items():
       if getattr(self, name) not in allowed:
         raise ValueError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(allowed)}")
     for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
-      if not 0 <= getattr(self, name) < 1:
-        raise ValueError(f"{name} is {getattr(self, name)}; a dropout rate is at least 0 and below 1")
+      rate = getattr(self, name)
+      if not 0 <= rate < 1:
+        raise ValueError(f"{name} is {rate}; a dropout rate is at least 0 and below 1")
+
+  @property
+  def head_size(self) -> int:
+    return self.n_embd // self.n_head
+
+  @property
+  def n_params(self) -> int:
+    """Number of parameters, without padding; the tied head counts once."""
+    D = self.n_embd
+    norms, biases = (4 * D, 9 * D) if self.use_bias else (2 * D, 0)  # of one layer
+    layer = 12 * D * D + norms + biases
+    ln_f = 2 * D if self.use_bias else D
+    return (self.n_vocab + self.n_ctx) * D + self.n_layer * layer + ln_f
 
   @property
   def padded_heads(self) -> int:
-    """Heads held, on the mesh in force. Raises ValueError if they would need padding that was not asked for."""
+    """Heads held, on the mesh in force. Raises ValueError where padding is needed and is off."""
     n = axis_size("model")
     if self.n_head % n and not self.pad_heads:
-      raise ValueError(f"{self.n_head} heads do not divide the model axis of {n}; set --config.model.pad_heads=True")
+      raise ValueError(
+        f"{self.n_head} heads do not divide the model axis of {n}; "
+        f"set --config.model.pad_heads=True"
+      )
     return padded(self.n_head, n)
 
   @property
   def padded_vocab(self) -> int:
-    """Rows of wte held, on the mesh in force: a multiple of 128 (50,257 -> 50,304) and of the axes that split them."""
+    """Rows of wte held, on the mesh in force: a multiple of 128 (50,257 -> 50,304) and of the axes
+    that split them."""
     return padded(self.n_vocab, math.lcm(128, axis_size("model", "data")))
 
 
-SIZES = {
-  "117M": ModelConfig(n_embd=768, n_head=12, n_layer=12),
-  "345M": ModelConfig(n_embd=1024, n_head=16, n_layer=24),
-  "762M": ModelConfig(n_embd=1280, n_head=20, n_layer=36),
-  "1542M": ModelConfig(n_embd=1600, n_head=25, n_layer=48),
-  "distilgpt2": ModelConfig(n_embd=768, n_head=12, n_layer=6),
-}
-ALIASES = {"117M": ("gpt2", "124M"), "345M": ("gpt2-medium", "355M"), "762M": ("gpt2-large", "774M")}
-ALIASES["1542M"] = ("gpt2-xl", "1558M", "1.5B")
-
-
-def model_config(size: str) -> ModelConfig:
-  """The ModelConfig of a published size, by the paper's name or today's. Raises ValueError on another."""
-  names = {alias: name for name, aliases in ALIASES.items() for alias in aliases} | {name: name for name in SIZES}
-  if size not in names:
-    near = difflib.get_close_matches(size, names, 1, cutoff=0)[0]
-    raise ValueError(f"unknown size {size!r}; did you mean {near!r}? Sizes are {', '.join(names)}")
-  return SIZES[names[size]]
-
-
 def check_mesh(config: ModelConfig) -> None:
-  """Raises ValueError unless the mesh in force divides the model; heads and vocabulary are padded where it does not."""
+  """Raises ValueError unless the mesh in force divides the model's width.
+
+  Heads and vocabulary are padded where it does not divide them.
+  """
   check_divides(config.n_embd, "n_embd", "data", way_out="give a mesh whose data axis divides it")
-  check_divides(4 * config.n_embd, "4 n_embd", "model", way_out="give a mesh whose model axis divides it")
+  check_divides(
+    4 * config.n_embd, "4 n_embd", "model", way_out="give a mesh whose model axis divides it"
+  )
 
 
 def name_of(path) -> str:
-  """A leaf's name as OpenAI wrote it: `h.attn.c_attn.w`."""
-  return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+  """A leaf's name as OpenAI wrote it: `h.attn.c_attn.w`.
+
+  What holds the array (an nnx.Param, a `Dense`) is left out of the name.
+  """
+  names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+  return ".".join(name for name in names if name not in ("value", "array"))
 
 
-def drop(x, rate: float, key):
-  """Dropout; `key` None is evaluation."""
+def dropout(x, rate: float, key):
+  """Dropout: zeros with probability `rate`, and the rest scaled up; `key` None is evaluation."""
   if key is None or rate == 0.0:
     return x
   keep = jax.random.bernoulli(key, 1.0 - rate, x.shape, out_sharding=jax.typeof(x).sharding.spec)
   return jnp.where(keep, x / (1.0 - rate), 0.0)
 
 
-def split(key, n: int):
-  """`n` keys, or `n` times None."""
+def split_or_none(key, n: int):
+  """Splits a key into `n`; None, which turns dropout off, gives `n` times None."""
   return [None] * n if key is None else jax.random.split(key, n)
 
 
@@ -138,44 +157,38 @@ class LayerNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-  """Causal self-attention. The columns of c_attn run head by head, q, k, v of each: a split by heads is one slice."""
+  """Causal self-attention's two projections. The columns of c_attn run head by head, q, k, v of
+  each: a split over heads is one slice."""
 
   def __init__(self, config: ModelConfig, key):
-    D, H, K = config.n_embd, config.padded_heads, config.n_embd // config.n_head
-    self.head_size = K
+    D, H, K = config.n_embd, config.padded_heads, config.head_size
     k_attn, k_proj = jax.random.split(key)
     proj_std = 0.02 / math.sqrt(2 * config.n_layer)
-    self.c_attn = Linear(k_attn, (D, 3 * H * K), P("data", "model"), 0.02, config.use_bias, pad=(1, 3 * D))
-    self.c_proj = Linear(k_proj, (H * K, D), P("model", "data"), proj_std, config.use_bias, pad=(0, D))
+    self.c_attn = Linear(
+      k_attn, (D, 3 * H * K), P("data", "model"), 0.02, config.use_bias, pad=(1, 3 * D)
+    )
+    self.c_proj = Linear(
+      k_proj, (H * K, D), P("model", "data"), proj_std, config.use_bias, pad=(0, D)
+    )
     self.config = config
 
-  def qkv(self, x_BTD):
-    """Queries, keys and values, [B, T, H, K] each."""
-    return split_heads(self.c_attn(x_BTD), self.head_size)
+  def __call__(self, x_BTD, attend, key=None, context=NO_CONTEXT):
+    """The output, [B, T, D], and what `attend` remembers.
 
-  def merge(self, y_BTHK):
-    """Heads back into the residual stream, [B, T, D]."""
-    return self.c_proj(merge_heads(y_BTHK))
-
-  def __call__(self, x_BTD, key=None):
-    k_attn, k_resid = split(key, 2)
-
-    def dropout(p_BHTS, start):
-      return drop(p_BHTS, self.config.attn_pdrop, jax.random.fold_in(k_attn, start))
-
-    y_BTX = self_attention(
-      self.c_attn(x_BTD),
-      self.head_size,
-      self.config.attention,
-      dropout if key is not None and self.config.attn_pdrop else None,
-    )
-    return drop(self.c_proj(y_BTX), self.config.resid_pdrop, k_resid)
+    `attend` maps the columns of c_attn to the outputs of all heads, side by side.
+    """
+    k_attn, k_resid = split_or_none(key, 2)
+    y_BTX, memory = attend(self.c_attn(x_BTD, context.fold(0)), k_attn)
+    y_BTD = self.c_proj(y_BTX, context.fold(1))
+    return dropout(y_BTD, self.config.resid_pdrop, k_resid), memory
 
 
 @functools.partial(jax.checkpoint, static_argnums=1)
 def gelu(h_BTF, kind: str):
-  """In float32: rounding every step of it to bfloat16 costs accuracy, and time where the hardware has no bfloat16."""
-  return jax.nn.gelu(h_BTF.astype(jnp.float32), approximate=kind == "tanh").astype(h_BTF.dtype)
+  """GELU in float32: rounding every step of it to bfloat16 costs accuracy, and time where the
+  hardware has no bfloat16."""
+  y_BTF = jax.nn.gelu(h_BTF.astype(jnp.float32), approximate=kind == "tanh")
+  return y_BTF.astype(h_BTF.dtype)
 
 
 class Mlp(nnx.Module):
@@ -189,11 +202,15 @@ class Mlp(nnx.Module):
     self.c_proj = Linear(k_proj, (F, D), P("model", "data"), proj_std, config.use_bias)
     self.config = config
 
-  def __call__(self, x_BTD, key=None):
-    return drop(self.c_proj(gelu(self.c_fc(x_BTD), self.config.gelu)), self.config.resid_pdrop, key)
+  def __call__(self, x_BTD, key=None, context=NO_CONTEXT):
+    h_BTF = gelu(self.c_fc(x_BTD, context.fold(2)), self.config.gelu)
+    return dropout(self.c_proj(h_BTF, context.fold(3)), self.config.resid_pdrop, key)
 
 
 class Block(nnx.Module):
+  """A pre-LayerNorm block. It takes its attention: training, prefill, decoding and tree scoring
+  hand in theirs, and these equations stand once."""
+
   def __init__(self, config: ModelConfig, key):
     k_attn, k_mlp = jax.random.split(key)
     self.ln_1 = LayerNorm(config.n_embd, config.use_bias)
@@ -201,23 +218,26 @@ class Block(nnx.Module):
     self.ln_2 = LayerNorm(config.n_embd, config.use_bias)
     self.mlp = Mlp(config, k_mlp)
 
-  def __call__(self, x_BTD, key=None):
-    k_attn, k_mlp = split(key, 2)
-    x_BTD += self.attn(self.ln_1(x_BTD), k_attn)
-    return x_BTD + self.mlp(self.ln_2(x_BTD), k_mlp)
+  def __call__(self, x_BTD, attend, key=None, context=NO_CONTEXT):
+    """The residual stream after the block, and what `attend` remembers (see Attention)."""
+    k_attn, k_mlp = split_or_none(key, 2)
+    y_BTD, memory = self.attn(self.ln_1(x_BTD), attend, k_attn, context)
+    x_BTD += y_BTD
+    return x_BTD + self.mlp(self.ln_2(x_BTD), k_mlp, context), memory
 
 
 class GPT2(nnx.Module):
   """The whole model; `h` is one Block whose parameters carry a leading layer axis.
 
-  Build and call it with a mesh in force (`jax.set_mesh`), whose axes decide the padding and the sharding:
-  `jax.jit(GPT2, static_argnums=0)(config, key)` makes every parameter where it will live.
+  Build and call it with a mesh in force (`jax.set_mesh`), whose axes decide the padding and the
+  sharding: `jax.jit(GPT2, static_argnums=0)(config, key)` makes every parameter where it will live.
   """
 
   def __init__(self, config: ModelConfig, key):
     k_wte, k_wpe, k_h = jax.random.split(key, 3)
     V, D = config.padded_vocab, config.n_embd
-    self.wte = nnx.Param(normal(k_wte, (V, D), P(("model", "data"), None), 0.02, (0, config.n_vocab)))
+    wte_VD = normal(k_wte, (V, D), P(("model", "data"), None), 0.02, (0, config.n_vocab))
+    self.wte = nnx.Param(Dense(wte_VD, outputs_are_rows=True))  # a table, and the tied head
     self.wpe = nnx.Param(normal(k_wpe, (config.n_ctx, D), P(None, "data"), 0.01))
     self.h = jax.vmap(functools.partial(Block, config))(jax.random.split(k_h, config.n_layer))
     self.ln_f = LayerNorm(D, config.use_bias)
@@ -228,38 +248,65 @@ class GPT2(nnx.Module):
     """Where its parameters live."""
     return self.wpe[...].sharding.mesh
 
-  def embed(self, tokens_BT, positions_BT=None, key=None):
-    """Token plus position, [B, T, D]; positions count from 0 where none are given."""
-    x_BTD = take(self.wte[...], tokens_BT)
+  def embed(self, tokens_BT, positions_BT=None, key=None, context=NO_CONTEXT):
+    """Token plus position embedding, [B, T, D]; positions count from 0 by default."""
+    if positions_BT is None and tokens_BT.shape[1] > self.config.n_ctx:
+      raise ValueError(
+        f"{tokens_BT.shape[1]} tokens exceed the context of {self.config.n_ctx}; give fewer"
+      )
+    x_BTD = self.wte[...].lookup(tokens_BT, context)
     if positions_BT is None:
-      x_BTD += whole(self.wpe[...])[: tokens_BT.shape[1]]
+      x_BTD += unshard(self.wpe[...])[: tokens_BT.shape[1]]
     else:
-      x_BTD += take(self.wpe[...], positions_BT)
-    return drop(x_BTD.astype(self.config.dtype), self.config.embd_pdrop, key)
+      x_BTD += embedding_lookup(self.wpe[...], positions_BT)
+    return dropout(x_BTD.astype(self.config.dtype), self.config.embd_pdrop, key)
 
-  def hidden(self, tokens_BT, key=None):
-    """The normed output of the last block, [B, T, D], and the RMS of the residual stream after each layer, [L]."""
+  def self_attend(self, segments_BT=None):
+    """The attention that trains and scores, as a Block takes it; packed rows give segments."""
     config = self.config
-    if tokens_BT.shape[1] > config.n_ctx:
-      raise ValueError(f"{tokens_BT.shape[1]} tokens exceed the context of {config.n_ctx}; give fewer")
-    k_embd, k_h = split(key, 2)
+
+    def attend(c_BTC, key=None):
+      def attention_dropout(p_BHTS, start):
+        return dropout(p_BHTS, config.attn_pdrop, jax.random.fold_in(key, start))
+
+      drops = attention_dropout if key is not None and config.attn_pdrop else None
+      y_BTX = self_attention(c_BTC, config.head_size, config.attention, drops, segments_BT)
+      return y_BTX, None  # it remembers nothing
+
+    return attend
+
+  def hidden(self, x_BTD, key=None, attend=None, context=NO_CONTEXT, prefix_L=None):
+    """Embeddings through all blocks and the last norm, [B, T, D].
+
+    Returns with it the RMS of the residual stream after each layer, [L], and what `attend`
+    (default: `self_attend()`) remembers, stacked over layers. `prefix_L`, a tree stacked over
+    layers, is given to it layer by layer: `attend(c_BTC, key, prefix)`.
+    """
+    config, attend = self.config, attend or self.self_attend()
 
     def step(x_BTD, layer):
-      block, k = layer
-      x_BTD = block(x_BTD, k)
-      return x_BTD, jnp.sqrt(jnp.square(x_BTD.astype(jnp.float32)).mean())
+      block, block_key, index, prefix = layer
+      layer_attend = attend if prefix is None else functools.partial(attend, prefix=prefix)
+      x_BTD, memory = block(x_BTD, layer_attend, block_key, context.fold(index))
+      rms = jnp.sqrt(jnp.square(x_BTD.astype(jnp.float32)).mean())
+      return x_BTD, (rms, memory)
 
     if REMAT[config.remat]:
       step = jax.checkpoint(step, policy=REMAT[config.remat], prevent_cse=False)
-    keys = None if k_h is None else jax.random.split(k_h, config.n_layer)
-    x_BTD, rms_L = jax.lax.scan(step, self.embed(tokens_BT, key=k_embd), (self.h, keys), unroll=config.unroll)
-    return self.ln_f(x_BTD), rms_L
+    keys_L = None if key is None else jax.random.split(key, config.n_layer)
+    index_L = None if context.key is None else jnp.arange(config.n_layer)
+    layers = (self.h, keys_L, index_L, prefix_L)
+    x_BTD, (rms_L, memory_L) = jax.lax.scan(step, x_BTD, layers, unroll=config.unroll)
+    return self.ln_f(x_BTD), rms_L, memory_L
 
-  def head(self, x_BTD):
+  def head(self, x_BTD, context=NO_CONTEXT):
     """Logits over the padded vocabulary, float32 [B, T, V]: what `loss.cross_entropy` takes."""
-    return project(x_BTD, self.wte[...], None, P("model", None), 1, jnp.float32)
+    return self.wte[...].matmul(x_BTD, None, P("model", None), context, jnp.float32)
 
   def __call__(self, tokens_BT, key=None):
-    """Logits, float32 [B, T, V], padding of the vocabulary at minus infinity; `key` turns dropout on."""
-    logits_BTV = self.head(self.hidden(tokens_BT, key)[0])
+    """Logits, float32 [B, T, V], padding of the vocabulary at minus infinity; `key` turns dropout
+    on."""
+    k_embd, k_h = split_or_none(key, 2)
+    x_BTD = self.hidden(self.embed(tokens_BT, key=k_embd), k_h)[0]
+    logits_BTV = self.head(x_BTD)
     return jnp.where(jnp.arange(logits_BTV.shape[-1]) < self.config.n_vocab, logits_BTV, -jnp.inf)

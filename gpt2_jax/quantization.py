@@ -1,18 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Int8 weights for inference: a quarter of float32's memory, and of the bytes that each decoded token reads."""
+"""Int8 weights for inference: a quarter of float32's memory, and of the bytes read for a token."""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.linear import int8
-from gpt2_jax.model import GPT2, name_of
+from gpt2_jax.kernels.cpu import flatten_batch, unflatten_batch
+from gpt2_jax.kernels.int8 import matmul_int8, quantize_rows
+from gpt2_jax.linear import NO_CONTEXT, Context, Dense, embedding_lookup
+from gpt2_jax.model import GPT2
+from gpt2_jax.sharding import BATCH, ROWS, unshard
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8:
+  """A weight to infer with: int8 [..., O, I] and a float32 scale a row, the values being q * scale.
+
+  It takes the place of a `Dense`, and outputs are always its rows. It has no gradient.
+  """
+
+  q_OI: jax.Array
+  scale_O: jax.Array
+
+  def __getitem__(self, index):
+    return jax.tree.map(lambda x: x[index], self)
+
+  def matmul(self, x_BTI, bias_O, gathered: P, context: Context = NO_CONTEXT, out_dtype=None):
+    """`x @ (q * scale).T + bias`, see `Dense.matmul`. Its gradient is a TypeError."""
+    return _matmul(x_BTI, self, bias_O, out_dtype)
+
+  def lookup(self, ids_BT, context: Context = NO_CONTEXT):
+    """Embedding lookup: rows of the table, [B, T, D], float32."""
+    scale_BT = unshard(self.scale_O).at[ids_BT].get(out_sharding=BATCH)
+    return embedding_lookup(self.q_OI, ids_BT) * scale_BT[..., None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _matmul(x_BTI, w: Int8, bias_O, out_dtype):
+  q_OI = unshard(w.q_OI)
+  out_spec = P(ROWS, jax.typeof(q_OI).sharding.spec[0])
+  y_RO = matmul_int8(flatten_batch(x_BTI), q_OI, out_spec) * w.scale_O
+  y_RO = y_RO if bias_O is None else y_RO + bias_O
+  return unflatten_batch(y_RO.astype(out_dtype or x_BTI.dtype), x_BTI)
+
+
+def _no_gradient(x_BTI, w: Int8, bias_O, out_dtype):
+  raise TypeError(
+    "an int8 model has no gradient; train the float32 model and quantize what comes out"
+  )
+
+
+_matmul.defvjp(_no_gradient, _no_gradient)
+
+
+def int8(weight: Dense) -> Int8:
+  """Quantizes a weight to int8: each output by its largest value."""
+  w_OI = weight.array if weight.outputs_are_rows else jnp.swapaxes(weight.array, -1, -2)
+  q_OI, scale_O = quantize_rows(w_OI)
+  return Int8(q_OI, unshard(scale_O))
 
 
 def quantize(model: GPT2) -> GPT2:
-  """The model with an int8 `wte` and int8 matrices in its layers, a float32 scale for each output of each.
+  """The model with int8 weights: `wte` and the matrices of its layers, a scale for each output.
 
-  It serves wherever a model is read: called, scored, made `ready`. Position embeddings, norms and biases stay float32;
-  activations keep the precision of `config.dtype`. Raises ValueError on a model that is quantized already.
+  It serves wherever a model is read: called, scored, made ready for inference. Position embeddings,
+  norms and biases stay float32; activations keep the precision of `config.dtype`. Raises ValueError
+  on a model that is quantized already.
   """
   with jax.set_mesh(model.mesh):
     return _quantize(model)
@@ -20,12 +77,12 @@ def quantize(model: GPT2) -> GPT2:
 
 @jax.jit
 def _quantize(model: GPT2) -> GPT2:
-  def replace(path, leaf):
-    if leaf.dtype == jnp.int8:
-      raise ValueError("the model is quantized already; give the float32 one")
-    name = name_of(path)
-    if name == "wte":
-      return int8(leaf)
-    return int8(jnp.swapaxes(leaf, 1, 2)) if name.endswith(".w") else leaf
+  def is_weight(node) -> bool:
+    return isinstance(node, Dense | Int8)
 
-  return jax.tree_util.tree_map_with_path(replace, model)
+  def replace(node):
+    if isinstance(node, Int8):
+      raise ValueError("the model is quantized already; give the float32 one")
+    return int8(node) if isinstance(node, Dense) else node
+
+  return jax.tree.map(replace, model, is_leaf=is_weight)

@@ -1,91 +1,127 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of an evaluation set stands in a training corpus, by 8-grams.
+"""Data contamination: how much of an evaluation set is in a training corpus, by 8-grams.
 
   python launch/contamination.py --corpus='books/**/*.txt' --filter=books.bloom \\
     --task=lambada --data=/data/evaluation --out=lambada_books.json
-  python launch/contamination.py --filter=books.bloom --task=wikitext2 --data=/data/evaluation --out=wikitext2.json
+  python launch/contamination.py --filter=books.bloom \\
+    --task=wikitext2 --data=/data/evaluation --out=wikitext2.json
 
-The first command reads the corpus twice (it counts, then it builds) and keeps the filter, 4.8 bytes for each 8-gram;
-that is enough for the second. `launch/evaluate.py --overlap=lambada_books.json` then scores clean and seen items apart.
+The first command reads the corpus twice (it counts, then it builds) and keeps the filter, 4.8 bytes
+for each 8-gram; that is enough for the second. `launch/evaluate.py --overlap=lambada_books.json`
+then scores clean and seen items apart.
 """
 
 import os
 import sys
 
-if __name__ == "__main__":  # the root in place of launch/, where tokenize.py would hide the standard library's
+# The root in place of launch/, where tokenize.py would hide the standard library's.
+if __name__ == "__main__":
   sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import pathlib
 
 from absl import flags
 
-from gpt2_jax.convert.weights import progress
 from gpt2_jax.data import corpus
 from gpt2_jax.evaluate import contamination, sources, tasks
+from gpt2_jax.files import progress
 from launch import shell
 
-_CORPUS = flags.DEFINE_string("corpus", None, "Globs of local files, with commas between them; ** crosses folders.")
-_TFDS_NAME = flags.DEFINE_string("tfds_name", None, "A TFDS dataset instead: name, name/config or name/config:version.")
+_CORPUS = flags.DEFINE_string(
+  "corpus", None, "Globs of local files, with commas between them; ** crosses folders."
+)
+_TFDS_NAME = flags.DEFINE_string(
+  "tfds_name", None, "A TFDS dataset instead: name, name/config or name/config:version."
+)
 _SPLIT = flags.DEFINE_string("split", "train", "Which of the corpus' documents, in TFDS's syntax.")
-_TEXT_KEY = flags.DEFINE_string("text_key", "text", "Where a record of the corpus, or a line of .jsonl, has its text.")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "TFDS's folder of prepared datasets (~/tensorflow_datasets).")
-_FILTER = flags.DEFINE_string("filter", None, "The corpus' filter: read if it is there, else built and written.")
-_TASK = flags.DEFINE_string("task", None, "The evaluation set: task or task:protocol.", required=True)
-_DATA = flags.DEFINE_string("data", None, "The folder of the evaluation datasets, or the very file.")
+_TEXT_KEY = flags.DEFINE_string(
+  "text_key", "text", "Where a record of the corpus, or a line of .jsonl, has its text."
+)
+_DATA_DIR = flags.DEFINE_string(
+  "data_dir", None, "TFDS's folder of prepared datasets (~/tensorflow_datasets)."
+)
+_FILTER = flags.DEFINE_string(
+  "filter", None, "The corpus' filter: read if it is there, else built and written."
+)
+_TASK = flags.DEFINE_string(
+  "task", None, "The evaluation set: task or task:protocol.", required=True
+)
+_DATA = flags.DEFINE_string(
+  "data", None, "The folder of the evaluation datasets, or the very file."
+)
 _OUT = flags.DEFINE_string("out", None, "Where to write the overlap of each item, as JSON.")
 
 
 def main() -> None:
+  # 1. The cheap checks first: the task, its rows, and that the result has a place.
   name, _, protocol = _TASK.value.partition(":")
   task = tasks.get(name, protocol or None)
   rows = sources.load(task.source, _DATA.value, _DATA_DIR.value)
   if _OUT.value and pathlib.Path(_OUT.value).exists():
     raise FileExistsError(f"{_OUT.value} is there already; take another name, or move it away")
+
+  # 2. Read the filter of the corpus, or build it.
   bloom = corpus_filter()
-  found = contamination.overlap((contamination.texts(task, row) for row in progress(rows, "looking up")), bloom)
+
+  # 3. Look up the n-grams of every item.
+  texts = (contamination.request_texts(task, row) for row in progress(rows, "looking up"))
+  overlap = contamination.measure_overlap(texts, bloom)
   if _OUT.value:
-    contamination.write_overlap(_OUT.value, found, bloom, task, rows.fingerprint)
-  print(describe(task.name, found, bloom))
+    contamination.write_overlap(_OUT.value, overlap, bloom, task, rows.fingerprint)
+  print(describe(task.name, overlap, bloom))
 
 
-def corpus_filter() -> contamination.Bloom:
-  """The filter of the flags. Raises ValueError where there is one of another corpus."""
+def corpus_filter() -> contamination.BloomFilter:
+  """Reads or builds the filter that the flags name.
+
+  Raises ValueError if the filter's file is of another corpus than the flags'.
+  """
+  has_corpus = bool(_CORPUS.value or _TFDS_NAME.value)
+  has_filter = bool(_FILTER.value) and pathlib.Path(_FILTER.value).exists()
   if _CORPUS.value and _TFDS_NAME.value:
     raise ValueError("give one of --corpus and --tfds_name")
-  known = _FILTER.value and pathlib.Path(_FILTER.value).exists()
-  if not known and not (_CORPUS.value or _TFDS_NAME.value):
+  if not has_filter and not has_corpus:
     raise ValueError("give --corpus or --tfds_name, or a --filter that is there")
-  bloom = contamination.Bloom.load(_FILTER.value) if known else None
-  if bloom and not (_CORPUS.value or _TFDS_NAME.value):
-    return bloom
-  documents = corpus_documents()
-  if bloom and bloom.source != documents.source:
+
+  if not has_filter:
+    return build_filter(corpus_documents())
+
+  # A filter is enough by itself. If the flags name a corpus, too, it has to be the filter's.
+  bloom = contamination.BloomFilter.load(_FILTER.value)
+  if has_corpus and bloom.source != corpus_documents().source:
     raise ValueError(f"{_FILTER.value} is of another corpus, {bloom.source}; name another --filter")
-  return bloom or build(documents)
+  return bloom
 
 
 def corpus_documents() -> corpus.Documents:
-  where = _SPLIT.value, _TEXT_KEY.value, _DATA_DIR.value
+  options = _SPLIT.value, _TEXT_KEY.value, _DATA_DIR.value
   if _CORPUS.value:
-    return corpus.file_documents(_CORPUS.value, *where)
-  return corpus.tfds_documents(_TFDS_NAME.value, *where)
+    return corpus.file_documents(_CORPUS.value, *options)
+  return corpus.tfds_documents(_TFDS_NAME.value, *options)
 
 
-def build(documents: corpus.Documents) -> contamination.Bloom:
-  expected = contamination.count(progress(documents, "counting"))
-  bloom = contamination.build(progress(documents, "building"), expected, source=documents.source)
+def build_filter(documents: corpus.Documents) -> contamination.BloomFilter:
+  """Reads the corpus twice: to size the filter, and to fill it."""
+  expected = contamination.count_ngrams(progress(documents, "counting"))
+  bloom = contamination.build_filter(
+    progress(documents, "building"), expected, source=documents.source
+  )
   if _FILTER.value:
     bloom.save(_FILTER.value)
   return bloom
 
 
-def describe(name: str, found: contamination.Overlap, bloom: contamination.Bloom) -> str:
-  short, seen = int((found.ngrams == 0).sum()), int((found.found > 0).sum())
-  total = int(found.ngrams.sum())
+def describe(name: str, overlap: contamination.Overlap, bloom: contamination.BloomFilter) -> str:
+  """The result in one line."""
+  items = len(overlap.ngrams)
+  total = int(overlap.ngrams.sum())
+  short = int((overlap.ngrams == 0).sum())
+  seen = int((overlap.in_corpus > 0).sum())
+  clean = items - seen - short
   return (
-    f"{name}: {found.share:.2%} of {total:,} {bloom.n}-grams are in the corpus (false positives {bloom.rate:.1e}); "
-    f"of {len(found.ngrams):,} items {seen:,} have one of them, {len(found.ngrams) - seen - short:,} have none, "
-    f"{short:,} have fewer than {bloom.n} words"
+    f"{name}: {overlap.share:.2%} of {total:,} {bloom.n}-grams are in the corpus "
+    f"(false positives {bloom.false_positive_rate:.1e}); of {items:,} items {seen:,} have one of "
+    f"them, {clean:,} have none, {short:,} have fewer than {bloom.n} words"
   )
 
 

@@ -1,70 +1,112 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a run fit a TPU that is not here, how long is a step, and what does it cost? Compiled on this machine; no TPU.
+"""Plans a run on TPUs without a TPU: does it fit the HBM, how long is a step, what does it cost?
 
   python launch/plan.py --config=configs/gpt2.py:1542M --topology=v5e:8x8 --config.mesh.replica=8 \\
     --config.mesh.data=8 --config.model.remat=full --usd_per_chip_hour=1.2
   python launch/plan.py --config=configs/gpt2.py:1542M --topology=v5e:8x8 --search
 
-It compiles the very step that launch/train.py runs with that config, with libtpu (pip install '.[plan]'), and says what
-HBM holds, what a step is made of, and how long all of the config's steps take. All times are estimates.
+It compiles the training step that launch/train.py runs with that config, with libtpu (pip install
+'.[plan]'). It prints what HBM holds, what fills a step, and how long all steps of the config take.
+All times are estimates.
 """
 
 import os
 import sys
 
-if __name__ == "__main__":  # the root in place of launch/, whose tokenize.py would hide the standard library's
+if __name__ == "__main__":
+  # The root in place of launch/, whose tokenize.py would hide the standard library's.
   sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-  os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu compiles; nothing is run on a TPU, even where there is one
+  # libtpu only compiles: nothing is run on a TPU, even if there is one.
+  os.environ["JAX_PLATFORMS"] = "cpu"
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from gpt2_jax import chips
 from gpt2_jax.plan import compiling, report, search
 from launch import shell
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with :SIZE where it takes one.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:8x8 or v5e-64 (v6e alike), v4:4x4x4 (v5p alike).")
-_SLICES = flags.DEFINE_integer("slices", 1, "Slices of that topology, joined by the data center's network.")
-_SEARCH = flags.DEFINE_bool("search", False, "Try meshes, microbatches, remat and kernels; print the best as flags.")
-_COMPILED = flags.DEFINE_integer("compiled", 4, "Of a search, how many of the best on paper are compiled.", 1)
-_TOKENS = flags.DEFINE_float("tokens", None, "Tokens to train on; all of the config's steps if not given.")
-_PRICE = flags.DEFINE_float("usd_per_chip_hour", None, "For the price of the run.")
+_LIST_PRICES = ", ".join(f"{name} {tpu.usd_per_chip_hour:.2f}" for name, tpu in chips.TPUS.items())
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "A file of configs/, with :SIZE where it takes one."
+)
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", None, "v5e:8x8 or v5e-64 (v6e alike), v4:4x4x4 (v5p alike)."
+)
+_SLICES = flags.DEFINE_integer(
+  "slices", 1, "Slices of that topology, joined by the data-center network."
+)
+_SEARCH = flags.DEFINE_bool(
+  "search", False, "Try meshes, microbatches, remat and kernels; print the best as flags."
+)
+_COMPILED = flags.DEFINE_integer(
+  "compiled", 4, "Of a search, how many of the best estimates are compiled.", lower_bound=1
+)
+_TOKENS = flags.DEFINE_float(
+  "tokens", None, "Tokens to train on; all of the config's steps if not given."
+)
+_PRICE = flags.DEFINE_float(
+  "usd_per_chip_hour", None, f"For the price of the run. On demand, about: {_LIST_PRICES}."
+)
 _OUT = flags.DEFINE_string("out", None, "A folder for plan.json and plan.png.")
 
 
 def main() -> None:
-  config, topology = _CONFIG.value, chips.topology(_TOPOLOGY.value, _SLICES.value)
-  best = _search(config, topology) if _SEARCH.value else _plan(config, topology)
-  print(best.table())
+  config = _CONFIG.value
+  topology = chips.parse_topology(_TOPOLOGY.value, _SLICES.value)
   if _SEARCH.value:
-    print(f"\nthe best, to paste after --config:\n{report.flags(best)}")
+    plan = _search(config, topology)
+    print(plan.table())
+    print(f"\nthe best, to paste after --config:\n{report.flags(plan)}")
+  else:
+    plan = _plan(config, topology)
+    print(plan.table())
+
   if _OUT.value:
-    report.save(best, _OUT.value)
+    report.save(plan, _OUT.value)
 
 
-def _plan(config, topology: chips.Topology) -> report.Plan:
+def _plan(config: ConfigDict, topology: chips.Topology) -> report.Plan:
   return report.Plan.of(config, topology, _TOKENS.value, _PRICE.value)
 
 
-def _search(config, topology: chips.Topology) -> report.Plan:
-  """The fastest of the best on paper, each told as it is compiled. Raises ValueError if none of them fits."""
+def _search(config: ConfigDict, topology: chips.Topology) -> report.Plan:
+  """The fastest plan among the best estimates, each reported as soon as it is compiled.
+
+  Raises ValueError if none of them fits.
+  """
+  # Before the ranking, which takes a while and needs no libtpu.
   compiling.check_installed()
-  found = search.candidates(config, topology)
-  tried = search.leading(found, _COMPILED.value)
-  print(f"{len(found)} candidates divide and fit on paper; compiling {len(tried)}", file=sys.stderr)
+
+  # 1. Rank by the roofline estimate.
+  ranked = search.candidates(config, topology)
+  leading = search.leading(ranked, _COMPILED.value)
+  print(
+    f"{len(ranked)} candidates divide and are estimated to fit; compiling {len(leading)}",
+    file=sys.stderr,
+  )
+
+  # 2. Compile the best. The estimate of HBM is rough, so some may not fit.
   plans = []
-  for one in tqdm(tried, unit="compile", disable=None):
+  for candidate in tqdm(leading, unit="compile", disable=None):
     try:
-      plans.append(_plan(one.apply(config), topology))
+      plan = _plan(candidate.apply(config), topology)
     except compiling.DoesNotFit as error:
-      tqdm.write(f"{one}: {error}")
+      tqdm.write(f"{candidate}: {error}")
       continue
-    low, high = (1e3 * seconds for seconds in plans[-1].estimate.step)
-    tqdm.write(f"{one}: {low:,.0f} to {high:,.0f} ms, {plans[-1].compiled.hbm_needed / chips.GIB:.2f} GiB")
+
+    plans.append(plan)
+    fast, slow = plan.estimate.step
+    hbm = plan.compiled.hbm_needed / chips.GIB
+    tqdm.write(f"{candidate}: {1e3 * fast:,.0f} to {1e3 * slow:,.0f} ms, {hbm:.2f} GiB")
+
+  # 3. The fastest, by the middle of its range.
   if not plans:
-    raise ValueError(f"none of the {len(tried)} compiled fits {topology}; take more with --compiled")
+    raise ValueError(
+      f"none of the {len(leading)} compiled fits {topology}; take more with --compiled"
+    )
   return min(plans, key=lambda plan: sum(plan.estimate.step))
 
 

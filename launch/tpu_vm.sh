@@ -1,44 +1,51 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# From a project id to a falling loss on Cloud TPU VMs; see launch/README.md, or --help.
+# Trains on Cloud TPU VMs (queued resources): creates the machine, installs, trains, resumes after
+# preemption, deletes the machine. See launch/README.md, or --help.
 # Written for bash 3.2 and later, as macOS has it.
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "$0")/.." && pwd)"
-POLL="${GPT2_JAX_POLL:-30}" # seconds between looks at the machine
-PATIENCE="${GPT2_JAX_PATIENCE:-120}" # seconds for the other workers to end after one has
-PREFIX=gpt2-jax-            # of every name that this script makes, and deletes
-LABEL=gpt2_jax              # a label of its machines; what does not have it is not deleted
-KEEP_ALIVE='-o ServerAliveInterval=15 -o ServerAliveCountMax=4' # a lost machine is noticed in a minute
+POLL="${GPT2_JAX_POLL:-30}" # seconds between two queries of the machine's state
+EXIT_TIMEOUT="${GPT2_JAX_EXIT_TIMEOUT:-120}" # seconds for the other workers to end after one has
+PREFIX=gpt2-jax- # of every name that this script makes, and deletes
+LABEL=gpt2_jax   # a label of its machines; what does not have it is not deleted
+# A lost machine is noticed in a minute.
+KEEP_ALIVE='-o ServerAliveInterval=15 -o ServerAliveCountMax=4'
 
 usage() {
   cat <<'EOF'
 usage: launch/tpu_vm.sh VERB --project=ID --zone=ZONE [options] [-- flags of launch/train.py]
 
-  train   all of it: ask for the machine, wait, install, train, follow; again after a preemption or a lost host; delete
-  up      ask for the machine and wait until it is there
-  run     copy this tree to every worker, install it, start training; it goes on without this terminal
+  train   all of it: create the machine, wait, install, train, follow the log, delete the machine;
+          after a preemption or a lost host it starts again and training resumes
+  up      create the machine and wait until it is there
+  run     copy this tree to every worker, install it, start training, detached from this terminal
   logs    follow the log of worker 0 until training ends
-  status  the machine, and what each worker does
-  stop    end training on every worker with its step saved; the machine stays
+  status  the state of the machine and of training on each worker
+  stop    stop training on every worker with its step saved; the machine stays
   down    delete the machine; nothing happens if there is none
 
   --project=ID         Google Cloud project
   --zone=ZONE          us-west4-a, say; the bucket should be in its region
-  --topology=TYPE      v5e-64, v6e-64 (chips), v4-128, v5p-64 (cores, two a chip); or plan.py's form, v5e:8x8, v4:4x4x4
+  --topology=TYPE      v5e-64, v6e-64 (chips), v4-128, v5p-64 (cores, two a chip);
+                       or plan.py's form, v5e:8x8, v4:4x4x4
   --workdir=gs://...   where checkpoints and metrics go (train, run)
   --slices=N           N such machines as one, over the data-center network (1)
-  --spot               cheaper, and may be taken away at any time; the default is on demand
-  --name=NAME          tells machines of one project apart (your user name); the machine is gpt2-jax-NAME
+  --spot               cheaper, and may be preempted at any time; the default is on demand
+  --name=NAME          tells machines of one project apart (your user name);
+                       the machine is gpt2-jax-NAME
   --retries=N          restarts in a row without a newer checkpoint before `train` gives up (5)
   --wait_hours=N       how long to wait in the queue for the machine (24)
-  --keep               `train` leaves the machine in place at its end
-  --service_account=EMAIL, --network=NAME, --subnetwork=NAME, --runtime_version=NAME   handed on to gcloud
+  --keep               `train` does not delete the machine at its end
+  --service_account=EMAIL, --network=NAME, --subnetwork=NAME, --runtime_version=NAME
+                       passed to gcloud
   --dry-run            print the commands, ready to paste, and run none
 
-`train` may be interrupted (Ctrl-C) and started again: it finds the machine and the training as they are. At its end it
-deletes the machine, however training ended, unless --keep or `stop` said otherwise; the other verbs only do their part.
-Exit status: 0 done, 1 gave up, 2 input that cannot be (training's own included), 3 quota, 130 interrupted.
+`train` may be interrupted (Ctrl-C) and started again: it finds the machine and the training as they
+are. At its end it deletes the machine, however training ended, unless --keep was given or `stop`
+stopped it; the other verbs only do their part.
+Exit status: 0 done, 1 gave up, 2 bad input (training's own included), 3 quota, 130 interrupted.
 
   launch/tpu_vm.sh train --project=my-project --zone=us-west4-a --topology=v5e-64 --spot \
     --workdir=gs://my-bucket/1542M -- --config=configs/gpt2.py:1542M \
@@ -48,12 +55,13 @@ EOF
 
 say() { printf '[%s] %s\n' "$(date +%H:%M:%S)" "$*" >&2; }
 refuse() { printf 'error: %s\n' "$*" >&2; exit 2; }
-whole() { case "$1" in '' | *[!0-9]* | 0[0-9]*) return 1 ;; esac; }
+is_integer() { case "$1" in '' | *[!0-9]* | 0[0-9]*) return 1 ;; esac; }
 
 # ---- Input
 
 read_flags() {
-  verb='' project='' zone='' topology='' workdir='' slices=1 spot='' retries=5 wait_hours=24 keep='' dry_run=''
+  verb='' project='' zone='' topology='' workdir=''
+  slices=1 spot='' retries=5 wait_hours=24 keep='' dry_run=''
   name=$(id -un | tr '[:upper:]' '[:lower:]' | tr -c 'a-z0-9\n' -)
   service_account='' network='' subnetwork='' runtime_version=''
   train_flags=()
@@ -61,14 +69,16 @@ read_flags() {
     case "$1" in
       --) shift; train_flags=("$@"); break ;;
       -h | --help | help) usage; exit 0 ;;
-      --project=* | --zone=* | --topology=* | --workdir=* | --slices=* | --name=* | --retries=* | --wait_hours=* | \
+      --project=* | --zone=* | --topology=* | --workdir=* | --slices=* | --name=* | \
+        --retries=* | --wait_hours=* | \
         --service_account=* | --network=* | --subnetwork=* | --runtime_version=*)
         local key="${1%%=*}"
         printf -v "${key#--}" '%s' "${1#*=}" ;;
       --spot) spot=yes ;;
       --keep) keep=yes ;;
       --dry-run | --dry_run) dry_run=yes ;;
-      -*) refuse "$1 is no flag of tpu_vm.sh; flags of launch/train.py come after --, and --help shows the rest" ;;
+      -*) refuse "$1 is not a flag of tpu_vm.sh; flags of launch/train.py come after --;" \
+        "--help shows all" ;;
       *) [ -z "$verb" ] || refuse "one verb at a time: $verb or $1"; verb="$1" ;;
     esac
     shift
@@ -81,13 +91,18 @@ check_input() {
     '') refuse "say what to do: train, up, run, logs, status, stop or down; --help explains" ;;
     *) refuse "no verb $verb; there are train, up, run, logs, status, stop, down" ;;
   esac
-  [[ "$project" =~ ^([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]$ ]] || refuse "--project='$project' is no project id"
-  [[ "$zone" =~ ^[a-z]+-[a-z]+[0-9]+-[a-z0-9]+$ ]] || refuse "--zone='$zone' is no zone; one looks like us-west4-a"
+  [[ "$project" =~ ^([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]$ ]] ||
+    refuse "--project='$project' is not a project id"
+  [[ "$zone" =~ ^[a-z]+-[a-z]+[0-9]+-[a-z0-9]+$ ]] ||
+    refuse "--zone='$zone' is not a zone; one looks like us-west4-a"
   [[ "$name" =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] ||
     refuse "--name='$name' has to be 1 to 40 of a-z, 0-9 and -, with a letter first and no - last"
-  whole "$slices" && [ "$slices" -ge 1 ] || refuse "--slices='$slices' has to be a whole number from 1"
-  whole "$retries" || refuse "--retries='$retries' has to be a whole number"
-  whole "$wait_hours" || refuse "--wait_hours='$wait_hours' has to be a whole number of hours"
+  is_integer "$slices" && [ "$slices" -ge 1 ] ||
+    refuse "--slices='$slices' has to be a whole number from 1"
+  is_integer "$retries" || refuse "--retries='$retries' has to be a whole number"
+  is_integer "$wait_hours" || refuse "--wait_hours='$wait_hours' has to be a whole number of hours"
+
+  # Only what makes a machine has to know its type; the other verbs read it from the machine.
   machine="$PREFIX$name"
   generation='' chips='' cents=''
   case "$verb" in train | up) read_topology ;; *) [ -z "$topology" ] || read_topology ;; esac
@@ -96,24 +111,30 @@ check_input() {
     *) [ ${#train_flags[@]} -eq 0 ] || refuse "only train and run take flags after --" ;;
   esac
   [ -z "$dry_run" ] || return 0
-  command -v gcloud >/dev/null || refuse "no gcloud on the PATH; see https://cloud.google.com/sdk/docs/install"
+  command -v gcloud >/dev/null ||
+    refuse "no gcloud on the PATH; see https://cloud.google.com/sdk/docs/install"
   case "$verb" in train | run) [ "${chips:-8}" -le 4 ] || check_key ;; esac
 }
 
-# gcloud reaches several workers only with a key that the ssh agent holds, if there is an agent that holds any. Better
-# to hear that now than after the wait for the machine.
+# If an ssh agent holds any keys, gcloud reaches several workers only with a key that it holds.
+# Checked here, since otherwise it shows only after the wait for the machine.
 check_key() {
-  local key="$HOME/.ssh/google_compute_engine" held mine
+  local key="$HOME/.ssh/google_compute_engine" held fingerprint
   held=$(ssh-add -l 2>/dev/null) || return 0
-  [ -e "$key.pub" ] || refuse "no $key yet, and the ssh agent has to hold it: ssh-keygen -t rsa -f $key; ssh-add $key"
-  mine=$(ssh-keygen -lf "$key.pub" | cut -d ' ' -f 2)
-  case "$held" in *"$mine"*) ;; *) refuse "the ssh agent does not hold gcloud's key: ssh-add $key" ;; esac
+  [ -e "$key.pub" ] ||
+    refuse "no $key yet, and the ssh agent has to hold it: ssh-keygen -t rsa -f $key; ssh-add $key"
+  fingerprint=$(ssh-keygen -lf "$key.pub" | cut -d ' ' -f 2)
+  case "$held" in
+    *"$fingerprint"*) ;;
+    *) refuse "the ssh agent does not hold gcloud's key: ssh-add $key" ;;
+  esac
 }
 
 check_training() {
   local form='^gs://[a-z0-9][a-z0-9._-]+/[^][:cntrl:]*?[]+$'
   [[ "$workdir" =~ $form ]] ||
-    refuse "--workdir='$workdir' has to be gs://BUCKET/PATH: machines and their disks go, and every worker writes there"
+    refuse "--workdir='$workdir' has to be gs://BUCKET/PATH: machines and their disks go," \
+      "and every worker writes there"
   local flag config=''
   for flag in ${train_flags[@]+"${train_flags[@]}"}; do
     case "$flag" in
@@ -121,60 +142,41 @@ check_training() {
       --config | --config=*) config=yes ;;
     esac
   done
-  [ -n "$config" ] || refuse "no --config=... after --; for instance: -- --config=configs/gpt2.py:1542M"
+  [ -n "$config" ] ||
+    refuse "no --config=... after --; for instance: -- --config=configs/gpt2.py:1542M"
   train_flags=("--workdir=$workdir" "${train_flags[@]}")
   git -C "$ROOT" rev-parse --quiet --verify HEAD >/dev/null 2>&1 ||
     refuse "$ROOT is no git checkout; the machine gets what git archive makes of one"
 }
 
-# Sets generation, accelerator (Google's name), runtime_version, chips (of one slice) and cents (of a chip-hour).
-# Cents: on-demand list prices in US regions as quoted from the Cloud Billing catalog on 2026-08-24; they change.
+# Sets generation, accelerator (Google's type), runtime_version, chips (of one slice) and cents (the
+# list price of a chip-hour), as the table in gpt2_jax/chips.py has them.
 read_topology() {
-  local form='^(v4|v5e|v5litepod|v5p|v6e)(-([0-9]{1,5})|:([0-9]{1,2})x([0-9]{1,2})(x([0-9]{1,2}))?)$'
-  local count cores=1 runtime
-  [[ "$topology" =~ $form ]] || refuse "--topology='$topology' is none; one looks like v5e-64, v4-128, v5p-64, v5e:8x8"
-  generation="${BASH_REMATCH[1]}" count="${BASH_REMATCH[3]}"
-  case "$generation" in
-    v4) cents=322 cores=2 runtime=tpu-ubuntu2204-base ;;
-    v5p) cents=420 cores=2 runtime=v2-alpha-tpuv5 ;;
-    v6e) cents=270 runtime=v2-alpha-tpuv6e ;;
-    *) generation=v5e cents=120 runtime=v2-alpha-tpuv5-lite ;;
-  esac
-  if [ -z "$count" ]; then # Google's default shape of that many chips, or nothing: the type's name says only how many
-    case "$cores:${topology#*:}" in
-      1:1x1 | 1:2x2 | 1:2x4 | 1:4x4 | 1:4x8 | 1:8x8 | 1:8x16 | 1:16x16) ;;
-      2:2x2x1 | 2:2x2x2 | 2:2x2x4 | 2:2x4x4 | 2:4x4x4 | 2:4x4x8 | 2:4x8x8 | 2:8x8x8 | 2:8x8x16 | 2:8x16x16) ;;
-      *) refuse "--topology=$topology is not the default shape of its size, the only one asked for here" ;;
-    esac
-    count=$((cores * BASH_REMATCH[4] * BASH_REMATCH[5] * ${BASH_REMATCH[7]:-1}))
-  fi
-  case "$cores:$count" in
-    1:1 | 1:4 | 1:8 | 1:16 | 1:32 | 1:64 | 1:128 | 1:256) ;;
-    1:*) refuse "--topology=$topology: $generation comes in 1, 4, 8, 16, 32, 64, 128 or 256 chips" ;;
-    2:*) [ "$count" -ge 8 ] && [ $((count % 8)) -eq 0 ] ||
-      refuse "--topology=$topology: $generation comes in multiples of 8 cores (4 chips); v4-128 has 64 chips" ;;
-  esac
-  chips=$((count / cores)) accelerator="${generation/v5e/v5litepod}-$count"
-  runtime_version="${runtime_version:-$runtime}"
+  local answer default_runtime
+  command -v python3 >/dev/null || refuse "no python3 on the PATH, which reads gpt2_jax/chips.py"
+  answer=$(python3 -I "$ROOT/gpt2_jax/chips.py" accelerator "$topology") || exit 2
+  read -r generation accelerator default_runtime chips cents <<<"$answer"
+  runtime_version="${runtime_version:-$default_runtime}"
 }
 
-# What the machine costs, or nothing where the topology was not given.
+# What the machine costs; nothing if the topology is not known.
 price() {
   [ -n "$chips" ] || return 0
   local all=$((chips * slices * cents))
   printf ', and while ACTIVE costs about %d.%02d USD an hour at list price (%d chips x %d.%02d%s)' \
-    $((all / 100)) $((all % 100)) $((chips * slices)) $((cents / 100)) $((cents % 100)) "${spot:+; spot is less}"
+    $((all / 100)) $((all % 100)) \
+    $((chips * slices)) $((cents / 100)) $((cents % 100)) "${spot:+; spot is less}"
 }
 
 # ---- Commands: each sets `command`, which is run or, with --dry-run, printed
 
-place() { command+=("--project=$project" "--zone=$zone"); }
+add_location() { command+=("--project=$project" "--zone=$zone"); }
 
 to_create() {
   command=(gcloud compute tpus queued-resources create "$machine")
-  place
-  command+=("--accelerator-type=$accelerator" "--runtime-version=$runtime_version" "--labels=$LABEL=tpu_vm"
-    --scopes=https://www.googleapis.com/auth/cloud-platform)
+  add_location
+  command+=("--accelerator-type=$accelerator" "--runtime-version=$runtime_version"
+    "--labels=$LABEL=tpu_vm" --scopes=https://www.googleapis.com/auth/cloud-platform)
   if [ "$slices" -gt 1 ]; then
     command+=("--node-count=$slices" "--node-prefix=$machine")
   else
@@ -189,37 +191,38 @@ to_create() {
 
 to_describe() {
   command=(gcloud compute tpus queued-resources describe "$machine")
-  place
+  add_location
   command+=("--format=value[separator=\",\"]($1)")
 }
 
 to_describe_node() {
   command=(gcloud compute tpus tpu-vm describe "$1")
-  place
+  add_location
   command+=('--format=value(state)')
 }
 
 to_copy() {
   command=(gcloud compute tpus queued-resources scp "$1" "$machine:gpt2_jax.tar.gz")
-  place
+  add_location
   command+=(--worker=all --node=all --quiet)
 }
 
-to_ssh() { # all | 0, and a shell line of which every word that came from outside is quoted
+to_ssh() { # all | 0, and a shell line in which every word that came from outside is quoted
   command=(gcloud compute tpus queued-resources ssh "$machine")
-  place
+  add_location
   command+=("--worker=$1" "--node=$1" "--ssh-flag=$KEEP_ALIVE" --quiet "--command=$2")
 }
 
 to_delete() {
   command=(gcloud compute tpus queued-resources delete "$machine")
-  place
+  add_location
   command+=(--force --quiet)
 }
 
 WORKER='bash gpt2_jax/launch/worker.sh'
-INSTALL="rm -rf gpt2_jax && mkdir gpt2_jax && tar -xzf gpt2_jax.tar.gz -C gpt2_jax && $WORKER install"
-ASK="if [ -d gpt2_jax ]; then $WORKER state; else echo @worker \$(hostname) none; fi"
+INSTALL="rm -rf gpt2_jax && mkdir gpt2_jax && tar -xzf gpt2_jax.tar.gz -C gpt2_jax && \
+$WORKER install"
+STATE="if [ -d gpt2_jax ]; then $WORKER state; else echo @worker \$(hostname) none; fi"
 
 to_start() {
   local line="$WORKER start" word flag
@@ -230,49 +233,59 @@ to_start() {
   to_ssh all "$line"
 }
 
-# The tracked files as they are on disk, uncommitted changes included; the tree itself is not touched.
+# Packs the tracked files as they are on disk, uncommitted changes included; `git stash create` does
+# not touch the tree.
 pack() {
   local commit
   commit=$(git -C "$ROOT" -c user.name=tpu_vm -c user.email=tpu_vm@localhost stash create)
   git -C "$ROOT" archive --format=tar.gz --output="$1" "${commit:-HEAD}"
   local untracked
   untracked=$(git -C "$ROOT" ls-files --others --exclude-standard | wc -l | tr -d ' ')
-  [ "$untracked" = 0 ] || say "note: $untracked untracked files stay here; git add them if the run needs them"
+  [ "$untracked" = 0 ] ||
+    say "note: $untracked untracked files stay here; git add them if the run needs them"
 }
 
-# ---- What is there
+# ---- State of the machine
 
-output="" # a file: what the last quiet command said
+output="" # a file: the output of the last quiet command
 quietly() { "${command[@]}" >"$output" 2>&1; }
 last_lines() { grep -v '^[[:space:]]*$' "$output" | tail -n "${1:-3}" >&2 || true; }
 
-# Sets qr_state to the state of the queued resource, NONE if there is none, and `nodes` to its slices; `owned` is empty
-# if it is not this script's. Takes --topology and --slices from it, or refuses it where they were given and differ.
-look() {
+# Sets qr_state to the state of the queued resource (NONE if there is none), `nodes` to its slices,
+# and `owned` to nothing if this script did not make it. Takes --topology and --slices from it if
+# they were not given; refuses it if they were given and differ.
+query_state() {
   local tries=0 line label type
-  to_describe "state.state,tpu.nodeSpec[0].node.labels.$LABEL,tpu.nodeSpec[0].node.acceleratorType.basename(),\
-tpu.nodeSpec[].nodeId"
+  to_describe "state.state,tpu.nodeSpec[0].node.labels.$LABEL,\
+tpu.nodeSpec[0].node.acceleratorType.basename(),tpu.nodeSpec[].nodeId"
   while ! line=$("${command[@]}" 2>"$output"); do
     if grep -q 'NOT_FOUND' "$output"; then
       qr_state=NONE owned=''
       return
     fi
     tries=$((tries + 1))
-    [ "$tries" -lt 4 ] || { last_lines 1; say "Google Cloud does not tell the state of $machine"; leave_in_place 1; }
+    if [ "$tries" -ge 4 ]; then
+      last_lines 1
+      say "Google Cloud does not tell the state of $machine"
+      leave_in_place 1
+    fi
     back_off "$tries"
   done
+
   IFS=, read -r qr_state label type nodes <<<"$line"
   nodes="${nodes//;/ }"
   owned=$([ "$label" != tpu_vm ] || echo yes)
+
   local count
   count=$(wc -w <<<"${nodes:-$(seq "$slices")}" | tr -d ' ')
   [ -n "$chips" ] || { topology="$type" slices="$count"; read_topology; }
   [ "$type,$count" = "$accelerator,$slices" ] ||
-    refuse "$machine is there as $count of $type, not $slices of $accelerator; ask for that, or give another --name"
+    refuse "$machine is there as $count of $type, not $slices of $accelerator;" \
+      "ask for that, or give another --name"
 }
 
-# Status 0 if every slice is READY, 2 if one was taken away, 1 if it cannot be said yet. A preempted slice may be known
-# here minutes before its queued resource is SUSPENDED.
+# Status 0 if every slice is READY, 2 if one was preempted or deleted, 1 if that is not known yet. A
+# preempted slice may show here minutes before its queued resource is SUSPENDED.
 nodes_ready() {
   local node node_state
   for node in $nodes; do
@@ -280,7 +293,9 @@ nodes_ready() {
     node_state=$("${command[@]}" 2>"$output") || node_state=UNKNOWN
     case "$node_state" in
       READY) ;;
-      PREEMPTED | TERMINATED | STOPPING | STOPPED | DELETING) say "$node is $node_state"; return 2 ;;
+      PREEMPTED | TERMINATED | STOPPING | STOPPED | DELETING)
+        say "$node is $node_state"
+        return 2 ;;
       *) return 1 ;; # UNKNOWN, REPAIRING, RESTARTING, ...
     esac
   done
@@ -299,26 +314,33 @@ newest_checkpoint() { # its step, 0 if there is none
 # ---- The machine
 
 create() {
-  say "asking for $machine: $accelerator${spot:+, spot}$([ "$slices" -eq 1 ] || echo ", $slices slices") in $zone"
+  local count
+  count=$([ "$slices" -eq 1 ] || echo ", $slices slices")
+  say "creating $machine: $accelerator${spot:+, spot}$count in $zone"
   exists=maybe
   to_create
   if ! quietly; then
     refuse_quota
     last_lines
-    grep -qE 'UNAVAILABLE|INTERNAL|DEADLINE|RESOURCE_EXHAUSTED|ALREADY_EXISTS|capacity|[Tt]imed out' "$output" || exit 1
+    # Only what may pass is tried again.
+    local transient='UNAVAILABLE|INTERNAL|DEADLINE|RESOURCE_EXHAUSTED|ALREADY_EXISTS|capacity'
+    grep -qE "$transient|[Tt]imed out" "$output" || exit 1
     return 1
   fi
   exists=yes created=yes installed=''
 }
 
-# Ends with status 3 if the last answer was about quota.
+# Exits with status 3 if the last command failed for quota. A quota of requests a minute passes.
 refuse_quota() {
   local line
   line=$(grep -i 'quota' "$output" | grep -vi 'per minute' | head -n 1 | grep .) || return 0
   say "quota: ${line#ERROR: }"
-  say "that is the limit of project $project for $generation${spot:+, spot,} in $zone. Ask for more at \
-https://console.cloud.google.com/iam-admin/quotas?project=$project (filter: tpu.googleapis.com), take another zone, a \
-smaller --topology, or $([ -n "$spot" ] && echo 'leave --spot out' || echo 'add --spot'): each has a quota of its own"
+  local other_quota
+  other_quota=$([ -n "$spot" ] && echo 'leave --spot out' || echo 'add --spot')
+  say "that is the limit of project $project for $generation${spot:+, spot,} in $zone. \
+Ask for more at \
+https://console.cloud.google.com/iam-admin/quotas?project=$project (filter: tpu.googleapis.com), \
+take another zone, a smaller --topology, or $other_quota: each has a quota of its own"
   delete_quietly || true
   exit 3
 }
@@ -329,11 +351,12 @@ delete_quietly() { # a refused or dead queued resource counts against the quota 
   exists=''
 }
 
-# Returns when the machine is ACTIVE and every slice READY; replaces one that was lost.
+# Returns when the machine is ACTIVE and every slice READY. Creates it if there is none, and
+# replaces one that was preempted or failed.
 ensure_machine() {
   local tries=0 said='' end=$((SECONDS + wait_hours * 3600))
   while :; do
-    look
+    query_state
     if [ "$qr_state" != NONE ]; then
       exists=yes
       [ "$qr_state" = "$said" ] || say "$machine: $qr_state$([ "$qr_state" != ACTIVE ] || price)"
@@ -349,7 +372,11 @@ ensure_machine() {
       ACTIVE)
         local ready=0
         nodes_ready || ready=$?
-        case "$ready" in 0) return ;; 2) replace ;; *) wait_until "$end" ;; esac ;;
+        case "$ready" in
+          0) return ;;
+          2) replace ;;
+          *) wait_until "$end" ;;
+        esac ;;
       FAILED)
         to_describe state.failedData.error.message
         quietly || true
@@ -368,13 +395,16 @@ ensure_machine() {
 }
 
 wait_until() {
-  [ "$SECONDS" -lt "$1" ] || { say "$machine is still $qr_state after $wait_hours hours (--wait_hours)"; finish 1; }
+  if [ "$SECONDS" -ge "$1" ]; then
+    say "$machine is still $qr_state after $wait_hours hours (--wait_hours)"
+    finish 1
+  fi
   sleep "$POLL"
 }
 
 replace() {
   must_own
-  say "$machine was taken away or failed; deleting what is left and asking again"
+  say "$machine was preempted or failed; deleting what is left and creating it again"
   installed=''
   delete_quietly || { last_lines 1; wait_until "$end"; }
 }
@@ -382,11 +412,12 @@ replace() {
 must_own() {
   [ -z "$owned$created" ] || return 0
   to_delete
-  refuse "$machine has no label $LABEL=tpu_vm: not made by this script, so not deleted; by hand: ${command[*]}"
+  refuse "$machine has no label $LABEL=tpu_vm: not made by this script, so not deleted;" \
+    "by hand: ${command[*]}"
 }
 
 down() {
-  look
+  query_state
   if [ "$qr_state" = NONE ]; then
     say "there is no $machine in $zone; nothing to delete"
     return
@@ -396,8 +427,11 @@ down() {
   to_delete
   if ! quietly; then
     last_lines
-    look
-    case "$qr_state" in NONE | DELETING) ;; *) say "$machine is still $qr_state; run down again"; exit 1 ;; esac
+    query_state
+    case "$qr_state" in
+      NONE | DELETING) ;;
+      *) say "$machine is still $qr_state; run down again"; exit 1 ;;
+    esac
   fi
   exists=''
   say "$machine is deleted"
@@ -405,7 +439,7 @@ down() {
 
 # ---- Training
 
-# Copies and installs on all workers; one retry, since fresh machines are not always reachable at once.
+# Copies and installs on all workers; one retry, since new machines may not be reachable at once.
 prepare() {
   local try
   pack "$scratch/gpt2_jax.tar.gz"
@@ -419,8 +453,10 @@ prepare() {
         return
       fi
     fi
-    grep -vE '^(@worker |#+ |Using |SSH: |SCP: )' "$output" | tail -n 3 >&2 || true # why
-    grep -E '^@worker .* install failed|Command execution on worker' "$output" | sort -u >&2 || true # where
+    # The reason, then the workers.
+    grep -vE '^(@worker |#+ |Using |SSH: |SCP: )' "$output" | tail -n 3 >&2 || true
+    grep -E '^@worker .* install failed|Command execution on worker' "$output" |
+      sort -u >&2 || true
   done
   say "installing failed twice; the workers named above need a look"
   return 1
@@ -430,7 +466,10 @@ start() {
   local refusal
   to_start
   if ! quietly; then
-    refusal=$(grep '^@worker .* refused' "$output") && { printf '%s\n' "$refusal" >&2; return 2; }
+    if refusal=$(grep '^@worker .* refused' "$output"); then
+      printf '%s\n' "$refusal" >&2
+      return 2
+    fi
     last_lines
     return 1
   fi
@@ -439,47 +478,50 @@ start() {
 
 follow() {
   to_ssh 0 "$WORKER follow"
-  "${command[@]}" 2>"$output" || true # how training ended is asked of every worker
+  "${command[@]}" 2>"$output" || true # every worker is asked afterwards how training ended
 }
 
 # Sets workers to the @worker lines of all of them. Status 1 if one cannot be reached.
 ask_workers() {
-  to_ssh all "$ASK"
-  "${command[@]}" >"$output" 2>&1 || return 1
+  to_ssh all "$STATE"
+  quietly || return 1
   workers=$(grep '^@worker ' "$output" || true)
   [ -n "$workers" ]
 }
 
-some() { printf '%s\n' "$workers" | grep -E "^@worker [^ ]+ ($1)" | head -n 1; } # the first such worker, if any
+# The line of the first worker in a state, if any.
+first_worker() { printf '%s\n' "$workers" | grep -E "^@worker [^ ]+ ($1)" | head -n 1; }
+any_worker() { first_worker "$1" >/dev/null; }
 
-# Sets outcome: finished | refused | asked | running | again | unreachable | none
-judge() {
+# Sets outcome: finished | refused | stopped | running | retry | unreachable | none
+query_outcome() {
   outcome=unreachable
   ask_workers || return 0
-  if some running >/dev/null; then outcome=running
-  elif some asked >/dev/null; then outcome=asked
-  elif some 'ended 2$' >/dev/null; then outcome=refused
-  elif some 'ended [1-9]|lost' >/dev/null; then outcome=again
-  elif some none >/dev/null; then outcome=none
+  if any_worker running; then outcome=running
+  elif any_worker stopped; then outcome=stopped
+  elif any_worker 'ended 2$'; then outcome=refused
+  elif any_worker 'ended [1-9]|lost'; then outcome=retry
+  elif any_worker none; then outcome=none
   else outcome=finished
   fi
 }
 
-# Follows until training has ended on all workers; the others have a while to notice that one is gone, then are stopped.
-see_it_through() {
+# Follows until training has ended on all workers. Once it has on one, the others have EXIT_TIMEOUT
+# seconds to notice; then they are stopped.
+follow_to_end() {
   local end=''
   while :; do
     [ -n "$end" ] || follow
-    judge
+    query_outcome
     [ "$outcome" = running ] || return 0
-    if some 'ended|lost' >/dev/null; then
-      end="${end:-$((SECONDS + PATIENCE))}"
+    if any_worker 'ended|lost'; then
+      end="${end:-$((SECONDS + EXIT_TIMEOUT))}"
       if [ "$SECONDS" -ge "$end" ]; then
-        say "stopping what goes on without the others: $(some running)"
+        say "stopping what still runs without the others: $(first_worker running)"
         to_ssh all "$WORKER stop 30"
         quietly || true
-        judge
-        [ "$outcome" != asked ] || outcome=again
+        query_outcome
+        [ "$outcome" != stopped ] || outcome=retry
         return
       fi
     fi
@@ -487,13 +529,13 @@ see_it_through() {
   done
 }
 
-# Leaves alone what runs: no new code under a process, and no second training beside it.
+# Leaves a running training alone: no new code under a process, and no second training.
 attach() {
-  judge
+  query_outcome
   case "$outcome" in
     none | unreachable) ;;
     running) say "$machine trains already"; installed=yes ;;
-    *) say "the last training on $machine: $(some '.*')" ;;
+    *) say "the last training on $machine: $(first_worker '.*')" ;;
   esac
 }
 
@@ -502,13 +544,14 @@ attempt() {
   local status=0
   if [ -z "$installed" ] && ! prepare; then
     outcome=unreachable
-    look
-    if [ "$qr_state" = ACTIVE ] && nodes_ready; then finish 1; fi # the machine is well, so it would fail again
+    query_state
+    # On a machine that is well, installing would fail again.
+    if [ "$qr_state" = ACTIVE ] && nodes_ready; then finish 1; fi
     return 0
   fi
   start || status=$?
   case "$status" in
-    0) see_it_through ;;
+    0) follow_to_end ;;
     2) leave_in_place 2 ;;
     *) outcome=unreachable ;;
   esac
@@ -522,12 +565,16 @@ train() {
     attempt
     case "$outcome" in
       finished) say "training is done: $workdir"; finish 0 ;;
-      asked) say "training was stopped as asked: $(some asked)"; leave_in_place 0 ;;
-      refused) say "training refused its input, see above; not tried again ($(some 'ended 2$'))"; finish 2 ;;
-      again) say "training ended early: $(some 'ended [1-9]|lost')" ;;
+      stopped) say "training was stopped as asked: $(first_worker stopped)"; leave_in_place 0 ;;
+      refused)
+        say "training refused its input, see above; not tried again ($(first_worker 'ended 2$'))"
+        finish 2 ;;
+      retry) say "training ended early: $(first_worker 'ended [1-9]|lost')" ;;
       none) installed='' ;;
       *) say "$machine, or one of its workers, cannot be reached" ;;
     esac
+
+    # Only ends without a newer checkpoint count: a long run may be preempted any number of times.
     step=$(newest_checkpoint)
     failures=$((step > newest ? 1 : failures + 1))
     newest=$((step > newest ? step : newest))
@@ -535,7 +582,7 @@ train() {
       say "$failures ends in a row without a checkpoint after step $newest; gave up"
       finish 1
     fi
-    say "going on from the newest checkpoint (step $newest), try $failures of $retries"
+    say "resuming from the newest checkpoint (step $newest), try $failures of $retries"
     back_off "$failures"
     ensure_machine
   done
@@ -559,19 +606,19 @@ leave_in_place() {
 interrupted() {
   trap '' INT TERM HUP
   echo >&2
-  say "interrupted. Training, if it runs, goes on; the same command follows it again"
+  say "interrupted. Training, if it runs, continues; the same command follows it again"
   leave_in_place 130
 }
 
 status() {
-  look
+  query_state
   say "$machine: $qr_state$([ "$qr_state" != ACTIVE ] || price)"
   [ "$qr_state" = ACTIVE ] || return 0
   if ask_workers; then printf '%s\n' "$workers" | sort; else last_lines; exit 1; fi
 }
 
 must_be_active() {
-  look
+  query_state
   [ "$qr_state" = ACTIVE ] || { say "$machine is $qr_state; \`up\` brings it"; exit 1; }
   exists=yes
 }
@@ -610,7 +657,7 @@ show_pack() {
 
 dry_run() {
   case "$verb" in train | up)
-    echo "# Ask for the machine; it is queued for$(price)"; to_create; show
+    echo "# Create the machine; it is queued for$(price)"; to_create; show
     echo "# Wait until it is there"
     to_describe state.state
     # shellcheck disable=SC2016 # to be expanded where it is pasted
@@ -620,11 +667,14 @@ dry_run() {
     echo "# Copy the tracked files, changes included, to every worker; install"; show_pack
     to_copy /tmp/gpt2_jax.tar.gz; show
     to_ssh all "$INSTALL"; show
-    echo "# Train on every worker, detached; again after a preemption or a lost host"; to_start; show ;;
+    echo "# Train on every worker, detached; again after a preemption or a lost host"
+    to_start; show ;;
   esac
   case "$verb" in train | logs) echo "# Follow worker 0"; to_ssh 0 "$WORKER follow"; show ;; esac
   case "$verb" in status) to_describe state.state; show ;; esac
-  case "$verb" in train | status) echo "# What every worker does, or did"; to_ssh all "$ASK"; show ;; esac
+  case "$verb" in train | status)
+    echo "# The state of training on every worker"; to_ssh all "$STATE"; show ;;
+  esac
   case "$verb" in stop) to_ssh all "$WORKER stop"; show ;; esac
   case "$verb" in train | down) echo "# Delete it"; to_delete; show ;; esac
 }
@@ -645,7 +695,10 @@ trap interrupted INT TERM HUP
 case "$verb" in
   train) train ;;
   up) ensure_machine ;;
-  run) must_be_active; attach; { [ -n "$installed" ] || prepare; } && start || exit $? ;;
+  run)
+    must_be_active
+    attach
+    { [ -n "$installed" ] || prepare; } && start || exit $? ;;
   logs) must_be_active; follow ;;
   status) status ;;
   stop) must_be_active; to_ssh all "$WORKER stop"; "${command[@]}" ;;

@@ -1,25 +1,28 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# What one host of a TPU machine does: tpu_vm.sh calls it over ssh on every worker; GKE, xpk and SkyPilot call `run`.
+# Installs and trains on one host of a TPU slice. tpu_vm.sh calls it over ssh on every worker; GKE,
+# xpk and SkyPilot call `run`.
 #
 #   worker.sh install          Python and the project, into ~/gpt2_jax_env
 #   worker.sh run FLAGS...     launch/train.py FLAGS in the foreground; SIGTERM is passed on
-#   worker.sh start FLAGS...   the same, detached from the terminal; a second start with the same flags changes nothing
+#   worker.sh start FLAGS...   the same, detached from the terminal; a second start with the same
+#                              flags changes nothing
 #   worker.sh follow           the log, from its last 100 lines on until training ends
-#   worker.sh state            one line "@worker HOST none|running|ended STATUS|asked STATUS|lost"
+#   worker.sh state            one line "@worker HOST none|running|ended STATUS|stopped STATUS|lost"
 #   worker.sh stop [SECONDS]   SIGTERM, so that the step is saved; SIGKILL after SECONDS (300)
 #
-# Status of `run`: that of train.py (0 done, 2 bad input, 75 another process was lost), except that a training that was
-# stopped by a signal and has saved also ends with 75: whoever runs it shall start the same command again.
+# Exit status of `run`: that of train.py (0 done, 2 bad input, 75 another process was lost), with
+# one exception. Training that a signal stopped, with its step saved, also ends with 75: whoever
+# runs it should start the same command again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 ENV="$HOME/gpt2_jax_env" # outlives the tree, which every copy replaces
 PYTHON="$ENV/bin/python"
 [ -x "$PYTHON" ] || PYTHON=python3 # of an image that has the project in it
-STATE="$HOME/gpt2_jax_state" # log, flags, pid (of train.py), status, lock, asked
-POLL="${GPT2_JAX_POLL:-1}" # seconds between looks at a process
-AGAIN=75 # EX_TEMPFAIL of sysexits.h
+STATE="$HOME/gpt2_jax_state" # log, flags, pid (of train.py), status, lock, stop_requested
+POLL="${GPT2_JAX_POLL:-1}"   # seconds between two looks at a process
+EXIT_RETRY=75                # EX_TEMPFAIL of sysexits.h
 
 say() { echo "@worker $(hostname) $*"; }
 
@@ -27,43 +30,51 @@ running() { [ -e "$STATE/lock" ] && ! flock --nonblock "$STATE/lock" true; }
 
 install() {
   trap 'say "install failed at: $BASH_COMMAND"' ERR
-  # Images of TPU VMs have Python 3.10, the project needs 3.11: uv, from PyPI, brings one of its own.
+  # Images of TPU VMs have Python 3.10, the project needs 3.11: uv, from PyPI, installs one.
   python3 -m pip install --user --quiet uv
   [ -x "$ENV/bin/python" ] || python3 -m uv venv --quiet --python 3.12 "$ENV"
   python3 -m uv pip install --quiet --python "$ENV/bin/python" --editable '.[tpu]'
   say installed
 }
 
-# When a VM shuts down, systemd signals every process, and a second SIGTERM would end train.py before it has saved. In a
-# container only the first process hears it and has to pass it on.
-everyone_hears() { [ "$(cat /proc/1/comm)" = systemd ]; }
+# Whether init is systemd, which signals every process when a VM shuts down: a second SIGTERM would
+# end train.py before it has saved. In a container only the first process gets the signal and has to
+# pass it on.
+init_is_systemd() { [ "$(cat /proc/1/comm)" = systemd ]; }
 
-# Runs train.py with its output in the log, shown too if SHOW is set, and waits for it, whatever interrupts the waiting.
+# Runs train.py with its output in the log (shown, too, if SHOW is set) and waits for its end.
 train() {
   local child shown status signalled
   exec 9>"$STATE/lock"
-  flock --nonblock 9 || { say "refused: a training runs here already"; exit 2; }
-  rm -f "$STATE/status" "$STATE/asked"
+  flock --nonblock 9 || { say "refused: training runs here already"; exit 2; }
+  rm -f "$STATE/status" "$STATE/stop_requested"
+
   "$PYTHON" launch/train.py "$@" >"$STATE/log" 2>&1 </dev/null 9>&- &
   child=$!
   echo "$child" >"$STATE/pid"
-  trap 'signalled=yes; everyone_hears || kill -TERM "$child" 2>/dev/null || true' TERM
+  trap 'signalled=yes; init_is_systemd || kill -TERM "$child" 2>/dev/null || true' TERM
   [ -z "${SHOW:-}" ] || { show_log & }
   shown=$!
+
+  # A trapped signal ends `wait` early, and then it has to be called again.
   while :; do
     signalled='' status=0
     wait "$child" || status=$?
     [ -n "$signalled" ] || break
   done
   [ -z "${SHOW:-}" ] || wait "$shown" || true
+
   if [ "$status" = 0 ] && grep -q 'stopped and saved at step' "$STATE/log"; then
-    status=$AGAIN
+    status=$EXIT_RETRY
   fi
   echo "$status" >"$STATE/status.new" && mv "$STATE/status.new" "$STATE/status"
   return "$status"
 }
 
-show_log() { exec tail --lines=100 --follow --sleep-interval="$POLL" --pid="$(cat "$STATE/pid")" "$STATE/log" 9>&-; }
+show_log() {
+  exec tail --lines=100 --follow --sleep-interval="$POLL" --pid="$(cat "$STATE/pid")" \
+    "$STATE/log" 9>&-
+}
 
 run() {
   mkdir -p "$STATE"
@@ -75,13 +86,17 @@ start() {
   local flags
   flags=$(printf '%q ' "$@")
   if running; then
-    [ "$flags" = "$(cat "$STATE/flags")" ] || { say "refused: other flags train here; stop that first"; exit 2; }
+    [ "$flags" = "$(cat "$STATE/flags")" ] ||
+      { say "refused: training with other flags runs here; stop that first"; exit 2; }
     say running
     return
   fi
+
   printf '%s\n' "$flags" >"$STATE/flags"
   rm -f "$STATE/pid"
   setsid nohup bash launch/worker.sh detached "$@" >/dev/null 2>&1 </dev/null &
+
+  # Started means that train.py runs: its pid is there.
   until [ -s "$STATE/pid" ]; do
     kill -0 $! 2>/dev/null || { say "refused: nothing can be written to $STATE"; exit 2; }
     sleep 0.05
@@ -98,7 +113,7 @@ state() {
   if running; then
     say running
   elif [ -e "$STATE/status" ]; then
-    say "$([ -e "$STATE/asked" ] && echo asked || echo ended) $(cat "$STATE/status")"
+    say "$([ -e "$STATE/stop_requested" ] && echo stopped || echo ended) $(cat "$STATE/status")"
   elif [ -e "$STATE/flags" ]; then
     say lost
   else
@@ -109,7 +124,7 @@ state() {
 stop() {
   local end=$((SECONDS + ${1:-300}))
   if running; then
-    : >"$STATE/asked"
+    : >"$STATE/stop_requested"
     kill -TERM "$(cat "$STATE/pid")" 2>/dev/null || true
     while running && [ "$SECONDS" -lt "$end" ]; do sleep "$POLL"; done
     ! running || kill -KILL "$(cat "$STATE/pid")" 2>/dev/null || true

@@ -21,12 +21,17 @@ import numpy as np  # noqa: E402
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Most of the suite's time is XLA compiling for eight devices; what is compiled once is kept for the next run.
+# Most of the suite's time is XLA compiling for eight devices; what is compiled once is kept for the
+# next run.
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"gpt2_jax_tests_{getpass.getuser()}"
-jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)))
+jax.config.update(
+  "jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
-sys.path.append(str(pathlib.Path(__file__).parents[1]))  # where the package is not installed; configs and launch
+sys.path.append(
+  str(pathlib.Path(__file__).parents[1])
+)  # where the package is not installed; configs and launch
 
 from gpt2_jax.model import (  # noqa: E402
   GPT2,
@@ -34,7 +39,7 @@ from gpt2_jax.model import (  # noqa: E402
   name_of,  # noqa: E402
 )
 from gpt2_jax.sharding import abstract_mesh, concrete, make_mesh  # noqa: E402
-from tests.stand_in_bucket import Bucket  # noqa: E402
+from tests.fake_bucket import Bucket  # noqa: E402
 
 
 def _mesh(*sizes: int):
@@ -42,7 +47,8 @@ def _mesh(*sizes: int):
 
 
 def _parameters(config: ModelConfig, scale: float = 0.2, seed: int = 0) -> dict[str, np.ndarray]:
-  """N(0, scale^2) for every parameter by name (gains around 1, no bias is zero), float64, without any padding."""
+  """N(0, scale^2) for every parameter by name (gains around 1, no bias is zero), float64, without
+  any padding."""
   rng = np.random.default_rng(seed)
   with jax.sharding.use_abstract_mesh(abstract_mesh(1, 1, 1)):
     model = jax.eval_shape(lambda: GPT2(config, jax.random.key(0)))
@@ -55,8 +61,11 @@ def _parameters(config: ModelConfig, scale: float = 0.2, seed: int = 0) -> dict[
 
 
 def _place(config: ModelConfig, arrays: dict[str, np.ndarray]) -> GPT2:
-  """The model on the mesh in force that holds `arrays`, with zeros where the mesh asks for padding."""
-  target = concrete(jax.eval_shape(lambda: GPT2(config, jax.random.key(0))), jax.sharding.get_mesh())
+  """The model on the mesh in force that holds `arrays`, with zeros where the mesh asks for
+  padding."""
+  target = concrete(
+    jax.eval_shape(lambda: GPT2(config, jax.random.key(0))), jax.sharding.get_mesh()
+  )
 
   def put(path, leaf):
     array = arrays[name_of(path)]
@@ -67,7 +76,8 @@ def _place(config: ModelConfig, arrays: dict[str, np.ndarray]) -> GPT2:
 
 
 def _unpadded(tree, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The leaves of a model-shaped tree by name, cut to the shapes of `arrays`; fails unless the rest is exactly zero."""
+  """The leaves of a model-shaped tree by name, cut to the shapes of `arrays`; fails unless the rest
+  is exactly zero."""
   cut = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     name, leaf = name_of(path), np.array(leaf)
@@ -92,7 +102,9 @@ def bucket(_server, monkeypatch):
   for variable in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
     monkeypatch.setenv(variable, _server.url)
   monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "a token")
-  logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # as launch/shell.py does: Orbax leaves errors to it
+  logging.getLogger("asyncio").setLevel(
+    logging.CRITICAL
+  )  # as launch/shell.py does: Orbax leaves errors to it
   _server.reset()
   return _server
 
@@ -121,7 +133,9 @@ def unpadded():
 @pytest.fixture(scope="session")
 def tokens():
   """tokens(rows, length, n_vocab): random tokens [rows, length], NumPy int32, always the same."""
-  return lambda rows, length, n_vocab: np.random.default_rng(1).integers(0, n_vocab, (rows, length)).astype(np.int32)
+  return lambda rows, length, n_vocab: (
+    np.random.default_rng(1).integers(0, n_vocab, (rows, length)).astype(np.int32)
+  )
 
 
 @pytest.fixture(scope="session")

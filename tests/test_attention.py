@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.attention import QUERIES, attend, causal_attention, self_attention
+from gpt2_jax.attention import causal_attention, masked_attention, same_segment, self_attention
+from gpt2_jax.kernels.chunked_attention import QUERIES
 from gpt2_jax.sharding import HIDDEN
 
 B, H, K = 2, 2, 4
@@ -24,7 +25,8 @@ def reference(q, k, v, xp=np):
 
 @pytest.mark.parametrize("length", [1, 37, QUERIES, QUERIES + 44])
 def test_causal_attention_is_the_formula(length):
-  """Below, at and above one chunk of queries; values against float64, gradients against those of the formula."""
+  """Below, at and above one chunk of queries; values against float64, gradients against those of
+  the formula."""
   q, k, v = qkv(length)
   weight = np.random.default_rng(1).normal(size=(B, length, H, K)).astype(np.float32)
   f32 = [jnp.float32(x) for x in (q, k, v)]
@@ -34,7 +36,9 @@ def test_causal_attention_is_the_formula(length):
     return jax.jit(jax.grad(lambda *qkv: (attention(*qkv) * weight).sum(), (0, 1, 2)))(*f32)
 
   # Up to 300 float32 terms a sum, of size up to about 10.
-  for ours, theirs in zip(gradients(causal_attention), gradients(lambda *qkv: reference(*qkv, xp=jnp)), strict=True):
+  for ours, theirs in zip(
+    gradients(causal_attention), gradients(lambda *qkv: reference(*qkv, xp=jnp)), strict=True
+  ):
     np.testing.assert_allclose(ours, theirs, atol=5e-5)
 
 
@@ -47,14 +51,38 @@ def test_the_future_is_never_read():
   assert np.all(y(*before)[:, since:] != y(*after)[:, since:])
 
 
-def test_attend_hides_what_the_mask_hides():
+def test_masked_attention_hides_what_the_mask_hides():
   q, k, v = (jnp.float32(x) for x in qkv(6))
   lengths = np.array([2, 5])
   mask = np.arange(6) < lengths[:, None, None, None]
-  y = attend(q, k, v, mask)
+  y = masked_attention(q, k, v, mask)
   for row, n in enumerate(lengths):
-    alone = attend(q[row : row + 1], k[row : row + 1, :n], v[row : row + 1, :n], True)
+    alone = masked_attention(q[row : row + 1], k[row : row + 1, :n], v[row : row + 1, :n], True)
     np.testing.assert_allclose(y[row : row + 1], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [37, QUERIES + 44])
+def test_packed_segments_attend_as_if_each_stood_alone(length):
+  """Values and gradients, below and above one chunk of queries."""
+  ends = [0, 5, 6, 30, length]
+  segments_BT = np.repeat(np.arange(4), np.diff(ends))[None].repeat(B, 0)
+  weight = np.random.default_rng(1).normal(size=(B, length, H, K)).astype(np.float32)
+  arguments = [jnp.float32(x) for x in qkv(length)]
+
+  def packed(q, k, v):
+    return causal_attention(q, k, v, visible=same_segment(segments_BT))
+
+  def apart(q, k, v):
+    spans = [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    return jnp.concatenate([causal_attention(q[:, s], k[:, s], v[:, s]) for s in spans], axis=1)
+
+  np.testing.assert_allclose(jax.jit(packed)(*arguments), apart(*arguments), atol=5e-6)
+  gradients = [
+    jax.grad(lambda *x, form=form: (form(*x) * weight).sum(), (0, 1, 2))(*arguments)
+    for form in (packed, apart)
+  ]
+  for ours, theirs in zip(*gradients, strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=5e-5)
 
 
 def test_scores_and_softmax_are_float32_under_bfloat16():
@@ -64,13 +92,18 @@ def test_scores_and_softmax_are_float32_under_bfloat16():
   exact = reference(*(np.array(x.astype(jnp.float32), np.float64) for x in low))
   assert y.dtype == jnp.bfloat16
   # What is rounded to 8 bits: the probabilities, 2^-9 of each, and the result.
-  np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2**-8, atol=2**-9 * np.abs(exact).max())
+  np.testing.assert_allclose(
+    y.astype(jnp.float32), exact, rtol=2**-8, atol=2**-9 * np.abs(exact).max()
+  )
 
 
 def test_dropout_meets_the_probabilities():
   q, k, v = (jnp.float32(x) for x in qkv(9))
   np.testing.assert_allclose(
-    causal_attention(q, k, v, lambda p, start: p * 0.5), causal_attention(q, k, v) * 0.5, rtol=1e-6, atol=1e-7
+    causal_attention(q, k, v, lambda p, start: p * 0.5),
+    causal_attention(q, k, v) * 0.5,
+    rtol=1e-6,
+    atol=1e-7,
   )
   assert not causal_attention(q, k, v, lambda p, start: jnp.zeros_like(p)).any()
 
@@ -80,7 +113,12 @@ def test_dropout_meets_the_probabilities():
   "sizes, heads, length, dtype",
   [
     ((1, 1, 1), 12, 512, "bfloat16"),
-    ((1, 1, 1), 25, 300, "float32"),  # heads that do not fill the last group, a length that fills no block
+    (
+      (1, 1, 1),
+      25,
+      300,
+      "float32",
+    ),  # heads that do not fill the last group, a length that fills no block
     ((1, 1, 1), 25, 130, "bfloat16"),
     ((2, 2, 2), 12, 130, "float32"),
   ],
@@ -101,7 +139,9 @@ def test_the_kernels_of_a_tpu_are_plain_attention(kernel, sizes, heads, length, 
       assert ours.dtype == dtype and ours.sharding == plain.sharding
       ours, plain = (np.asarray(x, np.float32) for x in (ours, plain))
       # 1e-2 of the largest value in bfloat16, whose last bit is 2^-8 of a value; 1e-5 in float32.
-      np.testing.assert_allclose(ours, plain, atol=1e-2 * np.abs(plain).max() if dtype == "bfloat16" else 1e-5)
+      np.testing.assert_allclose(
+        ours, plain, atol=1e-2 * np.abs(plain).max() if dtype == "bfloat16" else 1e-5
+      )
 
 
 @pytest.mark.parametrize("kernel", ["fused", "splash"])
@@ -122,5 +162,8 @@ def test_dropout_is_never_lost_to_a_kernel(kernel, mesh):
 
 
 def test_a_kernel_of_other_devices_is_refused(mesh):
-  with mesh(1, 1, 1), pytest.raises(ValueError, match="attention is cudnn and the devices are cpus; set"):
+  with (
+    mesh(1, 1, 1),
+    pytest.raises(ValueError, match="attention is cudnn and the devices are cpus; set"),
+  ):
     self_attention(jnp.ones((1, 8, 3 * 64), out_sharding=HIDDEN), 64, "cudnn")

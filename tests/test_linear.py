@@ -8,7 +8,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax import linear
-from gpt2_jax.linear import Int8, Linear, digits, dot, int8, normal, project, turned
+from gpt2_jax.kernels.cpu import dot, transpose_rows
+from gpt2_jax.kernels.int8 import int8_limbs
+from gpt2_jax.linear import Dense, Linear, matmul, normal
+from gpt2_jax.quantization import Int8, int8
 from gpt2_jax.sharding import HIDDEN, RESIDUAL, ROWS
 
 B, T, IN, OUT = 8, 6, 16, 24
@@ -34,7 +37,7 @@ def relative(found, expected):
 @pytest.mark.parametrize("form", ["cpu", "tpu"])  # how it is written down for each, computed here
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
-def test_project_and_its_gradients_are_the_plain_product(form, kind, sizes, mesh, put, monkeypatch):
+def test_matmul_and_its_gradients_are_the_plain_product(form, kind, sizes, mesh, put, monkeypatch):
   monkeypatch.setattr(linear, "platform", lambda: form)
   stored, gathered, contract, x_spec, y_spec = KINDS[kind]
   rng = np.random.default_rng(0)
@@ -43,7 +46,7 @@ def test_project_and_its_gradients_are_the_plain_product(form, kind, sizes, mesh
 
   @functools.partial(jax.jit, static_argnums=3)
   def both(x, w, dy, out_dtype):
-    y, pull = jax.vjp(lambda x, w: project(x, w, None, gathered, contract, out_dtype), x, w)
+    y, pull = jax.vjp(lambda x, w: matmul(x, w, None, gathered, contract, out_dtype), x, w)
     return y, *pull(dy)
 
   with mesh(*sizes):
@@ -58,42 +61,50 @@ def test_project_and_its_gradients_are_the_plain_product(form, kind, sizes, mesh
       rw = rw if contract == 0 else rw.T
       flat, dflat = rx.reshape(-1, IN), rdy.reshape(-1, OUT)
       expected_dw = flat.T @ dflat
-      # float32: sums of 24 or 48 products. bfloat16: the operands are the rounded ones and the sum is float32,
-      # so only what is stored in bfloat16 (8 bits) is rounded again, once; on a mesh, a partial sum is rounded too.
+      # float32: sums of 24 or 48 products. bfloat16: the operands are the rounded ones and the sum
+      # is float32, so only what is stored in bfloat16 (8 bits) is rounded again, once; on a mesh, a
+      # partial sum is rounded too.
       tight, once = 1e-6, 1e-6 if dtype == jnp.float32 else 2**-8
       assert relative(y, rx @ rw) < once
       assert relative(dx, rdy @ rw.T) < once
       assert relative(dw, expected_dw if contract == 0 else expected_dw.T) < tight
 
 
-def test_project_keeps_float32_sums_where_asked(mesh, put):
+def test_matmul_keeps_float32_sums_where_asked(mesh, put):
   """The head: bfloat16 operands, logits that were never bfloat16."""
   rng = np.random.default_rng(0)
   x, w = rng.normal(size=(1, 4, IN)), rng.normal(size=(OUT, IN))
   with mesh(1, 1, 1):
     x_BTI = put(x, RESIDUAL).astype(jnp.bfloat16)
-    y = project(x_BTI, put(w.astype(np.float32), P(None, None)), None, P("model", None), 1, jnp.float32)
+    y = matmul(
+      x_BTI, put(w.astype(np.float32), P(None, None)), None, P("model", None), 1, jnp.float32
+    )
   assert y.dtype == jnp.float32
   assert relative(y, rounded(x, jnp.bfloat16) @ rounded(w, jnp.bfloat16).T) < 1e-6
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8])
-def test_dot_of_a_few_rows_is_those_rows(rows, mesh, put):
+def test_the_cpus_dot_of_a_few_rows_is_those_rows(rows, mesh, put):
   rng = np.random.default_rng(0)
-  a, b = rounded(rng.normal(size=(rows, IN)), jnp.bfloat16), rounded(rng.normal(size=(IN, OUT)), jnp.bfloat16)
+  a, b = (
+    rounded(rng.normal(size=(rows, IN)), jnp.bfloat16),
+    rounded(rng.normal(size=(IN, OUT)), jnp.bfloat16),
+  )
   with mesh(1, 1, 1):
     spec = P(ROWS, "model")
-    y = dot(put(a, spec).astype(jnp.bfloat16), put(b, P(None, None)).astype(jnp.bfloat16), (1, 0), spec)
+    y = dot(
+      put(a, spec).astype(jnp.bfloat16), put(b, P(None, None)).astype(jnp.bfloat16), (1, 0), spec
+    )
   assert y.shape == (rows, OUT) and y.dtype == jnp.float32
   assert relative(y, a @ b) < 1e-6
 
 
 @pytest.mark.parametrize("rows, length", [(8, 1), (8, 6), (8, 128), (8, 192), (1, 6), (1, 8)])
-def test_turned_is_the_transpose(rows, length, mesh, put):
+def test_transpose_rows_is_the_transpose(rows, length, mesh, put):
   x = np.arange(rows * length * 4, dtype=np.float32).reshape(rows, length, 4)
   for sizes in ((1, 1, 1), (2, 2, 2))[: 1 + (rows == 8)]:
     with mesh(*sizes):
-      y = jax.jit(turned)(put(x, P(ROWS, None, "model")))
+      y = jax.jit(transpose_rows)(put(x, P(ROWS, None, "model")))
       assert y.sharding.spec == P("model", ROWS)
     np.testing.assert_array_equal(y, x.reshape(-1, 4).T)
 
@@ -103,7 +114,9 @@ def test_normal_pads_with_zeros_and_never_changes_the_rest(axis, mesh):
   with mesh(1, 1, 1):
     key = jax.random.key(3)
     whole = np.array(normal(key, (50, 40), P(None, None), 0.02, (axis, 1000)))
-    larger = np.array(normal(key, (50, 48) if axis else (64, 40), P(None, None), 0.02, (axis, (50, 40)[axis])))
+    larger = np.array(
+      normal(key, (50, 48) if axis else (64, 40), P(None, None), 0.02, (axis, (50, 40)[axis]))
+    )
   np.testing.assert_array_equal(larger[:50, :40], whole)
   assert not larger[50:].any() and not larger[:, 40:].any()
   assert abs(whole.std() - 0.02) < 5 * 0.02 / np.sqrt(2 * whole.size)  # five standard errors
@@ -119,25 +132,36 @@ def test_linear_adds_its_bias(mesh, put):
     y = linear(put(x.astype(np.float32), RESIDUAL))
     without = Linear(jax.random.key(0), (IN, OUT), P("data", "model"), 0.5, False)
     assert len(jax.tree.leaves(without)) == 1
-  assert relative(y, x @ np.array(linear.w[...], np.float64) + b) < 1e-6
+  assert relative(y, x @ np.array(linear.w[...].array, np.float64) + b) < 1e-6
 
 
 @pytest.mark.parametrize("form", ["cpu", "tpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_bias_is_added_once_and_its_gradient_is_the_sum_over_rows(mesh, put, dtype, form, monkeypatch):
+def test_the_bias_is_added_once_and_its_gradient_is_the_sum_over_rows(
+  mesh, put, dtype, form, monkeypatch
+):
   monkeypatch.setattr(linear, "platform", lambda: form)
   rng = np.random.default_rng(3)
   x, dy = (jnp.asarray(rng.normal(size=(4, 6, n)), dtype) for n in (8, 16))
   w, b = (np.float32(rng.normal(size=shape)) for shape in ((8, 16), (16,)))
   with mesh(2, 2, 2):
     args = put(x, RESIDUAL), put(w, P("data", "model")), put(b, P("model"))
-    y, pull = jax.vjp(lambda *args: project(*args, P(None, "model")), *args)
+    y, pull = jax.vjp(lambda *args: matmul(*args, P(None, "model")), *args)
     *_, db = pull(put(dy, HIDDEN))
-  tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]  # bfloat16 rounds y to 8 bits; db is summed in float32
+  tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[
+    dtype
+  ]  # bfloat16 rounds y to 8 bits; db is summed in float32
   np.testing.assert_allclose(
-    np.float32(y), np.float32(x) @ np.float32(jnp.asarray(w, dtype)) + b, rtol=tolerance, atol=tolerance
+    np.float32(y),
+    np.float32(x) @ np.float32(jnp.asarray(w, dtype)) + b,
+    rtol=tolerance,
+    atol=tolerance,
   )
   np.testing.assert_allclose(db, np.float32(dy).sum((0, 1)), rtol=1e-5, atol=1e-5)
+
+
+def table(w_OI) -> Dense:
+  return Dense(w_OI, outputs_are_rows=True)
 
 
 def dequantized(w: Int8):
@@ -146,24 +170,32 @@ def dequantized(w: Int8):
 
 def test_int8_is_the_nearest_step_of_each_row(mesh, put):
   rng = np.random.default_rng(0)
-  w = rng.normal(size=(3, 40, 64)) * np.logspace(-35, 30, 40)[:, None]  # rows of very different sizes
+  w = (
+    rng.normal(size=(3, 40, 64)) * np.logspace(-35, 30, 40)[:, None]
+  )  # rows of very different sizes
   w[:, 7], w[0, 3, 5] = 0, 0
   w = w.astype(np.float32)
   with mesh(1, 1, 1):
-    found = jax.jit(int8)(put(w, P(None, None, None)))
+    found = jax.jit(int8)(table(put(w, P(None, None, None))))
   q, most = np.asarray(found.q_OI), np.abs(w).max(-1)
   assert q.dtype == np.int8 and found.scale_O.dtype == jnp.float32
   assert np.isfinite(found.scale_O).all() and (np.asarray(found.scale_O) > 0).all()
-  assert (np.abs(q.astype(int)).max(-1) == np.where(most > 0, 127, 0)).all(), "all of the range, both ways alike"
+  assert (np.abs(q.astype(int)).max(-1) == np.where(most > 0, 127, 0)).all(), (
+    "all of the range, both ways alike"
+  )
   half = np.asarray(found.scale_O, np.float64)[..., None] / 2
-  assert (np.abs(dequantized(found) - w) <= half * (1 + 127 * 2**-22)).all()  # half a step and float32's rounding of it
+  assert (
+    np.abs(dequantized(found) - w) <= half * (1 + 127 * 2**-22)
+  ).all()  # half a step and float32's rounding of it
 
 
 @pytest.mark.parametrize("n", [2, 3])
-def test_digits_add_up(n):
-  x = (np.random.default_rng(0).normal(size=(5, 300)) * np.logspace(-20, 20, 5)[:, None]).astype(np.float32)
+def test_limbs_add_up(n):
+  x = (np.random.default_rng(0).normal(size=(5, 300)) * np.logspace(-20, 20, 5)[:, None]).astype(
+    np.float32
+  )
   x[2] = 0
-  found, unit = (np.asarray(a, np.float64) for a in jax.jit(digits, static_argnums=1)(x, n))
+  found, unit = (np.asarray(a, np.float64) for a in jax.jit(int8_limbs, static_argnums=1)(x, n))
   total = sum(digit / 254.0**i for i, digit in enumerate(np.split(found, n))) * unit
   most = np.abs(x).max(1, keepdims=True).astype(np.float64)
   assert np.abs(found).max() <= 127
@@ -173,7 +205,7 @@ def test_digits_add_up(n):
 @pytest.mark.parametrize("form", ["cpu", "tpu"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 1, 2)], ids=str)
-def test_project_takes_int8_for_the_values_it_stands_for(form, kind, sizes, mesh, put, monkeypatch):
+def test_matmul_takes_int8_for_the_values_it_stands_for(form, kind, sizes, mesh, put, monkeypatch):
   monkeypatch.setattr(linear, "platform", lambda: form)
   """Few rows go another way than many on the CPU; both keep the activations."""
   stored, gathered, contract, x_spec, y_spec = KINDS[kind]
@@ -181,41 +213,48 @@ def test_project_takes_int8_for_the_values_it_stands_for(form, kind, sizes, mesh
   w, b = rng.normal(size=(OUT, IN)).astype(np.float32), rng.normal(size=OUT).astype(np.float32)
   w[5] = 0
   with mesh(*sizes):
-    w_int8 = jax.jit(int8)(put(w, stored if contract else P(*stored[::-1])))
+    w_int8 = jax.jit(int8)(table(put(w, stored if contract else P(*stored[::-1]))))
     b_O = put(b, P(gathered[1 - contract]))
     for rows in ((8, 1), (8, 6)) if sizes == (2, 2, 2) else ((1, 1), (8, 6)):
       x = (
         rng.normal(size=(*rows, IN)) * np.array([1, 100, 1, 1e-4, 1, 0])[: rows[1], None]
       )  # a row alone has its digits
       for dtype in (jnp.float32, jnp.bfloat16):
-        here = jax.jit(lambda x, w, b: project(x, w, b, gathered, contract, jnp.float32))  # traced for this form
+        here = jax.jit(
+          lambda x, w, b: w.matmul(x, b, gathered, out_dtype=jnp.float32)
+        )  # traced for this form
         y = here(put(x, x_spec).astype(dtype), w_int8, b_O)
         assert y.sharding.spec == y_spec
         given = rounded(x, dtype)
         expected = given @ dequantized(w_int8).T + b
-        # of a row's largest value: two digits of base 254 for bfloat16, three for float32; sums as elsewhere
-        left_out = np.abs(given).max(-1) * np.abs(dequantized(w_int8)).sum(1).max() * 0.5 / (127 * 254)
-        once = 1e-6 * np.abs(expected).max(-1) + (left_out if dtype == jnp.bfloat16 else left_out / 254)
+        # of a row's largest value: two digits of base 254 for bfloat16, three for float32; sums as
+        # elsewhere
+        left_out = (
+          np.abs(given).max(-1) * np.abs(dequantized(w_int8)).sum(1).max() * 0.5 / (127 * 254)
+        )
+        once = 1e-6 * np.abs(expected).max(-1) + (
+          left_out if dtype == jnp.bfloat16 else left_out / 254
+        )
         assert (np.abs(np.asarray(y, np.float64) - expected).max(-1) <= once).all()
 
 
 def test_few_rows_read_int8_and_no_float_copy_of_it(mesh, put):
   """What makes decoding fast: as temporary memory, not even a bfloat16 weight."""
   with mesh(1, 1, 1):
-    w = jax.jit(int8)(put(np.ones((512, 256), np.float32), P(None, None)))
+    w = jax.jit(int8)(table(put(np.ones((512, 256), np.float32), P(None, None))))
     for dtype in (jnp.float32, jnp.bfloat16):
       x = put(np.ones((2, 1, 256)), RESIDUAL).astype(dtype)
-      compiled = jax.jit(lambda x, w: project(x, w, None, P(None, None))).lower(x, w).compile()
+      compiled = jax.jit(lambda x, w: w.matmul(x, None, P(None, None))).lower(x, w).compile()
       assert compiled.memory_analysis().temp_size_in_bytes < 512 * 256
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_accelerators_convert_int8_behind_a_barrier(platform, mesh, put):
   with mesh(1, 1, 1):
-    w = jax.jit(int8)(put(np.ones((OUT, IN), np.float32), P(None, None)))
+    w = jax.jit(int8)(table(put(np.ones((OUT, IN), np.float32), P(None, None))))
     x = put(np.ones((1, 1, IN)), RESIDUAL).astype(jnp.bfloat16)
     text = (
-      jax.jit(lambda x, w: project(x, w, None, P(None, None)))
+      jax.jit(lambda x, w: w.matmul(x, None, P(None, None)))
       .trace(x, w)
       .lower(lowering_platforms=(platform,))
       .as_text()
@@ -225,6 +264,8 @@ def test_accelerators_convert_int8_behind_a_barrier(platform, mesh, put):
 
 def test_int8_has_no_gradient(mesh, put):
   with mesh(1, 1, 1):
-    w = int8(put(np.ones((OUT, IN), np.float32), P(None, None)))
+    w = int8(table(put(np.ones((OUT, IN), np.float32), P(None, None))))
     with pytest.raises(TypeError, match="an int8 model has no gradient; train the float32 model"):
-      jax.grad(lambda x: project(x, w, None, P(None, None)).sum())(put(np.ones((1, 2, IN), np.float32), RESIDUAL))
+      jax.grad(lambda x: w.matmul(x, None, P(None, None)).sum())(
+        put(np.ones((1, 2, IN), np.float32), RESIDUAL)
+      )

@@ -70,7 +70,9 @@ def test_padding_is_never_counted():
 
 def test_large_logits_do_not_overflow():
   logits, labels = data()
-  np.testing.assert_allclose(cross_entropy(logits * 1e4, labels, V), plain(logits * 1e4, labels), rtol=1e-5, atol=1e-2)
+  np.testing.assert_allclose(
+    cross_entropy(logits * 1e4, labels, V), plain(logits * 1e4, labels), rtol=1e-5, atol=1e-2
+  )
 
 
 def test_perplexity_of_certainty_is_one():

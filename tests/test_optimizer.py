@@ -68,7 +68,10 @@ def test_schedule_without_warmup_starts_at_the_top():
 
 @pytest.mark.parametrize("warmup", [100, 101])
 def test_warmup_must_end_before_the_steps_do(warmup):
-  with pytest.raises(ValueError, match=f"warmup_steps of {warmup} leaves nothing of 100 steps; set --config.warmup_st"):
+  with pytest.raises(
+    ValueError,
+    match=f"warmup_steps of {warmup} leaves nothing of 100 steps; set --config.warmup_st",
+  ):
     schedule(1e-3, 100, warmup, 0.1)
 
 
@@ -91,6 +94,10 @@ def test_adamw_is_the_formula_for_two_steps():
     for name, g in grads.items():
       g = g * min(1, clip / norm)
       m[name], v[name] = b1 * m[name] + (1 - b1) * g, b2 * v[name] + (1 - b2) * g**2
-      direction = m[name] / (1 - b1 ** (step + 1)) / (np.sqrt(v[name] / (1 - b2 ** (step + 1))) + 1e-8)
+      direction = (
+        m[name] / (1 - b1 ** (step + 1)) / (np.sqrt(v[name] / (1 - b2 ** (step + 1))) + 1e-8)
+      )
       expected[name] -= float(rate(step)) * (direction + decay * (name == "w") * expected[name])
-      np.testing.assert_allclose(params[name], expected[name], rtol=1e-5, atol=1e-6, err_msg=f"{name} {step}")
+      np.testing.assert_allclose(
+        params[name], expected[name], rtol=1e-5, atol=1e-6, err_msg=f"{name} {step}"
+      )

@@ -7,18 +7,20 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.decoding import generate, ready
-from gpt2_jax.linear import Int8
+from gpt2_jax.decoding import for_inference, generate
 from gpt2_jax.model import ModelConfig
-from gpt2_jax.quantization import quantize
+from gpt2_jax.quantization import Int8, quantize
 
 # 5 heads, which a model axis of 2 pads to 6; the vocabulary is padded to 128
-TINY = ModelConfig(n_vocab=97, n_ctx=64, n_embd=40, n_head=5, n_layer=2, dtype="float32", pad_heads=True)
+TINY = ModelConfig(
+  n_vocab=97, n_ctx=64, n_embd=40, n_head=5, n_layer=2, dtype="float32", pad_heads=True
+)
 MESHES = [(1, 1, 1), (1, 4, 2), (2, 2, 2)]
 
 
 def rounded(name: str, array: np.ndarray) -> np.ndarray:
-  """What 127 steps each way leave of a matrix: of each output of a Linear, of each row of the embedding."""
+  """What 127 steps each way leave of a matrix: of each output of a Linear, of each row of the
+  embedding."""
   if name != "wte" and not name.endswith(".w"):
     return array
   axis = -1 if name == "wte" else -2
@@ -39,11 +41,15 @@ def prompts(tokens):
 
 def forward(model, tokens_BT):
   with jax.set_mesh(model.mesh):
-    return np.array(jax.jit(lambda model, tokens: model(tokens))(model, tokens_BT))[..., : TINY.n_vocab]
+    return np.array(jax.jit(lambda model, tokens: model(tokens))(model, tokens_BT))[
+      ..., : TINY.n_vocab
+    ]
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_a_quantized_model_is_the_model_of_the_rounded_weights(sizes, mesh, weights, place, tokens, prompts):
+def test_a_quantized_model_is_the_model_of_the_rounded_weights(
+  sizes, mesh, weights, place, tokens, prompts
+):
   """The logits of many rows and of few, and what is decoded."""
   with mesh(*sizes):
     model = quantize(place(TINY, weights))
@@ -51,8 +57,12 @@ def test_a_quantized_model_is_the_model_of_the_rounded_weights(sizes, mesh, weig
     for length in (1, 24):
       ids = tokens(8, length, 97)[: None if length == 24 or sizes != (1, 1, 1) else 1]
       logits = forward(expected, ids)
-      np.testing.assert_allclose(forward(model, ids), logits, atol=1e-5 * np.abs(logits).max(), rtol=0)
-    assert np.abs(logits - forward(place(TINY, weights), ids)).max() > 1e-3  # the rounding is there to be seen
+      np.testing.assert_allclose(
+        forward(model, ids), logits, atol=1e-5 * np.abs(logits).max(), rtol=0
+      )
+    assert (
+      np.abs(logits - forward(place(TINY, weights), ids)).max() > 1e-3
+    )  # the rounding is there to be seen
     for some in (prompts, prompts[:1]):
       assert generate(model, some, 12) == generate(expected, some, 12)
 
@@ -64,7 +74,9 @@ def test_bfloat16_is_as_near_as_without(mesh, weights, place, tokens):
   with mesh(1, 1, 1):
     exact = forward(place(TINY, weights), ids)
     model = place(dataclasses.replace(TINY, dtype="bfloat16"), weights)
-    plain, int8 = (np.sqrt(np.square(forward(model, ids) - exact).mean()) for model in (model, quantize(model)))
+    plain, int8 = (
+      np.sqrt(np.square(forward(model, ids) - exact).mean()) for model in (model, quantize(model))
+    )
   assert int8 < 1.1 * plain
 
 
@@ -72,13 +84,22 @@ def test_bfloat16_is_as_near_as_without(mesh, weights, place, tokens):
 def test_matrices_are_int8_split_as_they_were_and_padding_stays_zero(sizes, mesh, weights, place):
   with mesh(*sizes):
     before = place(TINY, weights)
-    for tree, count in ((quantize(before), 5), (ready(quantize(before)), 1 + 4 * TINY.n_layer)):
-      found = [leaf for leaf in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Int8)) if isinstance(leaf, Int8)]
+    for tree, count in (
+      (quantize(before), 5),
+      (for_inference(quantize(before)), 1 + 4 * TINY.n_layer),
+    ):
+      found = [
+        leaf
+        for leaf in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Int8))
+        if isinstance(leaf, Int8)
+      ]
       assert len(found) == count
       floats = [leaf for leaf in jax.tree.leaves(tree) if leaf.dtype == jnp.float32]
-      assert sum(leaf.size for leaf in floats) < sum(leaf.q_OI.size for leaf in found) / 2, "matrices are int8"
+      assert sum(leaf.size for leaf in floats) < sum(leaf.q_OI.size for leaf in found) / 2, (
+        "matrices are int8"
+      )
     model = quantize(before)
-    assert model.wte[...].q_OI.sharding == before.wte[...].sharding
+    assert model.wte[...].q_OI.sharding == before.wte[...].array.sharding
     assert model.h.mlp.c_fc.w[...].q_OI.sharding.spec == P(None, "model", "data")
     assert not jax.device_get(model.wte[...].q_OI)[97:].any()
     assert not jax.device_get(model.h.attn.c_proj.w[...].q_OI)[..., 40:].any()

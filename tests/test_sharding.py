@@ -10,10 +10,20 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.sharding import AXES, abstract_mesh, axis_size, check_divides, concrete, make_mesh, padded
+from gpt2_jax.sharding import (
+  AXES,
+  abstract_mesh,
+  axis_size,
+  check_divides,
+  concrete,
+  make_mesh,
+  padded,
+)
 
 
-@pytest.mark.parametrize("asked, made", [((1, -1, 1), (1, 8, 1)), ((2, 2, -1), (2, 2, 2)), ((1, 1, 8), (1, 1, 8))])
+@pytest.mark.parametrize(
+  "asked, made", [((1, -1, 1), (1, 8, 1)), ((2, 2, -1), (2, 2, 2)), ((1, 1, 8), (1, 1, 8))]
+)
 def test_make_mesh_has_three_explicit_axes(asked, made):
   mesh = make_mesh(*asked)
   assert tuple(mesh.shape.items()) == tuple(zip(AXES, made, strict=True))
@@ -59,7 +69,10 @@ def test_replica_runs_over_the_slices_and_nothing_else_does(slices):
 
 def test_a_mesh_that_would_cross_slices_elsewhere_is_refused(slices):
   for sizes in ("1 16 1", "1 2 8"):
-    assert "over 2 slices: only replica may cross slices" in slices[sizes] and "replica=2" in slices[sizes]
+    assert (
+      "over 2 slices: only replica may cross slices" in slices[sizes]
+      and "replica=2" in slices[sizes]
+    )
 
 
 def test_axis_size_follows_the_mesh_in_force():
@@ -72,7 +85,9 @@ def test_axis_size_follows_the_mesh_in_force():
 def test_check_divides():
   with jax.sharding.use_abstract_mesh(abstract_mesh(2, 4, 1)):
     check_divides(16, "a batch", "replica", "data", way_out="change it")
-    with pytest.raises(ValueError, match="a batch of 12 does not divide by the replica x data axes of 8; change it"):
+    with pytest.raises(
+      ValueError, match="a batch of 12 does not divide by the replica x data axes of 8; change it"
+    ):
       check_divides(12, "a batch", "replica", "data", way_out="change it")
 
 
@@ -90,4 +105,7 @@ def test_concrete_puts_abstract_shardings_on_devices(mesh):
     leaf = concrete(abstract, jax.sharding.get_mesh())["w"]
     assert leaf.sharding == NamedSharding(jax.sharding.get_mesh(), spec)
     assert (leaf.shape, leaf.dtype) == ((4, 6), jnp.bfloat16)
-    assert jax.device_put(jnp.ones((4, 6)), leaf.sharding).addressable_shards[0].data.shape == (2, 3)
+    assert jax.device_put(jnp.ones((4, 6)), leaf.sharding).addressable_shards[0].data.shape == (
+      2,
+      3,
+    )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop: a run that is broken off and goes on is the run that never was, and every bad input is one line."""
+"""The loop: a run that is broken off and resumes is the run that never was, and every bad input is
+one line."""
 
 import json
 import math
@@ -15,10 +16,13 @@ from ml_collections import ConfigDict
 
 from configs import gpt2
 from gpt2_jax import train
-from gpt2_jax.checkpoint import Checkpoints, load
+from gpt2_jax.convert.pretrained import load_pretrained
 from gpt2_jax.data import TokenStore, encode_corpus
 from gpt2_jax.decoding import generate
-from gpt2_jax.pretrained import load_pretrained
+from gpt2_jax.loss import NextToken
+from gpt2_jax.runs.checkpoint import Checkpoints, load
+from gpt2_jax.runs.validation import validation_loss
+from gpt2_jax.runs.workdir import lock
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.tokenizer import train_characters
 
@@ -38,10 +42,16 @@ def data(tmp_path_factory):
 
 def config_for(data: pathlib.Path, **knobs) -> ConfigDict:
   config = gpt2.get_config()
-  config.model.update(n_vocab=23, n_ctx=16, n_embd=16, n_head=2, n_layer=2, dtype="float32", pad_heads=True)
-  config.data.update({n: str(data / n) for n in ("train", "validation")}, tokenizer=str(data / "characters.json"))
+  config.model.update(
+    n_vocab=23, n_ctx=16, n_embd=16, n_head=2, n_layer=2, dtype="float32", pad_heads=True
+  )
+  config.data.update(
+    {n: str(data / n) for n in ("train", "validation")}, tokenizer=str(data / "characters.json")
+  )
   config.mesh.update(data=1, model=1, replica=8)
-  config.update(steps=24, batch_size=8, learning_rate=1e-3, warmup_steps=4, log_every=1, eval_every=8)
+  config.update(
+    steps=24, batch_size=8, learning_rate=1e-3, warmup_steps=4, log_every=1, eval_every=8
+  )
   config.update(eval_windows=0, save_every=8, keep=9)
   config.update(knobs)
   return config
@@ -49,7 +59,9 @@ def config_for(data: pathlib.Path, **knobs) -> ConfigDict:
 
 def lines(workdir, name="loss") -> dict[int, float]:
   """Step -> value, from metrics.jsonl; a step stands there once."""
-  found = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+  found = [
+    json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+  ]
   found = [(line["step"], line[name]) for line in found if name in line]
   assert len(found) == len(dict(found))
   return dict(found)
@@ -64,7 +76,8 @@ def whole(data, tmp_path_factory):
 
 
 def broken_off(whole, workdir, after: int):
-  """A copy of the run as a kill after step `after`'s checkpoint left it: later checkpoints are not there."""
+  """A copy of the run as a kill after step `after`'s checkpoint left it: later checkpoints are not
+  there."""
   shutil.copytree(whole, workdir, dirs_exist_ok=True)
   for step in (workdir / "checkpoints").iterdir():
     if int(step.name) > after:
@@ -76,12 +89,19 @@ def test_a_run_leaves_metrics_a_picture_and_checkpoints(whole):
   assert list(lines(whole, "val_loss")) == [8, 16, 24]
   assert lines(whole)[24] < lines(whole)[1]
   first = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])
-  assert {"loss", "grad_norm", "learning_rate", "tokens_per_second", "step_time", "batch_hash"} <= first.keys()
+  assert {
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens_per_second",
+    "step_time",
+    "batch_hash",
+  } <= first.keys()
   assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
   assert sorted(int(p.name) for p in (whole / "checkpoints").iterdir()) == [8, 16, 24]
 
 
-def test_going_on_is_bit_for_bit_the_same(whole, data, tmp_path):
+def test_resuming_is_bit_for_bit_the_same(whole, data, tmp_path):
   broken_off(whole, tmp_path, 8)
   with (tmp_path / "metrics.jsonl").open("a") as file:
     file.write('{"step": 25, "lo')  # torn by the kill
@@ -91,19 +111,23 @@ def test_going_on_is_bit_for_bit_the_same(whole, data, tmp_path):
 
 
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2), (1, 1, 8)])
-def test_going_on_on_another_mesh_sees_the_same_batches(whole, data, tmp_path, mesh):
+def test_resuming_on_another_mesh_sees_the_same_batches(whole, data, tmp_path, mesh):
   broken_off(whole, tmp_path, 16)
   config = config_for(data)
   config.mesh.update(dict(zip(("replica", "data", "model"), mesh, strict=True)))
   train.run(config, str(tmp_path))
   assert lines(tmp_path, "batch_hash") == lines(whole, "batch_hash")
-  np.testing.assert_allclose(list(lines(tmp_path).values()), list(lines(whole).values()), atol=1e-5, rtol=0)
+  np.testing.assert_allclose(
+    list(lines(tmp_path).values()), list(lines(whole).values()), atol=1e-5, rtol=0
+  )
 
 
 def test_several_steps_in_one_dispatch_are_the_same_steps(whole, data, tmp_path):
   train.run(config_for(data, steps_per_call=4), str(tmp_path))
   assert lines(tmp_path, "batch_hash") == lines(whole, "batch_hash")
-  np.testing.assert_allclose(list(lines(tmp_path).values()), list(lines(whole).values()), atol=1e-6, rtol=0)
+  np.testing.assert_allclose(
+    list(lines(tmp_path).values()), list(lines(whole).values()), atol=1e-6, rtol=0
+  )
 
 
 def test_another_config_is_refused_with_the_difference(whole, data):
@@ -126,7 +150,9 @@ def flip_a_bit(file: pathlib.Path):
 
 
 @pytest.mark.parametrize("damage", [cut_in_half, flip_a_bit])
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(whole, data, tmp_path, capfd, damage):
+def test_a_damaged_checkpoint_is_quarantined_and_the_one_before_taken(
+  whole, data, tmp_path, capfd, damage
+):
   broken_off(whole, tmp_path, 16)
   for file in (tmp_path / "checkpoints/16/state/d").iterdir():  # Orbax's values
     damage(file)
@@ -138,7 +164,10 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(whole, data,
 
 def test_divergence_stops_the_run_and_leaves_the_last_checkpoint(data, tmp_path):
   with pytest.raises(FloatingPointError, match=r"3 updates in a row were not finite"):
-    train.run(config_for(data, learning_rate=1e30, max_skips=3, warmup_steps=10, clip_norm=1e30), str(tmp_path))
+    train.run(
+      config_for(data, learning_rate=1e30, max_skips=3, warmup_steps=10, clip_norm=1e30),
+      str(tmp_path),
+    )
   Checkpoints(str(tmp_path)).close()
   assert min(lines(tmp_path, "skips").values()) == 0
 
@@ -152,7 +181,7 @@ def test_the_best_checkpoint_is_kept_besides_the_last(data, tmp_path):
   with jax.set_mesh(make_mesh(8, 1, 1)):
     model, _ = load(str(tmp_path), "best")
     store = TokenStore.open(str(data / "validation"))
-    assert train.evaluate(model, store, 8, 0) == pytest.approx(losses[best], abs=1e-6)
+    assert validation_loss(model, NextToken(), store, 8, 0) == pytest.approx(losses[best], abs=1e-6)
 
 
 def test_evaluation_is_token_weighted_over_every_window(whole, data):
@@ -160,10 +189,12 @@ def test_evaluation_is_token_weighted_over_every_window(whole, data):
   store = TokenStore.open(str(data / "validation"))
   with jax.set_mesh(make_mesh(1, 1, 1, devices=jax.devices()[:1])):
     model, _ = load(str(whole))
-    got = train.evaluate(model, store, 8, 0)
+    got = validation_loss(model, NextToken(), store, 8, 0)
     windows = store.read(np.arange(43) * 16, 17)
     logits = np.asarray(model(windows[:, :-1])[..., :23], np.float64)
-  nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, windows[:, 1:, None], -1)[..., 0]
+  nats = (
+    np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, windows[:, 1:, None], -1)[..., 0]
+  )
   assert len(store) == 700 and got == pytest.approx(nats.mean(), abs=1e-6)
 
 
@@ -190,7 +221,10 @@ def test_dropout_and_microbatches_train(data, tmp_path):
 @pytest.mark.parametrize(
   "knobs, message",
   [
-    ({"batch_size": 12}, r"a microbatch .* of 12 does not divide by the replica x data axes of 8; change"),
+    (
+      {"batch_size": 12},
+      r"a microbatch .* of 12 does not divide by the replica x data axes of 8; change",
+    ),
     ({"microbatches": 3}, r"batch_size of 8 does not divide by microbatches of 3"),
     ({"warmup_steps": 24}, r"warmup_steps of 24 leaves nothing of 24 steps"),
     ({"mesh.replica": 3}, r"\(3, 1, 1\) does not multiply to the 8 devices"),
@@ -218,8 +252,11 @@ def test_a_workdir_elsewhere_is_refused(data, workdir):
     train.run(config_for(data), workdir)
 
 
-def test_a_run_on_gs_that_is_broken_off_goes_on_as_the_local_one(whole, data, bucket, tmp_path, monkeypatch, capfd):
-  """A dropped mark is a save that a kill cut off; the lines after it, and the torn one, are written again."""
+def test_a_run_on_gs_that_is_broken_off_resumes_as_the_local_one(
+  whole, data, bucket, tmp_path, monkeypatch, capfd
+):
+  """A dropped mark is a save that a kill cut off; the lines after it, and the torn one, are written
+  again."""
   monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
   train.run(config_for(data, profile_steps=2), "gs://bucket/a/run")
   told = bucket.objects["a/run/metrics.jsonl"].decode()
@@ -229,7 +266,7 @@ def test_a_run_on_gs_that_is_broken_off_goes_on_as_the_local_one(whole, data, bu
     bucket.drop(f"a/run/checkpoints/{step}/commit_success.txt")
   bucket.put("a/run/metrics.jsonl", told[: len(told) - 9].encode())
   train.run(config_for(data), "gs://bucket/a/run")
-  assert "going on from step 8" in capfd.readouterr().err
+  assert "resumed from step 8" in capfd.readouterr().err
   (tmp_path / "metrics.jsonl").write_bytes(bucket.objects["a/run/metrics.jsonl"])
   for name in ("loss", "grad_norm", "batch_hash", "val_loss"):
     assert lines(tmp_path, name) == lines(whole, name)
@@ -242,7 +279,8 @@ def test_a_run_on_gs_that_is_broken_off_goes_on_as_the_local_one(whole, data, bu
 
 
 def test_what_a_run_on_gs_wrote_is_there_before_its_checkpoint(data, bucket):
-  """A kill right after a checkpoint loses no line up to it: seen from the bucket, at every commit."""
+  """A kill right after a checkpoint loses no line up to it: seen from the bucket, at every
+  commit."""
   seen = {}
   put = bucket.put
 
@@ -257,7 +295,9 @@ def test_what_a_run_on_gs_wrote_is_there_before_its_checkpoint(data, bucket):
     train.run(config_for(data, steps=16, warmup_steps=4), "gs://bucket/run")
   finally:
     del bucket.put
-  assert seen.keys() == {8, 16} and all(set(range(1, step + 1)) <= told for step, told in seen.items())
+  assert seen.keys() == {8, 16} and all(
+    set(range(1, step + 1)) <= told for step, told in seen.items()
+  )
 
 
 @pytest.mark.parametrize("refused", ["lock", "metrics.jsonl", "checkpoints/8/state"])
@@ -274,7 +314,9 @@ def test_what_gs_does_not_take_is_one_line(data, bucket, tmp_path, monkeypatch, 
 def test_a_bucket_that_may_not_be_looked_at_is_one_line(data, bucket):
   """Orbax asks what kind of bucket it is before it deletes the first checkpoint."""
   bucket.refuse = "storage.buckets.get"
-  with pytest.raises(OSError, match=r"gs://closed/run/checkpoints.*: 403 .*may not do this") as raised:
+  with pytest.raises(
+    OSError, match=r"gs://closed/run/checkpoints.*: 403 .*may not do this"
+  ) as raised:
     train.run(config_for(data, keep=1), "gs://closed/run")
   assert "\n" not in str(raised.value)
 
@@ -292,7 +334,9 @@ def test_the_batch_hash_tells_order_and_content():
   tokens = np.arange(24, dtype=np.int32).reshape(4, 6)
   one = int(train.batch_hash(tokens))
   assert one == int(train.batch_hash(tokens.copy()))
-  assert one != int(train.batch_hash(tokens[::-1])) and one != int(train.batch_hash(tokens[:, ::-1]))
+  assert one != int(train.batch_hash(tokens[::-1])) and one != int(
+    train.batch_hash(tokens[:, ::-1])
+  )
   assert math.log2(max(one, 1)) < 32
 
 
@@ -312,19 +356,24 @@ def test_a_finished_run_says_so_and_changes_nothing(whole, data, tmp_path, capfd
   assert (tmp_path / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize("knob", ["eval_every", "save_every", "log_every", "microbatches", "max_skips", "keep"])
+@pytest.mark.parametrize(
+  "knob", ["eval_every", "save_every", "log_every", "microbatches", "max_skips", "keep"]
+)
 def test_a_count_of_none_is_refused(data, tmp_path, knob):
-  with pytest.raises(ValueError, match=f"{knob} of 0 is below 1"):
+  with pytest.raises(ValueError, match=f"{knob} of 0 is not at least 1; set --config.{knob}"):
     train.run(config_for(data, **{knob: 0}), str(tmp_path / "run"))
 
 
 def test_two_runs_do_not_share_a_workdir(data, tmp_path):
-  with train.alone_in(str(tmp_path)), pytest.raises(OSError, match="is in use by another run"):
+  with lock(str(tmp_path)), pytest.raises(OSError, match="is in use by another run"):
     train.run(config_for(data), str(tmp_path))
 
 
 def test_a_damaged_checkpoint_does_not_load(whole, tmp_path):
   broken_off(whole, tmp_path, 24)
   (tmp_path / "checkpoints/16/about/metadata").write_text("{")
-  with jax.set_mesh(make_mesh(8, 1, 1)), pytest.raises(ValueError, match="checkpoint 16 in .* cannot be read"):
+  with (
+    jax.set_mesh(make_mesh(8, 1, 1)),
+    pytest.raises(ValueError, match="checkpoint 16 in .* cannot be read"),
+  ):
     load(str(tmp_path), "16")

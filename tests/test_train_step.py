@@ -12,16 +12,47 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.model import SIZES, ModelConfig
+from gpt2_jax import train
+from gpt2_jax.batch import Batch
+from gpt2_jax.finetune.trainable import partition, trainable_mask
+from gpt2_jax.linear import Dense
+from gpt2_jax.loss import NextToken, mean_loss
+from gpt2_jax.model import ModelConfig
 from gpt2_jax.optimizer import adamw, schedule
+from gpt2_jax.runs.validation import evaluation_sums
 from gpt2_jax.sharding import BATCH, ROWS, abstract_mesh
-from gpt2_jax.train import TrainState, evaluation_sums, gradients, init_state, mean_nats, train_step, train_steps
+from gpt2_jax.sizes import SIZES
+from gpt2_jax.train import (
+  TrainState,
+  init_state,
+  scan_steps,
+  train_step,
+)
 
-TINY = ModelConfig(n_vocab=97, n_ctx=8, n_embd=40, n_head=4, n_layer=2, dtype="float32", pad_heads=True)
+TINY = ModelConfig(
+  n_vocab=97, n_ctx=8, n_embd=40, n_head=4, n_layer=2, dtype="float32", pad_heads=True
+)
 FIVE = dataclasses.replace(TINY, n_head=5)
 OPTIMIZER = adamw(schedule(1e-3, 6, 2, 0.1), 0.9, 0.95, 0.1, 1.0)
 init = jax.jit(functools.partial(init_state, optimizer=OPTIMIZER), static_argnames="model_config")
-step_once = jax.jit(functools.partial(train_step, optimizer=OPTIMIZER), static_argnames="microbatches")
+
+
+@functools.partial(jax.jit, static_argnames="microbatches")
+def step_once(state, tokens_BT, microbatches=1):
+  return train_step(
+    state, Batch(tokens_BT), NextToken(), optimizer=OPTIMIZER, microbatches=microbatches
+  )
+
+
+def nats(model, tokens_BT):
+  return mean_loss(NextToken(), model, Batch(tokens_BT))[0]
+
+
+def gradients(model, tokens_BT, microbatches, key=None):
+  """Mean loss and its gradient in every parameter."""
+  trained, frozen = partition(model, trainable_mask(model, ("*",)))
+  sums, grads = train.gradients(NextToken(), trained, frozen, Batch(tokens_BT), microbatches, key)
+  return sums["nats"] / sums["tokens"], grads
 
 
 def batch(step):
@@ -38,7 +69,8 @@ def same(a, b):
 
 @pytest.fixture(scope="module")
 def six_steps(mesh, put, parameters, unpadded):
-  """six_steps(config, sizes, microbatches): parameters before, six losses, parameters after; all without padding."""
+  """six_steps(config, sizes, microbatches): parameters before, six losses, parameters after; all
+  without padding."""
 
   @functools.cache
   def run(config, sizes, microbatches=1):
@@ -51,7 +83,7 @@ def six_steps(mesh, put, parameters, unpadded):
         state, metrics = step_once(state, put(batch(step), BATCH), microbatches=microbatches)
         losses.append(float(metrics["loss"]))
       assert [x.sharding for x in jax.tree.leaves(state)] == shardings
-      assert int(state.step) == 6 and int(state.skips) == 0
+      assert int(state.step) == 6 and int(state.skipped_in_a_row) == 0
     return before, losses, unpadded(state.model, shapes)
 
   return run
@@ -77,8 +109,11 @@ def test_six_losses_are_those_of_one_device(config, sizes, microbatches, six_ste
   found_before, found_losses, found_after = six_steps(config, sizes, microbatches)
   np.testing.assert_allclose(found_losses, losses, rtol=0, atol=1e-5)
   for name, value in before.items():
-    # The same random bits; XLA may round the last bits of the normal distribution's polynomial otherwise.
-    np.testing.assert_allclose(found_before[name], value, rtol=1e-6, atol=0, err_msg=f"{name} at initialization")
+    # The same random bits; XLA may round the last bits of the normal distribution's polynomial
+    # otherwise.
+    np.testing.assert_allclose(
+      found_before[name], value, rtol=1e-6, atol=0, err_msg=f"{name} at initialization"
+    )
 
 
 @pytest.mark.parametrize("size", ["117M", "345M", "762M", "1542M"])
@@ -90,7 +125,10 @@ def test_a_published_size_traces_a_step_on_a_pod(size):
     state = jax.eval_shape(lambda: init_state(jax.random.key(0), config, optimizer))
     tokens_BT = jax.eval_shape(lambda: jnp.zeros((64, 1025), jnp.int32, out_sharding=BATCH))
     after, metrics = jax.eval_shape(
-      functools.partial(train_step, optimizer=optimizer, microbatches=2), state, tokens_BT
+      functools.partial(train_step, optimizer=optimizer, microbatches=2),
+      state,
+      Batch(tokens_BT),
+      NextToken(),
     )
   assert jax.tree.structure(state) == jax.tree.structure(after)
   for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
@@ -98,13 +136,16 @@ def test_a_published_size_traces_a_step_on_a_pod(size):
     assert x.sharding == y.sharding or not x.shape  # a scalar constant has none
   assert metrics["loss"].shape == metrics["grad_norm"].shape == ()
   sharded = sum(x.size for x in jax.tree.leaves(state.model) if "data" in str(x.sharding.spec))
-  assert sharded > 0.99 * sum(x.size for x in jax.tree.leaves(state.model)), "FSDP holds a part on each"
+  assert sharded > 0.99 * sum(x.size for x in jax.tree.leaves(state.model)), (
+    "FSDP holds a part on each"
+  )
   moments = jax.tree.leaves(state.opt_state)
   assert sum(x.size for x in moments) >= 2 * sum(x.size for x in jax.tree.leaves(state.model))
 
 
 def test_microbatches_draw_their_own_dropout(mesh, parameters, place):
-  """The same row everywhere: with one mask for both slices, the mean would be the first slice's loss."""
+  """The same row everywhere: with one mask for both slices, the mean would be the first slice's
+  loss."""
   config = dataclasses.replace(TINY, n_layer=1, embd_pdrop=0.5)
   tokens_BT = np.repeat(batch(0)[:1], 4, 0)
   loss = jax.jit(lambda *args: gradients(*args)[0], static_argnums=2)
@@ -125,8 +166,15 @@ def test_gradients_are_those_of_the_mean_loss(mesh, parameters, place, put):
     tokens_BT = put(batch(0), BATCH)
     model, toward = place(TINY, arrays), place(TINY, direction)
     loss, grads = jax.jit(gradients, static_argnums=2)(model, tokens_BT, 1)
-    slope = sum(float((g * d).sum()) for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(toward), strict=True))
-    f = jax.jit(lambda t: mean_nats(jax.tree.map(lambda x, d: x + t * d, model, toward), tokens_BT))
+    slope = sum(
+      float((g * d).sum())
+      for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(toward), strict=True)
+    )
+
+    def f(t):
+      return nats(jax.tree.map(lambda x, d: x + t * d, model, toward), tokens_BT)
+
+    f = jax.jit(f)
     h = 1e-2
     difference = (8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h)
     assert float(loss) == pytest.approx(float(f(0.0)), rel=1e-6)
@@ -148,22 +196,26 @@ def spoiled(state, put, name):
   leaves, structure = jax.tree.flatten(state.model)
   model = jax.tree.unflatten(structure, leaves)  # a copy: modules are objects
   if name == "a NaN in one weight":
-    w = np.array(model.h.mlp.c_fc.w[...])
+    w = np.array(model.h.mlp.c_fc.w[...].array)
     w[1, 3, 5] = np.nan
-    model.h.mlp.c_fc.w[...] = put(w, P(None, "data", "model"))
+    model.h.mlp.c_fc.w.set_value(Dense(put(w, P(None, "data", "model"))))
   elif name == "an infinity in one bias":
     b = np.array(model.h.attn.c_proj.b[...])
     b[0, 7] = np.inf
     model.h.attn.c_proj.b[...] = put(b, P(None, None))
   elif name == "a finite loss with gradients too large to be squared":
-    model.wte[...] = jnp.zeros_like(model.wte[...])
+    model.wte.set_value(jax.tree.map(jnp.zeros_like, model.wte[...]))
     model.ln_f.g[...] = jnp.full_like(model.ln_f.g[...], 1e25)
   return dataclasses.replace(state, model=model)
 
 
 @pytest.mark.parametrize(
   "what",
-  ["a NaN in one weight", "an infinity in one bias", "a finite loss with gradients too large to be squared"],
+  [
+    "a NaN in one weight",
+    "an infinity in one bias",
+    "a finite loss with gradients too large to be squared",
+  ],
 )
 def test_an_update_that_is_not_finite_is_not_made(what, one_device, mesh, put):
   good, tokens_BT = one_device
@@ -173,20 +225,21 @@ def test_an_update_that_is_not_finite_is_not_made(what, one_device, mesh, put):
     assert math.isfinite(metrics["loss"]) == ("finite loss" in what)
     assert not math.isfinite(metrics["grad_norm"])
     for skips in (1, 2):
-      assert int(state.skips) == int(metrics["skips"]) == skips
+      assert int(state.skipped_in_a_row) == int(metrics["skips"]) == skips
       assert int(state.step) == 2 + skips  # the batch is used up: the next one is another
       assert same(state.model, bad.model) and same(state.opt_state, bad.opt_state)
       state, metrics = step_once(state, tokens_BT)
-    assert int(state.skips) == 3
+    assert int(state.skipped_in_a_row) == 3
     state, metrics = step_once(dataclasses.replace(state, model=good.model), tokens_BT)
-    assert int(state.skips) == int(metrics["skips"]) == 0
+    assert int(state.skipped_in_a_row) == int(metrics["skips"]) == 0
     assert not same(state.model, good.model) and not same(state.opt_state, good.opt_state)
     expected, _ = step_once(good, tokens_BT)
     assert same(state.model, expected.model), "what was skipped left no trace"
 
 
 def test_several_steps_in_one_call_are_those_steps(one_device, mesh, put):
-  """Bit for bit, dropout included: every call must end where single steps do, or a restart would not repeat a run."""
+  """Bit for bit, dropout included: every call must end where single steps do, or a restart would
+  not repeat a run."""
   with mesh(1, 1, 1):
     state, _ = one_device
     model = state.model
@@ -196,7 +249,7 @@ def test_several_steps_in_one_call_are_those_steps(one_device, mesh, put):
       state, model=jax.tree.unflatten(jax.tree.structure(state.model), jax.tree.leaves(model))
     )
     how = {"optimizer": OPTIMIZER, "dropout_key": jax.random.key(5)}
-    steps = jax.jit(functools.partial(train_steps, **how))
+    steps = jax.jit(lambda state, tokens: scan_steps(state, Batch(tokens), NextToken(), **how))
     batches = [batch(step) for step in range(4)]
     together, stacked = steps(state, put(np.stack(batches), P(None, ROWS, None)))
     losses = []
@@ -204,7 +257,10 @@ def test_several_steps_in_one_call_are_those_steps(one_device, mesh, put):
       state, metrics = steps(state, put(tokens_BT[None], P(None, ROWS, None)))
       losses.append(metrics["loss"][0])
     later = dataclasses.replace(state, step=state.step + 1)
-    masks = [float(steps(x, put(batches[0][None], P(None, ROWS, None)))[1]["loss"][0]) for x in (state, later)]
+    masks = [
+      float(steps(x, put(batches[0][None], P(None, ROWS, None)))[1]["loss"][0])
+      for x in (state, later)
+    ]
     assert abs(masks[0] - masks[1]) > 1e-5, "each step draws its own dropout"
     assert metrics["loss"].shape == (1,) and stacked["loss"].shape == (4,)
     np.testing.assert_array_equal(stacked["loss"], losses)
@@ -221,7 +277,8 @@ def test_grad_norm_is_the_global_norm_before_the_clip(one_device, mesh):
 
 
 def test_evaluation_sums_count_real_rows_only(mesh, parameters, place, put):
-  """Sums, so that the mean over batches is weighted by tokens; a row that fills the batch up weighs nothing."""
+  """Sums, so that the mean over batches is weighted by tokens; a row that fills the batch up weighs
+  nothing."""
   arrays, tokens_BT = parameters(TINY), batch(0)[:8]
   real = np.array([1, 1, 1, 0, 1, 1, 0, 0], np.float32)
   nats = []
@@ -233,7 +290,9 @@ def test_evaluation_sums_count_real_rows_only(mesh, parameters, place, put):
       nats.append((lse - logits[np.arange(8), row[1:]]).sum())
   for sizes in ((1, 1, 1), (2, 2, 2)):
     with mesh(*sizes):
-      sums = evaluation_sums(place(TINY, arrays), put(tokens_BT, BATCH), put(real, P(ROWS)))
+      weights_BT = put(np.repeat(real[:, None], 8, 1), BATCH)
+      batch_of_rows = Batch(put(tokens_BT, BATCH), weights_BT)
+      sums = evaluation_sums(place(TINY, arrays), batch_of_rows, NextToken())
       assert float(sums["tokens"]) == 5 * 8
       assert float(sums["nats"]) == pytest.approx(float(np.dot(nats, real)), rel=1e-6)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face transformers' GPT-2, and ours with the same weights."""
+"""The opponent of the benchmarks: transformers' GPT-2, and ours with the same random weights."""
 
 import jax
 import torch
@@ -11,12 +11,30 @@ from gpt2_jax.model import GPT2, ModelConfig
 
 
 def their_model(config: ModelConfig, seed: int = 0):
-  """A random transformers GPT-2 of these sizes in float32; biases and gains are noisy too, so that they count."""
+  """A random transformers GPT-2 of these sizes, in float32, without dropout.
+
+  Biases and LayerNorm gains are noisy, too: at their initial 0 and 1 an error in them would not
+  show.
+  """
   torch.manual_seed(seed)
-  sizes = {"n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head, "n_positions": config.n_ctx}
-  rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-  ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-  model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=config.n_vocab, **sizes, **rates, **ends))
+
+  # Without special tokens no generation ends early.
+  their_config = transformers.GPT2Config(
+    vocab_size=config.n_vocab,
+    n_embd=config.n_embd,
+    n_layer=config.n_layer,
+    n_head=config.n_head,
+    n_positions=config.n_ctx,
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=0,
+  )
+  model = transformers.GPT2LMHeadModel(their_config)
+
+  # Biases and gains are the parameters with one axis.
   with torch.no_grad():
     for parameter in model.parameters():
       if parameter.ndim == 1:
@@ -26,9 +44,11 @@ def their_model(config: ModelConfig, seed: int = 0):
 
 def our_model(theirs, config: ModelConfig) -> GPT2:
   """The same weights in this project's model, on the mesh in force."""
+  # Through the converter, as a published checkpoint would come.
   tensors = theirs.transformer.state_dict()
 
   def read(name):
-    return tensors[names.foreign(name, names.TORCH)].numpy()
+    return tensors[names.translate_name(name, names.TORCH)].numpy()
 
-  return to_model(Weights(config, read, None, "transformers"), jax.sharding.get_mesh(), config.dtype)
+  weights = Weights(config, read, None, "transformers")
+  return to_model(weights, jax.sharding.get_mesh(), config.dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sides that take turns, and the table of what they did."""
+"""Benchmark rounds in which the sides take turns, and the rows of the table."""
 
 import dataclasses
 import gc
@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+
+from gpt2_jax.files import first_line
 
 BEGIN = time.monotonic()
 
@@ -24,31 +26,49 @@ class Row:
 
   def ratios(self) -> list[float]:
     """Ours over the best of theirs, round by round."""
+    # In one round, so that both sides had the same neighbours on the machine.
     theirs = [rates for side, rates in self.rates.items() if side != "ours"]
-    return [ours / max(others) for ours, others in zip(self.rates["ours"], zip(*theirs, strict=True), strict=True)]
+    ratios = []
+    for ours, *others in zip(self.rates["ours"], *theirs, strict=True):
+      ratios.append(ours / max(others))
+    return ratios
 
   def __str__(self) -> str:
     medians = {side: f"{statistics.median(rates):,.0f}" for side, rates in self.rates.items()}
-    ours, ratios = medians.pop("ours"), self.ratios()
+    ours = medians.pop("ours")
     others = ", ".join(f"{side} {rate}" for side, rate in medians.items())
+
+    # The median of the ratios, not the ratio of the medians.
+    ratios = self.ratios()
+    ratio = f"{statistics.median(ratios):.2f}"
     spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
-    return f"{self.name:<34}{ours:>8}  {others:<30}{statistics.median(ratios):>6.2f}  {spread:<12}{self.target}"
+    return _table_line(self.name, ours, others, ratio, spread, self.target)
 
 
-HEADER = f"{'tokens/s, median of rounds':<34}{'ours':>8}  {'the others':<30}{'ratio':>6}  {'min-max':<12}target"
+def _table_line(*cells: str) -> str:
+  name, ours, others, ratio, spread, target = cells
+  return f"{name:<34}{ours:>8}  {others:<30}{ratio:>6}  {spread:<12}{target}"
+
+
+HEADER = _table_line(
+  "tokens/s, median of rounds", "ours", "the others", "ratio", "min-max", "target"
+)
 
 
 def tell(text: str) -> None:
+  """Logs a line with the seconds since the start, on stderr."""
   print(f"[{time.monotonic() - BEGIN:4.0f} s] {text}", file=sys.stderr, flush=True)
 
 
-def alternate(name: str, target: str, tokens: int, sides: dict[str, Callable], rounds: int, settle: int = 1) -> Row:
-  """Warms each side up, then lets them take turns, in another order each round; `tokens` is what one call handles.
+def alternate(
+  name: str, target: str, tokens: int, sides: dict[str, Callable], rounds: int, settle: int = 1
+) -> Row:
+  """Measures each side's tokens/s: warm-up, then rounds in which the sides take turns.
 
-  The first `settle` calls of a turn are not timed: a side runs a fifth slower just after another one ran.
-
-  A compiled side that fails is left out, aloud.
+  `tokens` is what one call handles. The first `settle` calls of a turn are not timed: a side runs a
+  fifth slower just after another one ran. A compiled side that fails is left out, with a line.
   """
+  # 1. Warm up, which compiles.
   working = {}
   for side, call in sides.items():
     begin = time.perf_counter()
@@ -57,20 +77,28 @@ def alternate(name: str, target: str, tokens: int, sides: dict[str, Callable], r
     except Exception as error:  # whatever a compiler raises; ours and eager have to work
       if side != "compiled":
         raise
-      tell(f"{name}: torch.compile failed, left out: {type(error).__name__}: {str(error).splitlines()[0][:160]}")
+      reason = first_line(error, limit=160)
+      tell(f"{name}: torch.compile failed, left out: {type(error).__name__}: {reason}")
       continue
     tell(f"{name}: {side} ready after {time.perf_counter() - begin:.1f} s")
     working[side] = call
+
+  # 2. Rounds, each in the other order: whatever drifts hits all sides.
   rates = {side: [] for side in working}
   for number in range(rounds):
     order = list(working)
-    for side in order if number % 2 == 0 else reversed(order):
+    if number % 2:
+      order.reverse()
+    for side in order:
       for _ in range(settle):
         working[side]()
+
       begin = time.perf_counter()
       working[side]()
       rates[side].append(tokens / (time.perf_counter() - begin))
-    tell(f"{name}: round {number + 1}/{rounds}: " + ", ".join(f"{s} {r[-1]:,.0f}" for s, r in rates.items()))
+    newest = ", ".join(f"{side} {values[-1]:,.0f}" for side, values in rates.items())
+    tell(f"{name}: round {number + 1}/{rounds}: {newest}")
+
   row = Row(name, target, rates)
   tell(f"{HEADER}\n{'':9}{row}")
   return row
@@ -81,7 +109,8 @@ def random_tokens(*shape: int, n_vocab: int = 50257, seed: int = 0) -> np.ndarra
 
 
 def forget(sides: dict) -> None:
-  """Gives memory back, and torch.compile its recompilation limit."""
+  """Frees the sides' memory, and resets torch.compile, which has a limit of recompilations."""
+  # The sides hold the last references to models and optimizers.
   sides.clear()
   torch._dynamo.reset()
   gc.collect()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step of 124M and of nanoGPT's Shakespeare shape: the project's own, torch's eager and compiled."""
+"""A training step of 124M and of nanoGPT's Shakespeare shape: the project's own, torch's eager and
+compiled."""
 
 import contextlib
 import copy
@@ -17,10 +18,13 @@ from jax.sharding import NamedSharding
 from configs import shakespeare
 from experiments.benchmarks.opponent import our_model, their_model
 from experiments.benchmarks.rounds import Row, alternate, forget, random_tokens, tell
-from gpt2_jax.model import GPT2, ModelConfig, model_config
+from gpt2_jax.batch import Batch
+from gpt2_jax.loss import NextToken
+from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.optimizer import adamw
 from gpt2_jax.sharding import BATCH
-from gpt2_jax.train import TrainState, init_state, train_step, train_steps
+from gpt2_jax.sizes import model_config
+from gpt2_jax.train import TrainState, init_state, scan_steps, train_step
 
 TRAIN_SHAPES = ((1, 1024), (4, 256))
 TRAIN_TARGETS = {"float32": 1.5, "bfloat16": 1.0}
@@ -34,12 +38,14 @@ def our_train(model: GPT2, tokens_BT) -> Callable[[], float]:
   call = jax.jit(functools.partial(train_step, optimizer=optimizer), donate_argnums=0)
   zero = jax.numpy.int32(0)
   model = jax.tree.map(jax.numpy.copy, model)  # the state is donated, the caller's model is not
-  state = TrainState(zero, jax.numpy.copy(zero), jax.numpy.copy(zero), model, jax.jit(optimizer.init)(model))
-  tokens_BT = jax.device_put(tokens_BT, NamedSharding(jax.sharding.get_mesh(), BATCH))
+  state = TrainState(
+    zero, jax.numpy.copy(zero), jax.numpy.copy(zero), model, jax.jit(optimizer.init)(model)
+  )
+  batch = Batch(jax.device_put(tokens_BT, NamedSharding(jax.sharding.get_mesh(), BATCH)))
 
   def step():
     nonlocal state
-    state, metrics = jax.block_until_ready(call(state, tokens_BT))
+    state, metrics = jax.block_until_ready(call(state, batch, NextToken()))
     return metrics["loss"].item()
 
   return step
@@ -52,7 +58,9 @@ def their_optimizer(model, **kind):
     {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": ADAMW["weight_decay"]},
     {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
   ]
-  return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(ADAMW["b1"], ADAMW["b2"]), eps=1e-8, **kind)
+  return torch.optim.AdamW(
+    groups, lr=LEARNING_RATE, betas=(ADAMW["b1"], ADAMW["b2"]), eps=1e-8, **kind
+  )
 
 
 def their_loss(model, x_BT, y_BT):
@@ -61,8 +69,11 @@ def their_loss(model, x_BT, y_BT):
   return F.cross_entropy(logits.flatten(0, 1), y_BT.flatten())
 
 
-def their_train(model, tokens_BT, dtype: str, compiled: bool, loss_of=their_loss, kind=None) -> Callable[[], float]:
-  """One update a call, the loss returned; bfloat16 is autocast over float32 parameters, as in nanoGPT."""
+def their_train(
+  model, tokens_BT, dtype: str, compiled: bool, loss_of=their_loss, kind=None
+) -> Callable[[], float]:
+  """One update a call, the loss returned; bfloat16 is autocast over float32 parameters, as in
+  nanoGPT."""
   model.train()
   optimizer = their_optimizer(model, **(kind or {"fused": True}))
   tokens_BT = torch.from_numpy(tokens_BT).long()
@@ -93,7 +104,11 @@ def faster_adamw(theirs) -> dict:
       seconds[kind] = time.perf_counter() - begin
   theirs.zero_grad(set_to_none=True)
   best = min(seconds, key=seconds.get)
-  tell("torch AdamW: " + ", ".join(f"{k} {s * 1e3:.0f} ms" for k, s in seconds.items()) + f"; taken: {best}")
+  tell(
+    "torch AdamW: "
+    + ", ".join(f"{k} {s * 1e3:.0f} ms" for k, s in seconds.items())
+    + f"; taken: {best}"
+  )
   return {best: True}
 
 
@@ -111,13 +126,18 @@ def bench_train(rounds: int) -> list[Row]:
       for side in ("eager", "compiled"):
         model = copy.deepcopy(theirs)
         sides[side] = their_train(model, tokens_BT, dtype, side == "compiled", kind=kind)
-      rows.append(alternate(f"train 124M {B} x {T} {dtype}", f"{TRAIN_TARGETS[dtype]} x", B * T, sides, rounds))
+      rows.append(
+        alternate(
+          f"train 124M {B} x {T} {dtype}", f"{TRAIN_TARGETS[dtype]} x", B * T, sides, rounds
+        )
+      )
       forget(sides)
   return rows
 
 
 class Tiny(torch.nn.Module):
-  """The same small GPT-2 with the least torch there can be, which is a harder opponent than transformers'."""
+  """The same small GPT-2 with the least torch there can be, which is a harder opponent than
+  transformers'."""
 
   def __init__(self, config: ModelConfig):
     super().__init__()
@@ -151,13 +171,15 @@ def bench_tiny(rounds: int) -> list[Row]:
   config = shakespeare.get_config()
   model, S, B = ModelConfig(**config.model), config.steps_per_call, config.batch_size
   optimizer = adamw(optax.constant_schedule(LEARNING_RATE), **ADAMW)
-  state = jax.jit(functools.partial(init_state, model_config=model, optimizer=optimizer))(jax.random.key(0))
-  call = jax.jit(functools.partial(train_steps, optimizer=optimizer), donate_argnums=0)
+  state = jax.jit(functools.partial(init_state, model_config=model, optimizer=optimizer))(
+    jax.random.key(0)
+  )
+  call = jax.jit(functools.partial(scan_steps, optimizer=optimizer), donate_argnums=0)
   tokens_SBT = random_tokens(S, B, model.n_ctx + 1, n_vocab=model.n_vocab)
 
   def ours():
     nonlocal state
-    state, _ = jax.block_until_ready(call(state, tokens_SBT))
+    state, _ = jax.block_until_ready(call(state, Batch(tokens_SBT), NextToken()))
 
   def loop(compiled: bool):
     step = their_train(Tiny(model), tokens_SBT[0], "float32", compiled, tiny_loss)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other people's checkpoints: one file a format, one name table between them."""
+"""Checkpoint conversion: one module for each format, one name table between them."""

@@ -1,26 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's folder: config.json, weights as safetensors or pytorch_model.bin, whole or in shards; both ways."""
+"""Hugging Face checkpoints: config.json with safetensors or pytorch_model.bin, maybe in shards.
+
+Both ways: `read` loads such a folder, `write` makes one that `transformers` loads.
+"""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
 from collections.abc import Callable
 
-import huggingface_hub
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from gpt2_jax.convert import names
-from gpt2_jax.convert.files import check_tensors, check_there, read_json, read_torch, whole
+from gpt2_jax.convert.safe_load import check_tensors, check_there, read_json, read_torch
 from gpt2_jax.convert.vocabulary import read_vocabulary, write_vocabulary
-from gpt2_jax.convert.weights import DTYPES, Weights, progress
+from gpt2_jax.convert.weights import DTYPES, Weights, add_zero_biases
+from gpt2_jax.files import atomic_write, progress
 from gpt2_jax.model import ModelConfig
-from gpt2_jax.tokenizer import HuggingFace
+from gpt2_jax.tokenizer import HuggingFace, Tokenizer
 
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "erf"}
-# What transformers can do to a GPT-2 and this model does not: the one value of each that is GPT-2's own.
+
+# What transformers can do to a GPT-2 and this model does not: of each the value that is GPT-2's.
 FIXED = {
   "scale_attn_weights": True,
   "scale_attn_by_inverse_layer_idx": False,
@@ -28,133 +31,224 @@ FIXED = {
   "tie_word_embeddings": True,
   "layer_norm_epsilon": 1e-5,
 }
-SHARD = "2GB"  # files are held in memory while they are written
+FLOATS = ("F32", "F16", "BF16")  # as safetensors calls them
+SHARD = "2GB"  # a shard is held in memory while it is written
 
 
-def recognizes(path: pathlib.Path) -> bool:
-  return (path / "config.json").is_file()
+@dataclasses.dataclass(frozen=True)
+class _StoredTensor:
+  """A tensor in a file: its shape is known, its values are loaded by `read`."""
+
+  shape: tuple[int, ...]
+  read: Callable[[], np.ndarray]
 
 
 def read(path: pathlib.Path) -> Weights:
-  """The weights of a folder. Raises ValueError if it is no GPT-2, or not all of one."""
+  """Reads the weights of a Hugging Face folder.
+
+  Raises ValueError if it is no GPT-2, or not all of one.
+  """
   payload = read_json(path / "config.json")
-  config, shapes, read_tensor = _model_config(payload, path), {}, {}
-  for name, (shape, read_one) in _tensors(path).items():
+  config = _model_config(payload, path)
+
+  # Old files have bare names; newer ones a prefix. Both may hold the causal mask.
+  tensors = {}
+  for name, tensor in _open_tensors(path).items():
     name = name.removeprefix("transformer.")
-    if not names.MASKS.match(name):
-      shapes[name], read_tensor[name] = shape, read_one
-  expected = {names.foreign(name, names.TORCH): shape for name, shape in names.shapes(config).items()}
-  head = shapes.pop("lm_head.weight", None)
-  names.check(shapes, expected, str(path))
-  if head is not None and not np.array_equal(read_tensor["lm_head.weight"](), read_tensor["wte.weight"]()):
+    if not names.CAUSAL_MASK.match(name):
+      tensors[name] = tensor
+  head = tensors.pop("lm_head.weight", None)
+
+  expected = {}
+  for name, shape in names.shapes(config).items():
+    expected[names.translate_name(name, names.TORCH)] = shape
+  names.check_shapes({name: x.shape for name, x in tensors.items()}, expected, str(path))
+  if head is not None and not np.array_equal(head.read(), tensors["wte.weight"].read()):
     raise ValueError(names.UNTIED.format(path))
-  tokenizer, end = read_vocabulary(path, config.n_vocab), payload.get("eos_token_id")
-  if isinstance(tokenizer, HuggingFace) and type(end) is int and 0 <= end < config.n_vocab and end != tokenizer.eot:
-    tokenizer = dataclasses.replace(tokenizer, end=end)
 
   def read_canonical(name):
-    return read_tensor[names.foreign(name, names.TORCH)]()
+    return tensors[names.translate_name(name, names.TORCH)].read()
 
+  tokenizer = _with_end(read_vocabulary(path, config.n_vocab), payload, config)
   return Weights(config, read_canonical, tokenizer, f"{path} (Hugging Face)")
 
 
+def _with_end(tokenizer: Tokenizer | None, payload: dict, config: ModelConfig) -> Tokenizer | None:
+  """The tokenizer whose texts end with config.json's eos_token_id, if that is a token."""
+  end = payload.get("eos_token_id")
+  is_token = type(end) is int and 0 <= end < config.n_vocab
+  if isinstance(tokenizer, HuggingFace) and is_token and end != tokenizer.eot:
+    return dataclasses.replace(tokenizer, end=end)
+  return tokenizer
+
+
 def _model_config(payload: dict, path: pathlib.Path) -> ModelConfig:
+  """ModelConfig from config.json. Raises ValueError for what departs from GPT-2."""
   if payload.get("model_type") != "gpt2":
-    raise ValueError(f"{path} holds a model of type {payload.get('model_type')!r}, not gpt2; this is GPT-2 only")
+    raise ValueError(
+      f"{path} holds a model of type {payload.get('model_type')!r}, not gpt2; this is GPT-2 only"
+    )
+
+  # 1. Sizes. The first files called the context n_ctx.
   try:
     sizes = {name: payload[name] for name in ("n_embd", "n_head", "n_layer")}
     sizes["n_vocab"] = payload["vocab_size"]
     sizes["n_ctx"] = payload["n_positions"] if "n_positions" in payload else payload["n_ctx"]
   except KeyError as error:
     raise ValueError(f"{path}/config.json says nothing of {error}") from error
-  kind = str(payload.get("activation_function", "gelu_new"))
+
+  activation = str(payload.get("activation_function", "gelu_new"))
+  gelu = GELU.get(activation, "tanh")
   rates = {name: payload.get(name, 0.0) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
-  config = names.model_config(sizes, f"{path}/config.json", gelu=GELU.get(kind, "tanh"), **rates)
-  other = [f"{name}={payload[name]}" for name, fixed in FIXED.items() if payload.get(name, fixed) != fixed]
-  other += [f"activation_function={kind}"] if kind not in GELU else []
-  other += [f"n_inner={payload['n_inner']}"] if payload.get("n_inner") not in (None, 4 * config.n_embd) else []
-  if other:
-    raise ValueError(f"{path} departs from GPT-2 ({', '.join(other)}), which this model does not do")
+  config = names.config_from_sizes(sizes, f"{path}/config.json", gelu=gelu, **rates)
+
+  # 2. Variants that transformers computes and this model does not: their logits would be wrong.
+  variants = []
+  for name, fixed in FIXED.items():
+    if payload.get(name, fixed) != fixed:
+      variants.append(f"{name}={payload[name]}")
+  if activation not in GELU:
+    variants.append(f"activation_function={activation}")
+  if payload.get("n_inner") not in (None, 4 * config.n_embd):
+    variants.append(f"n_inner={payload['n_inner']}")
+  if variants:
+    raise ValueError(
+      f"{path} departs from GPT-2 ({', '.join(variants)}), which this model does not do"
+    )
   return config
 
 
-def _tensors(path: pathlib.Path) -> dict[str, tuple[tuple, Callable[[], np.ndarray]]]:
-  """Shape and reader of every tensor, by the file's own names."""
-  for stem, open_file in (("model.safetensors", _safetensors), ("pytorch_model.bin", _torch_tensors)):
-    index = path / f"{stem}.index.json"
+def _open_tensors(path: pathlib.Path) -> dict[str, _StoredTensor]:
+  """Every tensor of a folder by the file's own names, safetensors before pickled weights."""
+  for stem, open_file in (
+    ("model.safetensors", _open_safetensors),
+    ("pytorch_model.bin", _open_torch),
+  ):
     if (path / stem).is_file():
       return open_file(path / stem)
+
+    index = path / f"{stem}.index.json"
     if index.is_file():
-      parts = read_json(index).get("weight_map")
-      if not isinstance(parts, dict) or not parts or any(pathlib.Path(str(x)).name != x for x in parts.values()):
-        raise ValueError(f"{index} names no files, or some outside of its folder")
-      found = {}
-      for part in sorted(set(parts.values())):
-        found |= open_file(path / part)
-      return found
-  raise FileNotFoundError(f"{path} has neither model.safetensors nor pytorch_model.bin, whole or in shards")
+      tensors = {}
+      for shard in _shards(index):
+        tensors |= open_file(path / shard)
+      return tensors
+
+  raise FileNotFoundError(
+    f"{path} has neither model.safetensors nor pytorch_model.bin, whole or in shards"
+  )
 
 
-def _safetensors(path: pathlib.Path):
+def _shards(index: pathlib.Path) -> list[str]:
+  """The shards that an index names. Raises ValueError for a path out of the folder."""
+  weight_map = read_json(index).get("weight_map")
+  fault = f"{index} names no files, or some outside of its folder"
+  if not isinstance(weight_map, dict) or not weight_map:
+    raise ValueError(fault)
+  for file in weight_map.values():
+    # The index is somebody's file: it must not reach any other.
+    if pathlib.Path(str(file)).name != file:
+      raise ValueError(fault)
+  return sorted(set(weight_map.values()))
+
+
+def _open_safetensors(path: pathlib.Path) -> dict[str, _StoredTensor]:
+  # Imported here: `import gpt2_jax` should not load what only this format needs.
+  from safetensors import SafetensorError, safe_open
+
   check_there(path)
-
-  def read_one(name):
-    with safe_open(path, "np") as file:  # opened anew for each: what was mapped is given back
-      return file.get_tensor(name)
-
+  tensors, other_dtypes = {}, {}
   try:
     with safe_open(path, "np") as file:
-      slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-      odd = {name: part.get_dtype() for name, part in slices.items() if part.get_dtype() not in ("F32", "F16", "BF16")}
-      if odd := {name: kind for name, kind in odd.items() if not names.MASKS.match(name.removeprefix("transformer."))}:
-        raise ValueError(f"{path} has tensors that are no floats of 16 or 32 bits: {odd}")
-      return {name: (tuple(part.get_shape()), lambda name=name: read_one(name)) for name, part in slices.items()}
+      for name in file.keys():  # noqa: SIM118
+        stored = file.get_slice(name)
+        dtype, shape = stored.get_dtype(), tuple(stored.get_shape())
+        tensors[name] = _StoredTensor(shape, functools.partial(_read_safetensor, path, name))
+        if dtype not in FLOATS and not names.CAUSAL_MASK.match(name.removeprefix("transformer.")):
+          other_dtypes[name] = dtype
   except SafetensorError as error:
     raise ValueError(f"{path} is no whole safetensors file ({error}); fetch it again") from error
 
+  if other_dtypes:
+    raise ValueError(f"{path} has tensors that are no floats of 16 or 32 bits: {other_dtypes}")
+  return tensors
 
-def _torch_tensors(path: pathlib.Path):
+
+def _read_safetensor(path: pathlib.Path, name: str) -> np.ndarray:
+  from safetensors import safe_open
+
+  # The file is opened for each tensor: closing it gives back the memory that was mapped.
+  with safe_open(path, "np") as file:
+    return file.get_tensor(name)
+
+
+def _open_torch(path: pathlib.Path) -> dict[str, _StoredTensor]:
   check_there(path)
   tensors = read_torch(path)
   check_tensors(tensors, path)
-  return {
-    name: (tuple(tensor.shape), lambda tensor=tensor: tensor.detach().float().numpy())
-    for name, tensor in tensors.items()
-  }
+
+  stored = {}
+  for name, tensor in tensors.items():
+    stored[name] = _StoredTensor(tuple(tensor.shape), functools.partial(_to_numpy, tensor))
+  return stored
+
+
+def _to_numpy(tensor) -> np.ndarray:
+  return tensor.detach().float().numpy()
 
 
 def write(weights: Weights, path: pathlib.Path, dtype: str = "float32") -> None:
-  """Writes the folder that `transformers` and `read` load; a model without biases gets biases of zero."""
-  config, shapes = weights.config, names.shapes(dataclasses.replace(weights.config, use_bias=True))
+  """Writes a Hugging Face folder, which `transformers` and `read` load.
 
-  given = names.shapes(config)
+  A model without biases gets biases of zero.
+  """
+  # Imported here: `import gpt2_jax` should not load what only this format needs.
+  import huggingface_hub
+  from safetensors.numpy import save_file
 
-  def tensor(name):
-    return np.ascontiguousarray(weights.read(name) if name in given else np.zeros(shapes[name]), DTYPES[dtype])
+  weights = add_zero_biases(weights)
+  shapes = names.shapes(weights.config)
+  torch_name = {}
+  for name in shapes:
+    torch_name[name] = "transformer." + names.translate_name(name, names.TORCH)
 
+  # 1. Plan the shards by size alone: broadcast scalars have a shape and take no memory.
   split = huggingface_hub.split_state_dict_into_shards_factory(
     {name: np.broadcast_to(DTYPES[dtype](0), shape) for name, shape in shapes.items()},
     get_storage_size=lambda x: x.size * x.itemsize,
     filename_pattern="model{suffix}.safetensors",
     max_shard_size=SHARD,
   )
-  with whole(path) as folder:
+
+  with atomic_write(path) as folder:
     folder.mkdir()
-    write_vocabulary(weights.tokenizer, folder, config.n_ctx)
-    torch_name = {name: "transformer." + names.foreign(name, names.TORCH) for name in shapes}
-    for file, held in progress(split.filename_to_tensors.items(), "writing"):
-      save_file({torch_name[name]: tensor(name) for name in held}, folder / file, metadata={"format": "pt"})
+    write_vocabulary(weights.tokenizer, folder, weights.config.n_ctx)
+
+    # 2. The weights, a shard at a time, and the index that says which shard holds what.
+    for file, members in progress(split.filename_to_tensors.items(), "writing"):
+      shard = {}
+      for name in members:
+        shard[torch_name[name]] = np.ascontiguousarray(weights.read(name), DTYPES[dtype])
+      save_file(shard, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
-      of = {torch_name[name]: file for name, file in split.tensor_to_filename.items()}
-      index = {"metadata": split.metadata, "weight_map": of}
-      (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+      weight_map = {torch_name[name]: file for name, file in split.tensor_to_filename.items()}
+      index = {"metadata": split.metadata, "weight_map": weight_map}
+      _write_json(index, folder / "model.safetensors.index.json")
+
+    # 3. The config. safetensors makes its files readable for their owner alone: they get the mode
+    #    of any other file.
     eot = weights.tokenizer.eot if weights.tokenizer else None
-    (folder / "config.json").write_text(json.dumps(_payload(config, dtype, eot), indent=2, sort_keys=True) + "\n")
-    for file in folder.glob("*.safetensors"):  # which that library makes readable for their owner alone
+    _write_json(_config_json(weights.config, dtype, eot), folder / "config.json")
+    for file in folder.glob("*.safetensors"):
       shutil.copymode(folder / "config.json", file)
 
 
-def _payload(config: ModelConfig, dtype: str, eot: int | None) -> dict:
+def _write_json(payload: dict, path: pathlib.Path) -> None:
+  path.write_text(json.dumps(payload, indent=2, sort_keys=True) + "\n")
+
+
+def _config_json(config: ModelConfig, dtype: str, eot: int | None) -> dict:
+  """The content of config.json, in transformers' own names."""
   return FIXED | {
     "activation_function": "gelu_new" if config.gelu == "tanh" else "gelu",
     "architectures": ["GPT2LMHeadModel"],

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one name table: what each parameter of a GPT-2 is called, and how it is laid out, in every format there is.
+"""The name table of checkpoint formats: the name and layout of each parameter in every format.
 
-Canonical is OpenAI's: their names with dots, matrices as [in, out], c_attn's columns all queries, then all keys, then
-all values. Hugging Face keeps those matrices (its Conv1D); nanoGPT and llm.c hold them turned, [out, in], as
-torch.nn.Linear does. llm.c has no names: its file is this table from top to bottom, layers stacked.
+The canonical names and layouts are OpenAI's: names with dots, matrices as [in, out], c_attn's
+columns as all queries, then all keys, then all values. Hugging Face keeps those matrices (Conv1D).
+nanoGPT and llm.c hold the transpose, [out, in], as torch.nn.Linear does. llm.c has no names: its
+file is this table from top to bottom, layers stacked.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from gpt2_jax.model import ModelConfig
 
 # Letters as in model.py, C columns of c_attn; {} is the layer.
-TABLE = (  # canonical, shape, Hugging Face and nanoGPT (after "transformer."), OpenAI's graph (after "model/")
+# canonical, shape, Hugging Face and nanoGPT (after "transformer."), OpenAI's graph (after "model/")
+TABLE = (
   ("wte", "VD", "wte.weight", "wte"),
   ("wpe", "TD", "wpe.weight", "wpe"),
   ("h.{}.ln_1.g", "D", "h.{}.ln_1.weight", "h{}/ln_1/g"),
@@ -32,18 +34,28 @@ TABLE = (  # canonical, shape, Hugging Face and nanoGPT (after "transformer."), 
   ("ln_f.g", "D", "ln_f.weight", "ln_f/g"),
   ("ln_f.b", "D", "ln_f.bias", "ln_f/b"),
 )
-MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # the causal mask, which old files carry as a buffer
-UNTIED = "{} has an lm_head that is not wte; in GPT-2 the head is tied to the embedding"
 TORCH = {canonical: torch for canonical, _, torch, _ in TABLE}
 OPENAI = {canonical: openai for canonical, _, _, openai in TABLE}
-MOST = {"n_vocab": 10**7, "n_ctx": 10**7, "n_embd": 10**6, "n_head": 10**6, "n_layer": 10**4}
+
+# The causal mask, which old files hold as a buffer; this model computes it.
+CAUSAL_MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")
+UNTIED = "{} has an lm_head that is not wte; in GPT-2 the head is tied to the embedding"
+MAX_SIZES = {"n_vocab": 10**7, "n_ctx": 10**7, "n_embd": 10**6, "n_head": 10**6, "n_layer": 10**4}
 
 
-def model_config(sizes: Mapping[str, object], what: str, **others) -> ModelConfig:
-  """The ModelConfig of sizes that a file states. Raises ValueError if they are none, before they are used."""
-  odd = [f"{k} is {str(n)[:40]!r}" for k, n in sizes.items() if type(n) is not int or not 0 < n <= MOST[k]]
-  if odd:
-    raise ValueError(f"{what} states sizes that no GPT-2 has: {', '.join(odd)}")
+def config_from_sizes(sizes: Mapping[str, object], what: str, **others) -> ModelConfig:
+  """ModelConfig from the sizes that a checkpoint states, which are validated before any use.
+
+  `what` names the file in errors, `others` are further fields. Raises ValueError.
+  """
+  invalid = []
+  for name, size in sizes.items():
+    # The type itself, since True is an int to isinstance.
+    if type(size) is not int or not 0 < size <= MAX_SIZES[name]:
+      invalid.append(f"{name} is {str(size)[:40]!r}")
+  if invalid:
+    raise ValueError(f"{what} states sizes that no GPT-2 has: {', '.join(invalid)}")
+
   try:
     return ModelConfig(**sizes, **others)
   except (ValueError, TypeError) as error:
@@ -51,68 +63,106 @@ def model_config(sizes: Mapping[str, object], what: str, **others) -> ModelConfi
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Canonical names and shapes in the table's order, all layers of each; no biases if the model has none."""
-  D, found = config.n_embd, {}
+  """Canonical names and shapes of all parameters, in the table's order; biases if the model has."""
+  D = config.n_embd
   size = {"V": config.n_vocab, "T": config.n_ctx, "D": D, "C": 3 * D, "F": 4 * D}
+
+  # All layers of one parameter follow each other, as llm.c's file has them.
+  by_name = {}
   for name, letters, _, _ in TABLE:
-    if config.use_bias or not name.endswith(".b"):
-      layers = range(config.n_layer if "{}" in name else 1)
-      found |= {name.format(layer): tuple(size[letter] for letter in letters) for layer in layers}
-  return found
+    if name.endswith(".b") and not config.use_bias:
+      continue
+    shape = tuple(map(size.get, letters))
+    for layer in range(config.n_layer if "{}" in name else 1):
+      by_name[name.format(layer)] = shape
+  return by_name
 
 
-def foreign(name: str, column: Mapping[str, str]) -> str:
+def translate_name(name: str, column: Mapping[str, str]) -> str:
   """A canonical name in another column of the table: TORCH or OPENAI."""
   layer = re.search(r"\.(\d+)\.", name)
   return column[re.sub(r"\.\d+\.", ".{}.", name)].format(layer[1] if layer else "")
 
 
 def is_matrix(name: str) -> bool:
-  """Whether it multiplies activations: what nanoGPT and llm.c hold turned."""
+  """Whether the parameter multiplies activations: its layout differs between formats."""
   return name.endswith(".w")
 
 
-def check(found: Mapping[str, tuple], expected: Mapping[str, tuple], what: str) -> None:
-  """Raises ValueError with every missing, extra and misshapen name if `found` is not `expected`."""
-  missing = _ranges(name for name in expected if name not in found)
-  extra = _ranges(name for name in found if name not in expected)
-  shape = {name: f" is {list(found[name])}, not {list(expected[name])}" for name in expected if name in found}
-  misshapen = [name + shape[name] for name in shape if tuple(found[name]) != tuple(expected[name])]
-  faults = [
-    f"{kind}: {', '.join(names)}"
-    for kind, names in (("missing", missing), ("extra", extra), ("misshapen", misshapen))
-    if names
-  ]
+def linear_layout(name: str, tensor: np.ndarray) -> np.ndarray:
+  """Transposes a matrix from [in, out] to torch.nn.Linear's [out, in], or back.
+
+  A tensor that is no matrix stays as it is.
+  """
+  return tensor.T if is_matrix(name) else tensor
+
+
+def linear_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """The shape that `linear_layout` gives a tensor of `shape`."""
+  return shape[::-1] if is_matrix(name) else shape
+
+
+def check_shapes(actual: Mapping[str, tuple], expected: Mapping[str, tuple], what: str) -> None:
+  """Raises ValueError with every missing, extra and misshapen tensor, unless all are as expected.
+
+  Keys are names in the format of the file that `what` names.
+  """
+  missing = [name for name in expected if name not in actual]
+  extra = [name for name in actual if name not in expected]
+  misshapen = []
+  for name, shape in expected.items():
+    if name in actual and tuple(actual[name]) != tuple(shape):
+      misshapen.append(f"{name} is {list(actual[name])}, not {list(shape)}")
+
+  # A fault is mostly the same in all layers: their names are joined to keep the message short.
+  faults = []
+  if missing:
+    faults.append(f"missing: {', '.join(_layer_ranges(missing))}")
+  if extra:
+    faults.append(f"extra: {', '.join(_layer_ranges(extra))}")
+  if misshapen:
+    faults.append(f"misshapen: {', '.join(misshapen)}")
   if faults:
     raise ValueError(f"{what} does not hold the tensors of its config ({'; '.join(faults)})")
 
 
-def _ranges(names) -> list[str]:
-  """Names that differ in the layer alone, as one: h.0-11.ln_1.bias."""
+def _layer_ranges(names: Iterable[str]) -> list[str]:
+  """Joins names that differ in the layer alone: h.0-11.ln_1.bias."""
   layers = {}
   for name in names:
+    # OpenAI's graph writes h0/, the others h.0.
     number = re.search(r"(?<=h)[./]?\d+", name)
-    template = name if number is None else name[: number.start()] + "{}" + name[number.end() :]
-    layers.setdefault(template, []).append(number[0] if number else "")
-  return [name.replace("{}", _span(numbers)) for name, numbers in layers.items()]
+    if number is None:
+      layers.setdefault(name, []).append("")
+    else:
+      template = name[: number.start()] + "{}" + name[number.end() :]
+      layers.setdefault(template, []).append(number[0])
+  return [template.replace("{}", _range(numbers)) for template, numbers in layers.items()]
 
 
-def _span(numbers: list[str]) -> str:
+def _range(numbers: list[str]) -> str:
+  """Formats layer numbers as 3, 0-11 or 0,2,11, after the dot that they may begin with."""
   if len(numbers) == 1:
     return numbers[0]
+
   dot = numbers[0].rstrip("0123456789")
-  values = sorted(int(number[len(dot) :]) for number in numbers)
-  whole = values == list(range(values[0], values[-1] + 1))
-  return dot + (f"{values[0]}-{values[-1]}" if whole else ",".join(map(str, values)))
+  layers = sorted(int(number.removeprefix(dot)) for number in numbers)
+  first, last = layers[0], layers[-1]
+  if layers == list(range(first, last + 1)):
+    return f"{dot}{first}-{last}"
+  return dot + ",".join(map(str, layers))
 
 
-def head_by_head(x, n_head: int):
-  """Columns (the last axis) of c_attn as the model holds them, q, k, v of each head, from the canonical order."""
+def group_by_head(x, n_head: int):
+  """Reorders c_attn's columns (the last axis) from [q, k, v] x heads to heads x [q, k, v].
+
+  The model holds them by head, so that a shard of the `model` axis has whole heads.
+  """
   lead = x.shape[:-1]
   return np.reshape(np.swapaxes(np.reshape(x, (*lead, 3, n_head, -1)), -3, -2), x.shape)
 
 
-def all_queries_first(x, n_head: int):
-  """The inverse of `head_by_head`."""
+def group_by_qkv(x, n_head: int):
+  """Reorders c_attn's columns back to the canonical order: the inverse of `group_by_head`."""
   lead = x.shape[:-1]
   return np.reshape(np.swapaxes(np.reshape(x, (*lead, n_head, 3, -1)), -3, -2), x.shape)

@@ -1,65 +1,111 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer in a checkpoint's folder: tokenizer.json, or a vocabulary and its merges by either of their names."""
+"""Tokenizer files in a checkpoint's folder: tokenizer.json, or a vocabulary and its merges.
+
+The two have different names with Hugging Face and with OpenAI.
+"""
 
 import json
 import pathlib
 
-from gpt2_jax.convert.files import read_json, reason
+from gpt2_jax.convert.safe_load import read_json
+from gpt2_jax.files import first_line
 from gpt2_jax.tokenizer import EOT, Gpt2Bpe, HuggingFace, Tokenizer, byte_alphabet, from_json
 
-OURS = "gpt2_jax_tokenizer.json"  # for tokenizers that the other names cannot hold
-PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # Hugging Face's names, OpenAI's
+# For tokenizers that the other files cannot hold.
+OWN_TOKENIZER = "gpt2_jax_tokenizer.json"
+
+# The vocabulary and its merges, by Hugging Face's names and by OpenAI's.
+VOCAB_AND_MERGES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 
 
 def read_vocabulary(path: pathlib.Path, n_vocab: int) -> Tokenizer | None:
-  """The tokenizer of a folder, or else the usual one for `n_vocab` tokens.
+  """Reads the tokenizer of a folder, or takes the default one for `n_vocab` tokens.
 
   Raises ValueError for a damaged one, and for one with more tokens than the model has.
   """
   try:
-    found = _read(path)
-    size = 0 if found is None else found.vocab_size
-  except Exception as error:  # the tokenizers library raises plain Exception
-    raise ValueError(f"the vocabulary in {path} is damaged ({reason(error)}); fetch it again") from error
-  if size > n_vocab:
-    raise ValueError(f"the vocabulary in {path} has {size:,} tokens, and the model {n_vocab:,}")
-  return found or usual_tokenizer(n_vocab)
+    tokenizer = _read_tokenizer(path)
+    # Counting the tokens opens the tokenizer, so that a damaged one is found now.
+    vocab_size = 0 if tokenizer is None else tokenizer.vocab_size
+  except Exception as error:
+    # Any kind: the tokenizers library raises plain Exception.
+    raise ValueError(
+      f"the vocabulary in {path} is damaged ({first_line(error)}); fetch it again"
+    ) from error
+
+  if vocab_size > n_vocab:
+    raise ValueError(
+      f"the vocabulary in {path} has {vocab_size:,} tokens, and the model {n_vocab:,}"
+    )
+  return tokenizer or default_tokenizer(n_vocab)
 
 
-def _read(path: pathlib.Path) -> Tokenizer | None:
-  if (path / OURS).is_file():
-    return from_json(read_json(path / OURS))
+def _read_tokenizer(path: pathlib.Path) -> Tokenizer | None:
+  """The tokenizer of a folder's files, the most specific first; None without any."""
+  if (path / OWN_TOKENIZER).is_file():
+    return from_json(read_json(path / OWN_TOKENIZER))
   if (path / "tokenizer.json").is_file():
     return HuggingFace((path / "tokenizer.json").read_text(encoding="utf-8"))
-  for vocab, merges in PAIRS:
+
+  for vocab, merges in VOCAB_AND_MERGES:
     if (path / vocab).is_file() and (path / merges).is_file():
-      lines = (path / merges).read_text(encoding="utf-8").split("\n")
-      pairs = [tuple(line.split()) for line in lines[lines[0].startswith("#version") :] if line]
-      return HuggingFace.from_merges(read_json(path / vocab), pairs)
+      return HuggingFace.from_merges(read_json(path / vocab), _read_merges(path / merges))
   return None
 
 
-def usual_tokenizer(n_vocab: int) -> Tokenizer | None:
-  """GPT-2's where the model has its vocabulary, padded or not; else None."""
+def _read_merges(path: pathlib.Path) -> list[tuple[str, ...]]:
+  """The pairs of a merges file, after its line of version if it has one."""
+  lines = path.read_text(encoding="utf-8").split("\n")
+  if lines[0].startswith("#version"):
+    lines = lines[1:]
+  return [tuple(line.split()) for line in lines if line]
+
+
+def default_tokenizer(n_vocab: int) -> Tokenizer | None:
+  """GPT-2's tokenizer for a model of its vocabulary, padded to a multiple of 64 or not."""
   return Gpt2Bpe() if n_vocab in (50257, 50304) else None
 
 
 def write_vocabulary(tokenizer: Tokenizer | None, path: pathlib.Path, n_ctx: int) -> None:
-  """Writes the files by which `transformers`, or at least `read_vocabulary`, finds the tokenizer again."""
+  """Writes the tokenizer's files, which `transformers`, or at least `read_vocabulary`, loads."""
+  # 1. GPT-2's BPE also as the older pair of files.
   if isinstance(tokenizer, Gpt2Bpe):
-    alphabet = byte_alphabet()
-    text = lambda piece: "".join(alphabet[byte] for byte in piece)  # noqa: E731
-    vocab = {EOT if i == tokenizer.eot else text(piece): i for piece, i in tokenizer.vocab().items()}
-    pairs = [(text(a), text(b)) for a, b in tokenizer.merges()]
-    (path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-    (path / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, pairs), ""]), encoding="utf-8")
-    tokenizer = HuggingFace.from_merges(vocab, pairs)
+    tokenizer = _write_vocab_and_merges(tokenizer, path)
+
+  # 2. tokenizer.json, and the config that transformers wants with it. The class is one that adds
+  #    no token of its own: GPT2Tokenizer would add <|endoftext|>.
   if isinstance(tokenizer, HuggingFace):
     (path / "tokenizer.json").write_text(tokenizer.payload, encoding="utf-8")
     end = tokenizer.end_token
-    special = {} if end is None else dict.fromkeys(("bos_token", "eos_token", "unk_token"), end)
-    kind = "GPT2Tokenizer" if special else "PreTrainedTokenizerFast"  # which does not add a token of its own
-    about = special | {"tokenizer_class": kind, "model_max_length": n_ctx}
-    (path / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
-  if tokenizer is not None and (not isinstance(tokenizer, HuggingFace) or tokenizer.end is not None):
-    (path / OURS).write_text(json.dumps(tokenizer.to_json()))
+    if end is None:
+      config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    else:
+      config = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end)
+      config["tokenizer_class"] = "GPT2Tokenizer"
+    config["model_max_length"] = n_ctx
+    (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+  # 3. What tokenizer.json cannot say: other kinds, and another end of text.
+  fits = isinstance(tokenizer, HuggingFace) and tokenizer.end is None
+  if tokenizer is not None and not fits:
+    (path / OWN_TOKENIZER).write_text(json.dumps(tokenizer.to_json()))
+
+
+def _write_vocab_and_merges(tokenizer: Gpt2Bpe, path: pathlib.Path) -> HuggingFace:
+  """Writes vocab.json and merges.txt; returns the same tokenizer as Hugging Face's."""
+  alphabet = byte_alphabet()
+
+  def printable(token: bytes) -> str:
+    return "".join(map(alphabet.get, token))
+
+  vocab = {}
+  for token, i in tokenizer.vocab().items():
+    vocab[EOT if i == tokenizer.eot else printable(token)] = i
+  merges = []
+  for left, right in tokenizer.merges():
+    merges.append((printable(left), printable(right)))
+
+  (path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+  lines = ["#version: 0.2", *map(" ".join, merges), ""]
+  (path / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+  return HuggingFace.from_merges(vocab, merges)

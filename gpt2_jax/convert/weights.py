@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A GPT-2's weights in canonical form, read when they are asked for; to a model on any mesh, and back."""
+"""Weights of a GPT-2 checkpoint, read lazily in canonical form; loaded onto any mesh, and back."""
 
 import dataclasses
 import functools
@@ -9,9 +9,9 @@ from collections.abc import Callable
 import jax
 import ml_dtypes
 import numpy as np
-import tqdm
 
 from gpt2_jax.convert import names
+from gpt2_jax.files import progress
 from gpt2_jax.model import GPT2, ModelConfig, check_mesh, name_of
 from gpt2_jax.sharding import concrete
 from gpt2_jax.tokenizer import Tokenizer
@@ -21,7 +21,10 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """The tensors of `names.shapes(config)`: `read(name)` gives one as NumPy, canonical in name and layout."""
+  """Lazily read weights of a checkpoint: `read(name)` loads one tensor of `names.shapes(config)`.
+
+  It comes as NumPy, canonical in name and layout.
+  """
 
   config: ModelConfig
   read: Callable[[str], np.ndarray]
@@ -29,98 +32,148 @@ class Weights:
   source: str  # the path and format, for messages
 
 
-def digest(weights: Weights) -> str:
-  """SHA-256 of names, shapes and float32 values in sorted order: the same for the same model in every format.
+def weights_sha256(weights: Weights) -> str:
+  """SHA-256 of a model's weights: names, shapes and float32 values in sorted order.
 
-  A bias of zeros counts as none, for some formats cannot leave it out.
+  It is the same for the same model in every format. A bias of zeros counts as absent, since some
+  formats cannot leave it out.
   """
-  sha = hashlib.sha256()
+  sha256 = hashlib.sha256()
   for name, shape in progress(sorted(names.shapes(weights.config).items()), "hashing"):
+    # Always little-endian, so that every machine computes the same hash.
     tensor = np.ascontiguousarray(weights.read(name), "<f4")
     if tensor.any() or not name.endswith(".b"):
-      sha.update(f"{name} {list(shape)}\n".encode())
-      sha.update(tensor.data)
-  return sha.hexdigest()
+      sha256.update(f"{name} {list(shape)}\n".encode())
+      sha256.update(tensor.data)
+  return sha256.hexdigest()
 
 
-def rounded(weights: Weights, dtype: str) -> Weights:
-  """The same with its tensors rounded to `dtype`; reading raises ValueError where a number is too large for it."""
+def cast_weights(weights: Weights, dtype: str) -> Weights:
+  """Casts weights to `dtype` as they are read.
+
+  Reading raises ValueError if a number is too large for `dtype`.
+  """
 
   def read(name):
     tensor = weights.read(name)
     with np.errstate(over="ignore"):
-      found = tensor.astype(DTYPES[dtype])
-    if np.isinf(found).sum() > np.isinf(tensor).sum():
-      raise ValueError(f"{name} of {weights.source} has numbers too large for {dtype}; take bfloat16 or float32")
-    return found
+      cast = tensor.astype(DTYPES[dtype])
+
+    # Infinities that the checkpoint has itself are kept.
+    if np.isinf(cast).sum() > np.isinf(tensor).sum():
+      raise ValueError(
+        f"{name} of {weights.source} has numbers too large for {dtype}; take bfloat16 or float32"
+      )
+    return cast
 
   return dataclasses.replace(weights, read=read)
 
 
-def progress(items, what: str):
-  """A bar on stderr, where that is a terminal."""
-  return tqdm.tqdm(items, desc=what, disable=None, leave=False)
+def add_zero_biases(weights: Weights) -> Weights:
+  """Adds biases of zero to a model without biases, for formats that cannot leave them out."""
+  stored = names.shapes(weights.config)
+  config = dataclasses.replace(weights.config, use_bias=True)
+  shapes = names.shapes(config)
+
+  def read(name):
+    return weights.read(name) if name in stored else np.zeros(shapes[name], np.float32)
+
+  return dataclasses.replace(weights, config=config, read=read)
 
 
 def to_model(weights: Weights, mesh: jax.sharding.Mesh, dtype: str) -> GPT2:
-  """The model on `mesh`, computing in `dtype`, with float32 parameters, each tensor read once and put where it lives.
+  """Loads weights into a sharded model on `mesh`, with float32 parameters, computing in `dtype`.
 
-  The host holds one parameter (all layers of it) beside what the devices hold; the largest come first, so that the
-  peak stays near the model's own size where host and device share their memory.
+  Each tensor is read once. The host holds one parameter at a time (all its layers), in addition to
+  what the devices hold.
   """
+  # 1. The target: every parameter's shape and sharding on this mesh, without any memory.
   config = dataclasses.replace(weights.config, dtype=dtype, pad_heads=True)
   with jax.set_mesh(mesh):
     check_mesh(config)
     target = concrete(jax.eval_shape(functools.partial(GPT2, config), jax.random.key(0)), mesh)
   leaves = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(target)}
+
+  # 2. The largest parameters first, so that the peak stays near the model's own size where host
+  #    and device share their memory.
   arrays = {}
   for name in progress(sorted(leaves, key=lambda name: -leaves[name].size), "loading"):
-    arrays[name] = _put(weights, name, leaves[name])
-  return jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name in leaves])
+    arrays[name] = _load_parameter(weights, name, leaves[name])
+  return jax.tree.unflatten(jax.tree.structure(target), list(map(arrays.get, leaves)))
 
 
-def _put(weights: Weights, name: str, target: jax.ShapeDtypeStruct) -> jax.Array:
-  """One parameter, zeros where `target` is larger than the tensors."""
+def _load_parameter(weights: Weights, name: str, target: jax.ShapeDtypeStruct) -> jax.Array:
+  """Loads one parameter, all layers of it, into its shards; zeros where `target` is padded."""
+  # 1. A buffer for each distinct shard, by its bounds [start, stop) on each axis. Devices that
+  #    hold a replica share one.
   device_to_index = target.sharding.addressable_devices_indices_map(target.shape)
-  bounds = {
-    device: tuple(s.indices(n)[:2] for s, n in zip(index, target.shape, strict=True))
-    for device, index in device_to_index.items()
-  }
-  parts = {at: np.zeros([stop - start for start, stop in at], np.float32) for at in set(bounds.values())}
+  device_to_bounds = {}
+  shards = {}
+  for device, index in device_to_index.items():
+    bounds = tuple(s.indices(n)[:2] for s, n in zip(index, target.shape, strict=True))
+    device_to_bounds[device] = bounds
+    if bounds not in shards:
+      shards[bounds] = np.zeros([stop - start for start, stop in bounds], np.float32)
+
+  # 2. Read each tensor once, and copy to every shard the part that it holds. The layers axis of
+  #    stacked parameters is not sharded, so a shard has every layer.
   stacked = name.startswith("h.")
   for layer in range(target.shape[0]) if stacked else (None,):
-    tensor = weights.read(name.replace("h.", f"h.{layer}.", 1) if stacked else name)
+    tensor = weights.read(name if layer is None else _name_in_layer(name, layer))
     if ".c_attn." in name:
-      tensor = names.head_by_head(tensor, weights.config.n_head)
-    for at, part in parts.items():
-      here = tensor[tuple(slice(*bound) for bound in (at[1:] if stacked else at))]
-      (part[layer] if stacked else part)[tuple(slice(n) for n in here.shape)] = here
-  shards = []
-  for device, at in bounds.items():
-    shards.append(jax.device_put(parts[at], device))
-  return jax.block_until_ready(jax.make_array_from_single_device_arrays(target.shape, target.sharding, shards))
+      tensor = names.group_by_head(tensor, weights.config.n_head)
+
+    for bounds, shard in shards.items():
+      within = bounds[1:] if stacked else bounds
+      part = tensor[tuple(slice(*bound) for bound in within)]
+      # Padding is at the end of an axis: the part is cut there, and the zeros stay.
+      unpadded = tuple(map(slice, part.shape))
+      (shard[layer] if stacked else shard)[unpadded] = part
+
+  # 3. Wait for the copies, so that the buffers are freed before the next parameter is read.
+  arrays = []
+  for device, bounds in device_to_bounds.items():
+    arrays.append(jax.device_put(shards[bounds], device))
+  return jax.block_until_ready(
+    jax.make_array_from_single_device_arrays(target.shape, target.sharding, arrays)
+  )
+
+
+def _name_in_layer(stacked_name: str, layer: int) -> str:
+  """The canonical name of one layer of a stacked parameter: h.3.ln_1.g of h.ln_1.g."""
+  return stacked_name.replace("h.", f"h.{layer}.", 1)
 
 
 def from_model(model: GPT2, tokenizer: Tokenizer | None, source: str = "a model") -> Weights:
-  """The weights of a model, brought to the host a tensor at a time, without padding."""
+  """Weights of a sharded model, gathered to the host a tensor at a time, without padding."""
   if not isinstance(model, GPT2):
-    raise ValueError(f"a {type(model).__name__} is not written; give the model that it was made from")
+    raise ValueError(
+      f"a {type(model).__name__} is not written; give the model that it was made from"
+    )
   leaves = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
   shapes = names.shapes(model.config)
+
+  # Int8 holds two leaves for each matrix, under other names.
   if "wte" not in leaves:
     raise ValueError("an int8 model is not written; load it without quantize, and write that")
 
   def read(name: str) -> np.ndarray:
-    layer = name.split(".")[1] if name.startswith("h.") else None
-    leaf = leaves[name if layer is None else name.replace(f"h.{layer}.", "h.", 1)]
-    if layer is not None:
-      with jax.set_mesh(model.mesh):  # whichever is in force
-        leaf = leaf[int(layer)]
-    found = np.empty(leaf.shape, leaf.dtype)
+    # 1. The leaf, or the slice of a stacked one, under the model's own mesh: another may be in
+    #    force.
+    if name.startswith("h."):
+      layer = name.split(".")[1]
+      stacked = leaves[name.replace(f"h.{layer}.", "h.", 1)]
+      with jax.set_mesh(model.mesh):
+        leaf = stacked[int(layer)]
+    else:
+      leaf = leaves[name]
+
+    # 2. Gather one replica of each shard, then cut the padding off.
+    tensor = np.empty(leaf.shape, leaf.dtype)
     for shard in leaf.addressable_shards:
       if shard.replica_id == 0:
-        found[shard.index] = shard.data
-    found = found[tuple(slice(n) for n in shapes[name])]
-    return names.all_queries_first(found, model.config.n_head) if ".c_attn." in name else found
+        tensor[shard.index] = shard.data
+    tensor = tensor[tuple(map(slice, shapes[name]))]
+    return names.group_by_qkv(tensor, model.config.n_head) if ".c_attn." in name else tensor
 
   return Weights(model.config, read, tokenizer, source)

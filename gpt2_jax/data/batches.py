@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The law of the data order: a batch is a pure function of (seed, step).
+"""The data loader: a batch is a pure function of (seed, step), whatever the hosts.
 
-Window i is tokens [i * n_ctx, i * n_ctx + n_ctx + 1). Row r of global batch s is the window at `position` of
-permutation(seed, epoch), where epoch, position = divmod(s * batch_size + r, n_windows). Hosts, devices and the
-mesh have no say, and there is no iterator to save. Grain's random-access shuffle is the permutation, its read
-threads are the prefetch.
+Window i of a store is tokens [i * n_ctx, i * n_ctx + n_ctx + 1). Row r of global batch s is the
+window at `position` of permutation(seed, epoch), where epoch, position = divmod(s * batch_size + r,
+n_windows). Hosts, devices and the mesh have no say, and there is no iterator to save. Grain's
+random-access shuffle is the permutation, its read threads are the prefetch.
 """
 
 import dataclasses
@@ -12,18 +12,36 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import grain
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gpt2_jax.batch import Batch
 from gpt2_jax.data.token_store import TokenStore
+
+
+class BatchSource(Protocol):
+  """What training reads: batches of a step, at random access. `Batches` is one; rows of packed
+  examples would be another."""
+
+  batch_size: int
+
+  def prefetch(
+    self, first_step: int, last_step: int, steps_per_call: int, sharding: NamedSharding
+  ) -> Iterator[Batch]:
+    """The batches of steps [first_step, last_step), K to a call: leaves [K, B, ...]."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-  """The batches of a store, at random access. Raises ValueError if the store is shorter than one window."""
+  """The windows of a token store as batches, at random access.
+
+  Raises ValueError if the store is shorter than one window.
+  """
 
   store: TokenStore
   n_ctx: int
@@ -53,16 +71,19 @@ class Batches:
 
   def prefetch(
     self, first_step: int, last_step: int, steps_per_call: int, sharding: NamedSharding
-  ) -> Iterator[jax.Array]:
-    """Batches of steps [first_step, last_step), read in the background, int32 [K, B, n_ctx + 1].
+  ) -> Iterator[Batch]:
+    """Batches of steps [first_step, last_step), read in the background, tokens int32
+    [K, B, n_ctx + 1].
 
-    K is `steps_per_call`, less in the last call if it does not divide the steps. `sharding` splits the second
-    axis: each process reads the rows that its devices hold, once. Raises ValueError if it cannot split it evenly.
+    K is `steps_per_call`, less in the last call if it does not divide the steps. `sharding` splits
+    the second axis: each process reads the rows that its devices hold, once. Raises ValueError if
+    it cannot split it evenly.
     """
-    check_divides(self.batch_size, sharding, axis=1)
+    check_shards(self.batch_size, sharding, axis=1)
 
-    def call(step: int) -> jax.Array:
-      return self._assemble(range(step, min(step + steps_per_call, last_step)), sharding)
+    def call(step: int) -> Batch:
+      steps = range(step, min(step + steps_per_call, last_step))
+      return Batch(self._assemble(steps, sharding))
 
     return _in_background(grain.MapDataset.range(first_step, last_step, steps_per_call).map(call))
 
@@ -73,33 +94,43 @@ class Batches:
 
   def _read(self, windows: np.ndarray) -> np.ndarray:
     length = self.n_ctx + 1
-    return self.store.read(windows.ravel() * self.n_ctx, length).reshape(*windows.shape, length)
+    tokens = self.store.read(windows.ravel() * self.n_ctx, length)
+    return tokens.reshape(*windows.shape, length)
 
 
 def evaluation_batches(
-  store: TokenStore, n_ctx: int, batch_size: int, sharding: NamedSharding, max_windows: int | None = None
-) -> Iterator[tuple[jax.Array, jax.Array]]:
-  """All windows in order, or the first `max_windows`: tokens int32 [B, n_ctx + 1], and which are real, bool [B].
+  store: TokenStore,
+  n_ctx: int,
+  batch_size: int,
+  sharding: NamedSharding,
+  max_windows: int | None = None,
+) -> Iterator[Batch]:
+  """All windows in order, or the first `max_windows`: tokens int32 [B, n_ctx + 1].
 
-  The last batch is filled up with rows of zeros. `sharding` splits the first axis of both. Raises ValueError for a
-  store shorter than one window, or a batch that it cannot split evenly.
+  The last batch is filled up with rows of zeros, whose weights are 0; real tokens weigh 1.
+  `sharding` splits the first axis. Raises ValueError for a store shorter than one window, or a
+  batch that it cannot split evenly.
   """
   n_windows = min(count_windows(store, n_ctx), max_windows or math.inf)
-  check_divides(batch_size, sharding, axis=0)
-  row_sharding = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
+  check_shards(batch_size, sharding, axis=0)
+  row_sharding = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0], None))
 
-  def read(first: int, low: int, high: int) -> np.ndarray:
+  def read_tokens(first: int, low: int, high: int) -> np.ndarray:
     real = range(first + low, min(first + high, n_windows))
     rows = np.zeros((high - low, n_ctx + 1), np.int32)
     rows[: len(real)] = store.read(np.array(real, np.int64) * n_ctx, n_ctx + 1)
     return rows
 
-  def batch(first: int) -> tuple[jax.Array, jax.Array]:
-    tokens = _from_rows((batch_size, n_ctx + 1), sharding, 0, functools.partial(read, first))
-    is_real = _from_rows(
-      (batch_size,), row_sharding, 0, lambda low, high: np.arange(first + low, first + high) < n_windows
+  def weigh(first: int, low: int, high: int) -> np.ndarray:
+    is_real = np.arange(first + low, first + high) < n_windows
+    return np.repeat(is_real[:, None].astype(np.float32), n_ctx, axis=1)
+
+  def batch(first: int) -> Batch:
+    read, weights = (functools.partial(rows, first) for rows in (read_tokens, weigh))
+    return Batch(
+      _from_rows((batch_size, n_ctx + 1), sharding, 0, read),
+      _from_rows((batch_size, n_ctx), row_sharding, 0, weights),
     )
-    return tokens, is_real
 
   return _in_background(grain.MapDataset.range(0, n_windows, batch_size).map(batch))
 
@@ -115,7 +146,7 @@ def count_windows(store: TokenStore, n_ctx: int) -> int:
   return n_windows
 
 
-def check_divides(batch_size: int, sharding: NamedSharding, axis: int) -> None:
+def check_shards(batch_size: int, sharding: NamedSharding, axis: int) -> None:
   """Raises ValueError unless the mesh axes over which `sharding` splits `axis` divide the batch."""
   names = sharding.spec[axis] or ()
   names = (names,) if isinstance(names, str) else names
@@ -128,19 +159,28 @@ def check_divides(batch_size: int, sharding: NamedSharding, axis: int) -> None:
     )
 
 
-def batch_hash(tokens: np.ndarray | jax.Array) -> str:
+def batch_sha256(tokens: np.ndarray | jax.Array) -> str:
   """16 hexadecimal digits that two batches share only if they are the same tokens."""
   return hashlib.sha256(np.asarray(tokens, np.int32).tobytes()).hexdigest()[:16]
 
 
-def _from_rows(shape: tuple[int, ...], sharding: NamedSharding, axis: int, read: Callable) -> jax.Array:
-  """A global array; each process calls read(low, high) once for the rows of `axis` that its devices hold."""
+def _from_rows(
+  shape: tuple[int, ...], sharding: NamedSharding, axis: int, read: Callable
+) -> jax.Array:
+  """A global array; each process calls read(low, high) once for the rows of `axis` that its devices
+  hold."""
   read = functools.cache(read)
-  return jax.make_array_from_callback(shape, sharding, lambda index: read(*index[axis].indices(shape[axis])[:2]))
+
+  def shard(index):
+    low, high, _ = index[axis].indices(shape[axis])
+    return read(low, high)
+
+  return jax.make_array_from_callback(shape, sharding, shard)
 
 
 def _in_background(calls: grain.MapDataset) -> Iterator:
-  """The elements in order, two of them ahead; an exception comes where its element would have come."""
+  """The elements in order, two of them ahead; an exception comes where its element would have
+  come."""
   ahead = iter(calls.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)))
   try:
     yield from ahead

@@ -1,36 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text as a random-access sequence of documents: a dataset of TFDS, or local files through a builder of ours.
+"""A corpus as a random-access sequence of documents: a TFDS dataset, or local files.
 
-Both are read from ArrayRecord files by TFDS's data sources; TensorFlow is never imported. `Documents` pickles as
-the name of a folder, so that worker processes reopen it by themselves.
+TFDS's data sources read both, from ArrayRecord files; TensorFlow is never imported. TFDS itself is
+imported where a corpus is opened. `Documents` pickles as the name of a folder, so that worker
+processes reopen the corpus by themselves.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import functools
-import glob
-import hashlib
-import io
-import itertools
-import json
 import os
 import re
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import numpy as np
-import tensorflow_datasets as tfds
-import tqdm
+
+from gpt2_jax.files import first_line
+
+if TYPE_CHECKING:
+  import tensorflow_datasets as tfds
 
 
 @dataclasses.dataclass(frozen=True)
 class Documents(Sequence):
-  """The texts of one split of a prepared dataset: `len(documents)`, `documents[i] -> str`.
+  """The documents of a corpus, random access: `len(documents)`, `documents[i] -> str`.
 
-  `source` says in JSON what they are. Raises ValueError for a split that is not there or holds nothing, a key
-  that is no text, or (when read) text that is not UTF-8.
+  They are one split of a prepared dataset; `source` says in JSON which. Raises ValueError for a
+  split that does not exist or is empty, a key that is no text, or (when read) text that is not
+  UTF-8.
   """
 
   folder: str
@@ -40,114 +39,72 @@ class Documents(Sequence):
 
   @functools.cached_property
   def _records(self) -> Sequence[dict]:
+    import tensorflow_datasets as tfds
+
     builder = tfds.builder_from_directory(self.folder)
     features = builder.info.features
-    texts = sorted(key for key in features if isinstance(features[key], tfds.features.Text))
-    if self.text_key not in texts:
-      name, those = builder.info.full_name, ", ".join(texts) or "none"
-      raise ValueError(f"{name} has no text under {self.text_key!r}; --text_key is one of {those}")
-    return _records(builder, self.split)
+    text_keys = sorted(key for key in features if isinstance(features[key], tfds.features.Text))
+    if self.text_key not in text_keys:
+      raise ValueError(
+        f"{builder.info.full_name} has no text under {self.text_key!r}; "
+        f"--text_key is one of {', '.join(text_keys) or 'none'}"
+      )
+    return _open_split(builder, self.split)
 
   def __reduce__(self):
+    # Without the dataset that this process has opened: each process opens its own.
     return Documents, (self.folder, self.split, self.text_key, self.source)
 
   def __len__(self) -> int:
     return len(self._records)
 
   def __getitem__(self, i: int) -> str:
+    # The range turns negative indices into positive ones, and raises IndexError.
     text = self._records[range(len(self))[i]][self.text_key]
     try:
       return text.decode("utf-8")
     except UnicodeDecodeError as error:
-      raise ValueError(f"document {i:,} of {self.folder} is not UTF-8 at byte {error.start:,}") from error
+      raise ValueError(
+        f"document {i:,} of {self.folder} is not UTF-8 at byte {error.start:,}"
+      ) from error
 
 
-@dataclasses.dataclass(frozen=True)
-class CharacterSlice(Sequence):
-  """Characters [low, high) of the documents' text, as if they were joined by nothing."""
+def tfds_documents(
+  tfds_name: str, split: str, text_key: str, data_dir: str | None = None
+) -> Documents:
+  """Opens a TFDS dataset ("lm1b", "wiki40b/en:1.3.0") that was prepared as ArrayRecord.
 
-  documents: Sequence[str]
-  low: int
-  high: int
-  starts: np.ndarray = dataclasses.field(repr=False)  # where each document starts, and the end of the last
-  source: dict = dataclasses.field(repr=False)
-
-  @property
-  def _covered(self) -> range:
-    first = np.searchsorted(self.starts, self.low, side="right") - 1
-    return range(int(first), int(np.searchsorted(self.starts, self.high, side="left")))
-
-  def __len__(self) -> int:
-    return len(self._covered)
-
-  def __getitem__(self, i: int) -> str:
-    document = self._covered[i]
-    start = int(self.starts[document])
-    return self.documents[document][max(0, self.low - start) : self.high - start]
-
-
-def tfds_documents(tfds_name: str, split: str, text_key: str, data_dir: str | None = None) -> Documents:
-  """A TFDS dataset ("lm1b", "wiki40b/en:1.3.0") that was prepared in `data_dir` as ArrayRecord.
-
-  Raises ValueError for an unknown name, FileNotFoundError for an unprepared one, and as `Documents` does.
+  It is looked for in `data_dir`. Raises ValueError for an unknown name, FileNotFoundError for an
+  unprepared dataset, and as `Documents` does.
   """
-  builder = _prepared(tfds_name, data_dir)
+  builder = _open_builder(tfds_name, data_dir)
   source = {"kind": "tfds", "name": builder.info.full_name, "split": split, "text_key": text_key}
-  return _checked(Documents(str(builder.data_path), split, text_key, source))
+  return _opened(Documents(str(builder.data_path), split, text_key, source))
 
 
 def tfds_records(tfds_name: str, split: str, data_dir: str | None = None) -> Sequence[dict]:
-  """All fields of a dataset's records, where `tfds_documents` gives one text of each. Errors as there."""
-  return _records(_prepared(tfds_name, data_dir), split)
+  """Opens a TFDS dataset for all fields of its records, where `tfds_documents` gives one text.
 
-
-def _prepared(tfds_name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-  try:
-    builder = tfds.builder(tfds_name, data_dir=data_dir)
-  except tfds.core.DatasetNotFoundError as error:
-    raise ValueError(_unknown_name(tfds_name, data_dir)) from error
-  except (ValueError, RuntimeError, AssertionError) as error:
-    raise ValueError(f"TFDS cannot open {tfds_name!r}: {_first_line(error)}") from error
-  if not builder.data_path.exists():
-    raise FileNotFoundError(
-      f"{tfds_name} is not prepared in {builder.data_path}; once: {_how_to_prepare(tfds_name, data_dir)}"
-    )
-  return builder
-
-
-def _records(builder: tfds.core.DatasetBuilder, split: str) -> Sequence[dict]:
-  """The records of a split, in random access."""
-  name, form = builder.info.full_name, builder.info.file_format.value
-  if form != "array_record":
-    raise ValueError(
-      f"{name} is prepared as {form}, which has no random access; "
-      f"prepare it as ArrayRecord: {_how_to_prepare(name, os.path.dirname(builder.data_path))}"
-    )
-  try:
-    return builder.as_data_source(split=split)
-  except ValueError as error:
-    splits = ", ".join(f"{split} of {info.num_examples:,}" for split, info in builder.info.splits.items())
-    raise ValueError(
-      f"{name} has no documents in split {split!r}; it has {splits}, and a part is written train[:90%]"
-    ) from error
+  Errors are the same.
+  """
+  return _open_split(_open_builder(tfds_name, data_dir), split)
 
 
 def file_documents(
   patterns: str, split: str = "train", text_key: str = "text", data_dir: str | None = None
 ) -> Documents:
-  """Local files as a TFDS dataset, prepared in `data_dir` once for each state of their names and contents.
+  """Opens local files as a TFDS dataset, prepared in `data_dir` once for each content.
 
-  `patterns` are globs with commas between them; ** crosses folders. A line of a .jsonl file is a document, its
-  text under `text_key`; any other file is one. Files that are not UTF-8 are skipped and counted on stderr, since
-  the U+FFFD in their place would be learned; empty documents are dropped. TFDS shuffles documents by a hash of
-  their names, so a slice of the split ("train[:90%]") is a sample. Raises FileNotFoundError where nothing
-  matches, ValueError where there is no text, and as `Documents` does.
+  `patterns` are globs with commas between them; ** crosses folders. Each line of a .jsonl file is a
+  document, with its text under `text_key`. Any other file is one document. Files that are not UTF-8
+  are skipped and counted on stderr, for a model would learn the U+FFFD in their place. Empty
+  documents are dropped. TFDS shuffles documents by a hash of their names, so a slice of the split
+  ("train[:90%]") is a sample. Raises FileNotFoundError if nothing matches, ValueError if there is
+  no text, and as `Documents` does.
   """
-  paths, digest = _read_all(_expand(patterns))
-  fingerprint = hashlib.sha256(f"{text_key}\n{digest}".encode()).hexdigest()
-  folder = os.path.join(data_dir or tfds.core.constants.DATA_DIR, "local_files", fingerprint[:16])
-  builder = LocalFiles(paths, text_key, data_dir=folder, file_format="array_record")
-  _prepare(builder)
+  from gpt2_jax.data.local_files import prepare_local_files
+
+  folder, fingerprint = prepare_local_files(patterns, text_key, data_dir)
   source = {
     "kind": "files",
     "patterns": patterns,
@@ -155,148 +112,140 @@ def file_documents(
     "text_key": text_key,
     "sha256": fingerprint,
   }
-  return _checked(Documents(str(builder.data_path), split, "text", source))
+  return _opened(Documents(folder, split, "text", source))
+
+
+@dataclasses.dataclass(frozen=True)
+class CharacterSlice(Sequence):
+  """Characters [low, high) of the documents' text, as if nothing stood between documents.
+
+  `starts` is the character at which each document starts, and the end of the last one.
+  """
+
+  documents: Sequence[str]
+  low: int
+  high: int
+  starts: np.ndarray = dataclasses.field(repr=False)
+  source: dict = dataclasses.field(repr=False)
+
+  @property
+  def _covered(self) -> range:
+    """The documents with a character in the slice."""
+    # From the last one that starts at `low` or before, up to the first one that starts at `high` or
+    # after, which is not in the range any more.
+    first = np.searchsorted(self.starts, self.low, side="right") - 1
+    last = np.searchsorted(self.starts, self.high, side="left")
+    return range(int(first), int(last))
+
+  def __len__(self) -> int:
+    return len(self._covered)
+
+  def __getitem__(self, i: int) -> str:
+    document = self._covered[i]
+
+    # Of the first and the last document, only a part may be in the slice.
+    start = int(self.starts[document])
+    return self.documents[document][max(0, self.low - start) : self.high - start]
 
 
 def slice_characters(documents: Documents, bounds: str) -> CharacterSlice:
-  """The part FROM:TO of the text, counted in characters or in per cent of them: ":90%", "90%:", "1000:2000".
+  """Slices the text by FROM:TO, in characters or in per cent of them: ":90%", "90%:", "1000:2000".
 
-  A bound of p % is rounded down to a character, so ":90%" and "90%:" share out the text exactly. Reads all
-  documents. Raises ValueError for other syntax or an empty part.
+  A bound of p % is rounded down to a character, so ":90%" and "90%:" share out the text exactly.
+  Reads all documents. Raises ValueError for other syntax or an empty slice.
   """
   number = r"(\d+(?:\.\d+)?%|\d+)?"
   match = re.fullmatch(f"{number}:{number}", bounds)
   if not match:
-    raise ValueError(f"characters {bounds!r} is not FROM:TO, each a number, a percentage or nothing, as in :90%")
-  starts = np.concatenate([[0], np.cumsum([len(text) for text in documents], dtype=np.int64)])
+    raise ValueError(
+      f"characters {bounds!r} is not FROM:TO, each a number, a percentage or nothing, as in :90%"
+    )
+
+  # Only lengths are kept: the text may not fit into memory.
+  lengths = list(map(len, documents))
+  starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
   total = int(starts[-1])
 
-  def count(bound: str) -> int:
-    return min(total, int(Fraction(bound[:-1]) * total / 100) if bound.endswith("%") else int(bound))
-
-  low, high = count(match[1] or "0"), count(match[2] or "100%")
+  low = _bound_to_characters(match[1] or "0", total)
+  high = _bound_to_characters(match[2] or "100%", total)
   if low >= high:
-    raise ValueError(f"characters {bounds} are none: they run from {low:,} to {high:,} of {total:,}")
+    raise ValueError(
+      f"characters {bounds} are none: they run from {low:,} to {high:,} of {total:,}"
+    )
   return CharacterSlice(documents, low, high, starts, documents.source | {"characters": bounds})
 
 
-class LocalFiles(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Local text files as a dataset of one split, "train", and one feature, "text"."""
-
-  VERSION = tfds.core.Version("1.0.0")
-  url_infos = None  # nothing is downloaded; TFDS would look for checksums beside this file
-
-  def __init__(self, paths: Sequence[str], text_key: str, **kwargs):
-    self._paths, self._text_key = paths, text_key
-    super().__init__(**kwargs)
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()}))
-
-  def _split_generators(self, dl_manager: object) -> dict:
-    return {"train": self._generate_examples()}
-
-  def _generate_examples(self) -> Iterator[tuple[str, dict]]:
-    folder = os.path.dirname(os.path.commonprefix(self._paths))
-    for path in tqdm.tqdm(self._paths, desc="preparing", unit=" files"):
-      for number, text in _texts(path, self._text_key):
-        yield f"{os.path.relpath(path, folder)}:{number}", {"text": text}
+def _bound_to_characters(bound: str, total: int) -> int:
+  # A fraction and not a float: 0.9 * total may round to the wrong side of a whole number.
+  if bound.endswith("%"):
+    return min(total, int(Fraction(bound[:-1]) * total / 100))
+  return min(total, int(bound))
 
 
-def _prepare(builder: LocalFiles) -> None:
-  """Without TFDS's own announcements, which speak of downloads."""
-  tfds.disable_progress_bar()
+def _open_builder(tfds_name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":
+  import tensorflow_datasets as tfds
+
   try:
-    with contextlib.redirect_stdout(io.StringIO()):
-      builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-  except RuntimeError as error:  # ArrayRecord's writer says so when the disk is full
-    raise ValueError(f"cannot prepare {builder.data_path}: {_first_line(error)}") from error
-  finally:
-    tfds.enable_progress_bar()
+    builder = tfds.builder(tfds_name, data_dir=data_dir)
+  except tfds.core.DatasetNotFoundError as error:
+    raise ValueError(_unknown_name(tfds_name, data_dir)) from error
+  except (ValueError, RuntimeError, AssertionError) as error:
+    # The name is known, but not its config or version.
+    raise ValueError(f"TFDS cannot open {tfds_name!r}: {first_line(error)}") from error
+
+  # Nothing is downloaded here: that may take hours, and is done once, by hand.
+  if not builder.data_path.exists():
+    raise FileNotFoundError(
+      f"{tfds_name} is not prepared in {builder.data_path}; "
+      f"once: {_prepare_command(tfds_name, data_dir)}"
+    )
+  return builder
 
 
-def _texts(path: str, text_key: str) -> Iterator[tuple[int, str]]:
-  """The texts of a file that are not empty, numbered."""
-  with open(path, "rb") as file:
-    if not path.endswith(".jsonl"):
-      lines = [file.read().decode("utf-8")]
-    else:
-      lines = (_json_text(line, text_key, f"{path}:{n}") for n, line in enumerate(file, 1) if line.strip())
-    yield from ((number, text) for number, text in enumerate(lines) if text)
+def _open_split(builder: "tfds.core.DatasetBuilder", split: str) -> Sequence[dict]:
+  """The records of a split, random access."""
+  name = builder.info.full_name
+  file_format = builder.info.file_format.value
+  if file_format != "array_record":
+    command = _prepare_command(name, os.path.dirname(builder.data_path))
+    raise ValueError(
+      f"{name} is prepared as {file_format}, which has no random access; "
+      f"prepare it as ArrayRecord: {command}"
+    )
 
-
-def _json_text(line: bytes, text_key: str, place: str) -> str:
   try:
-    record = json.loads(line)
+    return builder.as_data_source(split=split)
   except ValueError as error:
-    raise ValueError(f"{place} is no JSON: {error}") from error
-  match record:
-    case dict() if isinstance(text := record.get(text_key), str):
-      return text
-    case dict():
-      raise ValueError(f"{place} has no text under {text_key!r}, only {', '.join(record)}; set --text_key")
-  raise ValueError(f"{place} is no JSON object but a {type(record).__name__}")
+    # An empty part of a split, such as train[:0%], is refused like an unknown name.
+    splits = []
+    for split_name, info in builder.info.splits.items():
+      splits.append(f"{split_name} of {info.num_examples:,}")
+    raise ValueError(
+      f"{name} has no documents in split {split!r}; it has {', '.join(splits)}, "
+      "and a part is written train[:90%]"
+    ) from error
 
 
-def _expand(patterns: str) -> list[str]:
-  """The absolute paths of the files, sorted, each once."""
-  paths = set()
-  for pattern in filter(None, map(str.strip, patterns.split(","))):
-    found = [path for path in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(path)]
-    if not found:
-      raise FileNotFoundError(f"no file matches {pattern!r}; quote the pattern, and ** crosses folders")
-    paths.update(map(os.path.abspath, found))
-  if not paths:
-    raise FileNotFoundError(f"no file in {patterns!r}: give globs with commas between them")
-  return sorted(paths)
-
-
-def _read_all(paths: list[str]) -> tuple[list[str], str]:
-  """The files that are UTF-8 with text in them, and the sha256 of their names and contents."""
-  kept, skipped, digest = [], [], hashlib.sha256()
-  for path in paths:
-    with open(path, "rb") as file:
-      content = file.read()
-    if len(content) >= 1 << 31:
-      raise ValueError(f"{path} has {len(content):,} bytes, a file must have less than 2 GiB; split it")
-    try:
-      content.decode("utf-8")
-    except UnicodeDecodeError:
-      skipped.append(path)
-      continue
-    if content.strip():
-      kept.append(path)
-      digest.update(f"{path}\n{hashlib.sha256(content).hexdigest()}\n".encode())
-  if skipped:
-    print(f"{len(skipped)} of {len(paths)} files are not UTF-8, skipped: {_some(skipped)}", file=sys.stderr)
-  if not kept:
-    raise ValueError(f"{len(paths)} files match and none holds text: {_some(paths)}")
-  return kept, digest.hexdigest()
-
-
-def _checked(documents: Documents) -> Documents:
-  len(documents)  # opens it, so that what is wrong is said now
+def _opened(documents: Documents) -> Documents:
+  # The length opens the dataset: errors come now, and not with the first document.
+  len(documents)
   return documents
 
 
 def _unknown_name(tfds_name: str, data_dir: str | None) -> str:
+  import tensorflow_datasets as tfds
+
   base = re.split("[/:]", tfds_name)[0]
-  nearest = difflib.get_close_matches(base, tfds.list_builders(with_community_datasets=False), n=3, cutoff=0.5)
+  # Community datasets are left out: TFDS would fetch their list.
+  names = tfds.list_builders(with_community_datasets=False)
+  nearest = difflib.get_close_matches(base, names, n=3, cutoff=0.5)
   return (
     f"TFDS knows no dataset {base!r} and none is prepared in {data_dir or 'its data_dir'}; "
     f"the nearest names are {', '.join(nearest) or 'none'}"
   )
 
 
-def _how_to_prepare(name: str, data_dir: str | None) -> str:
+def _prepare_command(name: str, data_dir: str | None) -> str:
   folder = f", data_dir={data_dir!r}" if data_dir else ""
   build = f"tfds.builder({name!r}, file_format='array_record'{folder}).download_and_prepare()"
   return f'python -c "import tensorflow_datasets as tfds; {build}"'
-
-
-def _first_line(error: Exception) -> str:
-  return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _some(paths: list[str]) -> str:
-  return ", ".join(itertools.islice(paths, 3)) + (", ..." if len(paths) > 3 else "")

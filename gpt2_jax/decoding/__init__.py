@@ -1,45 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Continuing texts: the cache, the samplers, and the ways to search."""
+"""Text generation: the KV cache, samplers, streaming, and the searches (beam, contrastive)."""
 
-from gpt2_jax.decoding.cache import Decoder, ready
+from gpt2_jax.decoding.generate import generate
+from gpt2_jax.decoding.generation_config import Completion, Generation, SlidingWindow
+from gpt2_jax.decoding.kv_cache import InferenceModel, for_inference
 from gpt2_jax.decoding.samplers import (
+  FrequencyPenalty,
   Greedy,
   History,
   LogitBias,
-  MinNew,
+  MinNewTokens,
   MinP,
   NoRepeatNgram,
-  OccurrencePenalty,
+  PresencePenalty,
   RepetitionPenalty,
   Sample,
   Temperature,
   TopK,
   TopP,
-  Typical,
+  TypicalP,
+  make_sampler,
 )
-from gpt2_jax.decoding.text import complete, stream, stream_rows
-from gpt2_jax.decoding.tokens import Continuation, SlidingWindow, generate
+from gpt2_jax.decoding.stream import complete, stream, stream_rows
 
 __all__ = [
-  "Continuation",
-  "Decoder",
+  "Completion",
+  "FrequencyPenalty",
+  "Generation",
   "Greedy",
   "History",
+  "InferenceModel",
   "LogitBias",
-  "MinNew",
+  "MinNewTokens",
   "MinP",
   "NoRepeatNgram",
-  "OccurrencePenalty",
+  "PresencePenalty",
   "RepetitionPenalty",
   "Sample",
   "SlidingWindow",
   "Temperature",
   "TopK",
   "TopP",
-  "Typical",
+  "TypicalP",
   "complete",
+  "for_inference",
   "generate",
-  "ready",
+  "make_sampler",
   "stream",
   "stream_rows",
 ]

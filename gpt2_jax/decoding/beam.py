@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beam search: the likeliest continuations, found by keeping the best few of every length.
+"""Beam search: the likeliest completions, by keeping the best few partial ones of every length.
 
-  W beams of a prompt, the branches of a row  C candidates, 2 W  N new tokens
+  W beams, of one prompt  C candidates, 2 W  N new tokens  S slots of a cache
 
-The beams of a row share one cache. What they have in common is stored and read once, each reads its own slots of the
-rest, and a beam that takes another's place is a change of that mask, never a copy of keys and values.
+The beams of a row share one cache. What they have in common is stored and read once, and each reads
+its own slots of the rest. When a beam takes another's place, that mask changes: keys and values are
+never copied.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -18,21 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.decoding.cache import Decoder, at_end, decode, in_slots, logits, place_prompts, prefill, ready
+from gpt2_jax.decoding.generation_config import Completion
+from gpt2_jax.decoding.kv_cache import (
+  InferenceModel,
+  cache_write,
+  decode,
+  for_inference,
+  last_token,
+  logits,
+  prefill,
+)
+from gpt2_jax.decoding.prompts import batch_prompts
 from gpt2_jax.model import GPT2
 from gpt2_jax.sharding import ROWS
 
 
-@dataclasses.dataclass(frozen=True)
-class Hypothesis:
-  """New tokens, without the `eot` that may have ended them, and the score that ranks them."""
-
-  tokens: list[int]
-  score: float  # log-probability, nats, of the tokens and of `eot` where it came, over (their number)**length_penalty
-
-
 def beam_search(
-  model: GPT2 | Decoder,
+  model: GPT2 | InferenceModel,
   prompts: Sequence[Sequence[int]],
   n_new: int,
   beams: int = 4,
@@ -40,48 +42,77 @@ def beam_search(
   eot: int | None = None,
   early_stopping: bool | str = False,
   returned: int = 1,
-) -> list[list[Hypothesis]]:
-  """The `returned` best continuations of each prompt by at most `n_new` tokens, best first, as transformers finds them.
+) -> list[list[Completion]]:
+  """Beam search as transformers does it: the `returned` best completions of each prompt.
 
-  A beam that says `eot` is a hypothesis; so are those that run when `n_new` is reached. A prompt's search ends when it
-  has `beams` hypotheses and the best running beam, scored at its present length, is no better than the worst of them;
-  `early_stopping=True` ends it as soon as there are as many, "never" hopes for the best length yet to come
-  (`n_new`, if `length_penalty` is above 0). One beam is greedy decoding.
+  The best comes first, and has at most `n_new` tokens. A completion's `score` is the
+  log-probability, in nats, of its tokens and of the `eot` that ended it, over (their
+  number)**length_penalty. One beam is greedy decoding.
 
-  Raises ValueError on an empty prompt, one that leaves no room in the context for `n_new`, more beams than half the
-  vocabulary, more returned than beams, an unknown `early_stopping` and a `length_penalty` that is not finite.
+  A beam that says `eot` is a hypothesis; so are those that run when `n_new` is reached. A prompt's
+  search ends when it has `beams` hypotheses and the best running beam, scored at its present
+  length, is no better than the worst of them. `early_stopping=True` ends it as soon as there are as
+  many. "never" scores the beam at the best length yet to come: `n_new`, if `length_penalty` is
+  above 0.
+
+  Raises ValueError on an empty prompt, one that leaves no room in the context for `n_new`, more
+  beams than half the vocabulary, more returned than beams, an unknown `early_stopping` and a
+  `length_penalty` that is not finite.
   """
-  decoder = ready(model)
-  if not 1 <= returned <= beams <= decoder.model.config.n_vocab // 2:
-    raise ValueError(
-      f"{returned} returned of {beams} beams over {decoder.model.config.n_vocab} tokens: give 1 or more, "
-      f"no more returned than beams, and no more beams than half the vocabulary"
-    )
-  if early_stopping not in (True, False, "never"):
-    raise ValueError(f"early_stopping is {early_stopping!r}; it is one of True, False, 'never'")
-  if not math.isfinite(length_penalty):
-    raise ValueError(f"a length_penalty of {length_penalty} is not a finite number; 0 ranks by log-probability alone")
-  rule = Rule(
-    eot=np.int32(-1 if eot is None else eot),
-    length_penalty=np.float32(length_penalty),
-    full_ends=np.bool_(beams == 1 or early_stopping not in (False, "never")),
-    hoped=np.int32(n_new if early_stopping == "never" and length_penalty > 0 else 0),
-  )
+  decoder = for_inference(model)
+  rule = _rule(decoder, n_new, beams, length_penalty, eot, early_stopping, returned)
   with jax.set_mesh(decoder.mesh):
-    found = jax.device_get(_search(decoder, *place_prompts(decoder, prompts, n_new), n_new, beams, rule))
-  return [
-    [Hypothesis(found.new[b, w, : found.count[b, w]].tolist(), float(found.score[b, w])) for w in range(returned)]
-    for b in range(len(prompts))
-  ]
+    tokens_BT, lengths_B = batch_prompts(decoder, prompts, n_new)
+    best = jax.device_get(_search(decoder, tokens_BT, lengths_B, n_new, beams, rule))
+
+  rows = []
+  for row in range(len(prompts)):
+    hypotheses = []
+    for beam in range(returned):
+      # Without `eot` a hypothesis has all `n_new` tokens, with it fewer: it does not count as one.
+      count = int(best.count[row, beam])
+      tokens = best.new[row, beam, :count].tolist()
+      score = float(best.score[row, beam])
+      hypotheses.append(Completion(tokens, score=score, finished=count < n_new))
+    rows.append(hypotheses)
+  return rows
 
 
-class Rule(NamedTuple):
+class BeamRule(NamedTuple):
   """What ends a hypothesis, ranks it, and ends the search."""
 
   eot: jax.Array  # -1: none
   length_penalty: jax.Array
   full_ends: jax.Array  # whether having W hypotheses ends the search
-  hoped: jax.Array  # the length at which a running beam is compared with them, if it is not longer already
+  least_length: jax.Array  # shorter running beams are compared with hypotheses at this length
+
+
+def _rule(
+  decoder, n_new: int, beams: int, length_penalty: float, eot, early_stopping, returned: int
+) -> BeamRule:
+  """Checks the arguments of `beam_search`, and makes arrays of them: no value compiles anew."""
+  n_vocab = decoder.model.config.n_vocab
+  if not 1 <= returned <= beams <= n_vocab // 2:
+    raise ValueError(
+      f"{returned} returned of {beams} beams over {n_vocab} tokens: give 1 or more, "
+      f"no more returned than beams, and no more beams than half the vocabulary"
+    )
+  if early_stopping not in (True, False, "never"):
+    raise ValueError(f"early_stopping is {early_stopping!r}; it is one of True, False, 'never'")
+  if not math.isfinite(length_penalty):
+    raise ValueError(
+      f"a length_penalty of {length_penalty} is not a finite number; "
+      f"0 ranks by log-probability alone"
+    )
+
+  # Log-probabilities are negative: only a penalty above 0 lets a longer beam score better.
+  hopes = early_stopping == "never" and length_penalty > 0
+  return BeamRule(
+    eot=np.int32(-1 if eot is None else eot),
+    length_penalty=np.float32(length_penalty),
+    full_ends=np.bool_(beams == 1 or early_stopping not in (False, "never")),
+    least_length=np.int32(n_new if hopes else 0),
+  )
 
 
 class Beams(NamedTuple):
@@ -89,34 +120,44 @@ class Beams(NamedTuple):
 
   score: jax.Array  # [W] nats
   new: jax.Array  # [W, N] tokens
-  sees: jax.Array  # [W, S] slots of the cache
+  mask: jax.Array  # [W, S] slots of the cache that a beam reads
 
 
-class Found(NamedTuple):
-  """The best hypotheses of a row, best first; those not yet there have a score of minus infinity."""
+class Hypotheses(NamedTuple):
+  """The best hypotheses of a row, best first; those not yet there score minus infinity."""
 
   score: jax.Array  # [W]
   new: jax.Array  # [W, N] tokens
   count: jax.Array  # [W] how many of them are the hypothesis
 
 
-def _advance(rule: Rule, n, log_p_WV, beams: Beams, found: Found, searching):
-  """A row's token n: its beams, its hypotheses, and whether its search goes on.
-
-  At least W of the 2 W best candidates run on, for a beam has one `eot`; only the W best may end as hypotheses.
-  """
-  (W, V), N = log_p_WV.shape, beams.new.shape[1]
+def _advance(rule: BeamRule, n, log_p_WV, beams: Beams, hypotheses: Hypotheses, searching):
+  """A row's token n: its beams, its hypotheses, and whether its search goes on."""
+  # 1. The best 2 W of all beams with one token more. Each beam has one `eot`, so W run on at least.
+  W, V = log_p_WV.shape
+  N = beams.new.shape[1]
   score_C, flat_C = jax.lax.top_k((beams.score[:, None] + log_p_WV).reshape(-1), 2 * W)
   parent_C, token_C = flat_C // V, flat_C % V
   new_CN = jax.lax.dynamic_update_slice_in_dim(beams.new[parent_C], token_C[:, None], n, 1)
+
+  # 2. Candidates end by `eot` or by their length. Only the W best may end: transformers' rule.
   eot_C = token_C == rule.eot
   ends_C = searching & (eot_C | (n + 1 == N)) & (jnp.arange(2 * W) < W)
-  ended = Found(jnp.where(ends_C, score_C / (n + 1.0) ** rule.length_penalty, -jnp.inf), new_CN, n + 1 - eot_C)
-  found = _best(W, jax.tree.map(lambda *either: jnp.concatenate(either), found, ended))
-  beams = _best(W, Beams(jnp.where(eot_C, -jnp.inf, score_C), new_CN, beams.sees[parent_C]))
-  worst = found.score[-1]
-  hope = beams.score[0] / jnp.maximum(n + 1.0, rule.hoped) ** rule.length_penalty
-  return beams, found, searching & (hope > worst) & ~(rule.full_ends & (worst > -jnp.inf))
+  final_C = jnp.where(ends_C, score_C / (n + 1.0) ** rule.length_penalty, -jnp.inf)
+  ended = Hypotheses(final_C, new_CN, n + 1 - eot_C)
+
+  # 3. Keep the W best of each kind.
+  both = jax.tree.map(lambda old, new: jnp.concatenate((old, new)), hypotheses, ended)
+  hypotheses = _best(W, both)
+  running_C = jnp.where(eot_C, -jnp.inf, score_C)
+  beams = _best(W, Beams(running_C, new_CN, beams.mask[parent_C]))
+
+  # 4. Search on while the best beam may still beat the worst hypothesis.
+  worst = hypotheses.score[-1]
+  length = jnp.maximum(n + 1.0, rule.least_length)
+  hope = beams.score[0] / length**rule.length_penalty
+  is_full = worst > -jnp.inf
+  return beams, hypotheses, searching & (hope > worst) & ~(rule.full_ends & is_full)
 
 
 def _best(k: int, tree):
@@ -126,34 +167,53 @@ def _best(k: int, tree):
 
 
 @functools.partial(jax.jit, static_argnames=("n_new", "W"))
-def _search(decoder: Decoder, tokens_BT, lengths_B, n_new: int, W: int, rule: Rule) -> Found:
+def _search(
+  decoder: InferenceModel, tokens_BT, lengths_B, n_new: int, W: int, rule: BeamRule
+) -> Hypotheses:
   """The hypotheses of every row, leaves [B, W, ...]."""
+  # 1. Prefill. Behind the prompt each step takes W slots, a beam one; the last token is never read.
   B, T = tokens_BT.shape
-  S = T + (n_new - 1) * W  # the last token is never read
+  S = T + (n_new - 1) * W
   x_BTD, caches = prefill(decoder, tokens_BT, S)
-  last_B1D = at_end(x_BTD, lengths_B)
+  last_B1D = last_token(x_BTD, lengths_B)
 
   def choose(n, x_BWD, state):
-    return jax.vmap(functools.partial(_advance, rule, n))(jax.nn.log_softmax(logits(decoder, x_BWD)), *state)
+    log_p_BWV = jax.nn.log_softmax(logits(decoder, x_BWD))
+    return jax.vmap(functools.partial(_advance, rule, n))(log_p_BWV, *state)
 
   def step(carry):
-    n, (beams, found, searching), caches = carry
+    n, (beams, hypotheses, searching), caches = carry
+
+    # A beam reads what it has read before, and the slot into which its newest token goes.
     slot = T + (n - 1) * W
     own_WS = jnp.arange(S) == slot + jnp.arange(W)[:, None]
-    beams = beams._replace(sees=beams.sees | own_WS)
+    beams = beams._replace(mask=beams.mask | own_WS)
+
     tokens_BW = jax.lax.dynamic_index_in_dim(beams.new, n - 1, 2, keepdims=False)
     positions_BW = jnp.broadcast_to((lengths_B + n - 1)[:, None], (B, W))
-    x_BWD, caches = decode(decoder, tokens_BW, positions_BW, beams.sees, caches, in_slots(slot))
-    return n + 1, choose(n, x_BWD, (beams, found, searching)), caches
+    x_BWD, caches = decode(decoder, tokens_BW, positions_BW, beams.mask, caches, cache_write(slot))
+    return n + 1, choose(n, x_BWD, (beams, hypotheses, searching)), caches
 
-  def everywhere(x):  # the same for every row
+  def for_all_rows(x):
     return jax.sharding.reshard(jnp.broadcast_to(x, (B, *x.shape)), P(ROWS))
 
+  # 2. All beams but the first are not there yet: they start from the same prompt, and would say the
+  #    same. Rows that only fill the mesh have length 0, and search for nothing.
   nothing_WN = jnp.zeros((W, n_new), jnp.int32)
   never_W = jnp.full(W, -jnp.inf)
-  sees_BWS = jnp.broadcast_to((jnp.arange(S) < lengths_B[:, None])[:, None], (B, W, S))
-  beams = Beams(everywhere(never_W.at[0].set(0.0)), everywhere(nothing_WN), sees_BWS)  # all start from the first
-  found = Found(everywhere(never_W), everywhere(nothing_WN), everywhere(jnp.zeros(W, jnp.int32)))
-  state = choose(0, jnp.broadcast_to(last_B1D, (B, W, last_B1D.shape[2])), (beams, found, lengths_B > 0))
-  carry = jax.lax.while_loop(lambda c: (c[0] < n_new) & jnp.any(c[1][2]), step, (1, state, caches))
-  return carry[1][1]
+  mask_BWS = jnp.broadcast_to((jnp.arange(S) < lengths_B[:, None])[:, None], (B, W, S))
+  beams = Beams(for_all_rows(never_W.at[0].set(0.0)), for_all_rows(nothing_WN), mask_BWS)
+  hypotheses = Hypotheses(
+    for_all_rows(never_W), for_all_rows(nothing_WN), for_all_rows(jnp.zeros(W, jnp.int32))
+  )
+
+  # 3. The first token is that of the prefill, the others are a pass each.
+  x_BWD = jnp.broadcast_to(last_B1D, (B, W, last_B1D.shape[2]))
+  state = choose(0, x_BWD, (beams, hypotheses, lengths_B > 0))
+
+  def goes_on(carry):
+    n, (_, _, searching), _ = carry
+    return (n < n_new) & jnp.any(searching)
+
+  _, (_, hypotheses, _), _ = jax.lax.while_loop(goes_on, step, (1, state, caches))
+  return hypotheses

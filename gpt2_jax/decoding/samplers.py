@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the next token is chosen from the logits: filters that compose, and the two ways to pick from what they leave.
+"""Samplers: temperature, top-k, nucleus (top-p), min-p, typical-p, penalties, n-gram bans, biases.
 
-A filter maps the logits of one row and the row's `History` to logits; minus infinity bans. They apply in the order in
-which they are given, so `(Temperature(2.0), TopP(0.9))` is top-p of the heated distribution.
+A filter maps the logits of one row and the row's `History` to logits; minus infinity bans a token.
+Filters apply in the order in which they are given: `(Temperature(2.0), TopP(0.9))` is top-p of the
+heated distribution. `Greedy` and `Sample` pick a token from what the filters leave.
 """
 
 import dataclasses
@@ -14,14 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-MOST = 1e9  # of a bias or a penalty: sums and quotients of a few stay finite in float32
+# The largest bias or penalty: sums and quotients of a few of them stay finite in float32.
+MAX_PENALTY = 1e9
 
 
 class History(NamedTuple):
-  """A row so far: its prompt is `tokens_W[first:prompt_end]`, its new tokens are `tokens_W[prompt_end:end]`."""
+  """The tokens of a row so far, as filters see them.
+
+  The prompt is `tokens_W[prompt_start:prompt_end]`, the new tokens are `tokens_W[prompt_end:end]`.
+  """
 
   tokens_W: jax.Array
-  first: jax.Array | int
+  prompt_start: jax.Array | int
   prompt_end: jax.Array | int
   end: jax.Array | int
 
@@ -32,21 +37,26 @@ class History(NamedTuple):
 
   def counts(self, n_vocab: int, new_only: bool = False):
     """How often each token occurs, [V]."""
+    begin = self.prompt_end if new_only else self.prompt_start
     column_W = jnp.arange(self.tokens_W.shape[0])
-    inside_W = (column_W >= (self.prompt_end if new_only else self.first)) & (column_W < self.end)
-    return jnp.zeros(n_vocab, jnp.int32).at[jnp.where(inside_W, self.tokens_W, n_vocab)].add(1, mode="drop")
+    inside_W = (column_W >= begin) & (column_W < self.end)
+
+    # Columns outside the row count for the token `n_vocab`, which is out of bounds and dropped.
+    token_W = jnp.where(inside_W, self.tokens_W, n_vocab)
+    return jnp.zeros(n_vocab, jnp.int32).at[token_W].add(1, mode="drop")
 
 
 @dataclasses.dataclass(frozen=True)
 class Temperature:
-  """Divides the logits; below 1 is surer, above 1 is wilder."""
+  """Divides the logits by the temperature: below 1 is surer, above 1 is wilder."""
 
   value: float
 
   def __post_init__(self):
     if not self.value > 0:
       raise ValueError(
-        f"a temperature of {self.value} is not above 0; Greedy() (--greedy, /set greedy true) takes the likeliest token"
+        f"a temperature of {self.value} is not above 0; "
+        f"greedy=True (--greedy, /set greedy true) takes the likeliest token"
       )
 
   def __call__(self, logits_V, history=None):
@@ -55,7 +65,7 @@ class Temperature:
 
 @dataclasses.dataclass(frozen=True)
 class TopK:
-  """Keeps the k likeliest tokens (Fan et al. 2018)."""
+  """Top-k sampling: keeps the k likeliest tokens (Fan et al. 2018)."""
 
   k: int
 
@@ -64,20 +74,26 @@ class TopK:
       raise ValueError(f"top-k of {self.k} keeps nothing; k is 1 or more")
 
   def __call__(self, logits_V, history=None):
+    # Ties with the k-th stay, as in transformers.
     least = jax.lax.top_k(logits_V, min(self.k, logits_V.size))[0][-1]
     return jnp.where(logits_V < least, -jnp.inf, logits_V)
 
 
-def _first_mass(logits_V, order_V, mass: float):
-  """The fewest tokens, taken in this order, that hold at least this probability."""
+def _keep_mass(logits_V, order_V, mass: float):
+  """Keeps the fewest tokens, taken in this order, that hold at least this probability."""
   p_V = jax.nn.softmax(logits_V)[order_V]
-  keep_V = jnp.cumsum(p_V) - p_V < mass  # probability of those before it
+
+  # A token is kept if those before it hold less than the mass: so the first is kept in any case.
+  keep_V = jnp.cumsum(p_V) - p_V < mass
   return jnp.where(jnp.zeros_like(keep_V).at[order_V].set(keep_V), logits_V, -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)
 class TopP:
-  """Keeps the fewest likeliest tokens that hold at least probability p (Holtzman et al. 2020)."""
+  """Nucleus (top-p) sampling: keeps the fewest likeliest tokens that hold at least probability p.
+
+  Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration".
+  """
 
   p: float
 
@@ -86,12 +102,15 @@ class TopP:
       raise ValueError(f"top-p of {self.p} is not in (0, 1]")
 
   def __call__(self, logits_V, history=None):
-    return _first_mass(logits_V, jnp.argsort(-logits_V), self.p)
+    return _keep_mass(logits_V, jnp.argsort(-logits_V), self.p)
 
 
 @dataclasses.dataclass(frozen=True)
 class MinP:
-  """Keeps the tokens at least p times as likely as the likeliest (Nguyen et al. 2024)."""
+  """Min-p sampling: keeps tokens at least p times as likely as the likeliest.
+
+  Source: Nguyen et al. 2024, "Turning Up the Heat".
+  """
 
   p: float
 
@@ -100,13 +119,16 @@ class MinP:
       raise ValueError(f"min-p of {self.p} is not in (0, 1]")
 
   def __call__(self, logits_V, history=None):
+    # p(x) < p * max p, on logits: the normalization cancels.
     return jnp.where(logits_V < logits_V.max() + math.log(self.p), -jnp.inf, logits_V)
 
 
 @dataclasses.dataclass(frozen=True)
-class Typical:
-  """Keeps the fewest tokens that hold at least probability p, those first whose surprisal is nearest to the entropy
-  (Meister et al. 2022)."""
+class TypicalP:
+  """Locally typical sampling: keeps the fewest tokens that hold at least probability p.
+
+  Tokens whose surprisal is nearest to the entropy come first (Meister et al. 2022).
+  """
 
   p: float
 
@@ -116,51 +138,79 @@ class Typical:
 
   def __call__(self, logits_V, history=None):
     logp_V = jax.nn.log_softmax(logits_V)
+
+    # 0 log 0 is 0, where a filter before this one has banned a token.
     entropy = -jnp.sum(jnp.where(logp_V > -jnp.inf, jnp.exp(logp_V) * logp_V, 0.0))
-    return _first_mass(logits_V, jnp.argsort(jnp.abs(-logp_V - entropy)), self.p)
+    return _keep_mass(logits_V, jnp.argsort(jnp.abs(-logp_V - entropy)), self.p)
 
 
 @dataclasses.dataclass(frozen=True)
 class RepetitionPenalty:
-  """Divides a positive logit by `value`, and multiplies a negative one, if its token is in the prompt or the new tokens
-  (Keskar et al. 2019; the sign is transformers' repair)."""
+  """Repetition penalty: makes every token of the prompt and of the new tokens less likely.
+
+  A positive logit is divided by `value`, a negative one is multiplied with it (Keskar et al. 2019;
+  the case of the sign is transformers').
+  """
 
   value: float
 
   def __post_init__(self):
-    if not 0 < self.value <= MOST:
+    if not 0 < self.value <= MAX_PENALTY:
       raise ValueError(
-        f"a repetition penalty of {self.value} is not in (0, 1e9]; 1 changes nothing, above 1 repeats less"
+        f"a repetition penalty of {self.value} is not in (0, 1e9]; "
+        f"1 changes nothing, above 1 repeats less"
       )
 
   def __call__(self, logits_V, history):
+    # Above 1 both forms make a logit smaller: a division would bring a negative one nearer to 0.
     penalized_V = jnp.where(logits_V < 0, logits_V * self.value, logits_V / self.value)
     return jnp.where(history.counts(logits_V.size) > 0, penalized_V, logits_V)
 
 
 @dataclasses.dataclass(frozen=True)
-class OccurrencePenalty:
-  """Takes `frequency` off a logit for each time its token occurs among the new tokens, and `presence` once if it does.
+class FrequencyPenalty:
+  """Frequency penalty of OpenAI's API: takes `value` off a logit for each time its token was added.
 
-  The frequency and presence penalties of OpenAI's API. The prompt does not count.
+  The prompt does not count.
   """
 
-  frequency: float = 0.0
-  presence: float = 0.0
+  value: float
 
   def __post_init__(self):
-    if not (abs(self.frequency) <= MOST and abs(self.presence) <= MOST):
-      raise ValueError(f"penalties of {self.frequency} (frequency), {self.presence} (presence): at most 1e9 either way")
+    if not abs(self.value) <= MAX_PENALTY:
+      raise ValueError(
+        f"a frequency penalty of {self.value}: at most 1e9 either way; 0 changes nothing"
+      )
 
   def __call__(self, logits_V, history):
-    counts_V = history.counts(logits_V.size, new_only=True)
-    return logits_V - counts_V * self.frequency - (counts_V > 0) * self.presence
+    return logits_V - history.counts(logits_V.size, new_only=True) * self.value
+
+
+@dataclasses.dataclass(frozen=True)
+class PresencePenalty:
+  """Presence penalty of OpenAI's API: takes `value` off a logit once if its token was added at all.
+
+  The prompt does not count.
+  """
+
+  value: float
+
+  def __post_init__(self):
+    if not abs(self.value) <= MAX_PENALTY:
+      raise ValueError(
+        f"a presence penalty of {self.value}: at most 1e9 either way; 0 changes nothing"
+      )
+
+  def __call__(self, logits_V, history):
+    return logits_V - (history.counts(logits_V.size, new_only=True) > 0) * self.value
 
 
 @dataclasses.dataclass(frozen=True)
 class NoRepeatNgram:
-  """Bans each token that would end a run of n tokens that the prompt and the new tokens hold already (Paulus et al.
-  2018)."""
+  """No-repeat n-grams: bans each token that would complete an n-gram for the second time.
+
+  The prompt counts (Paulus et al. 2018).
+  """
 
   n: int
 
@@ -169,44 +219,62 @@ class NoRepeatNgram:
       raise ValueError(f"runs of {self.n} tokens cannot repeat; n is 1 or more")
 
   def __call__(self, logits_V, history):
-    tokens_W, first, _, end = history
+    tokens_W, prompt_start, _, end = history
     W = tokens_W.shape[0]
     if self.n > W:
       return logits_V
-    column_W = jnp.arange(W)  # where a run would end
-    repeats_W = (column_W >= first + self.n - 1) & (column_W < end)
+
+    # 1. An n-gram may end at each column that has n - 1 tokens of the row before it.
+    column_W = jnp.arange(W)
+    repeats_W = (column_W >= prompt_start + self.n - 1) & (column_W < end)
+
+    # 2. It repeats if those n - 1 tokens are the newest ones, compared one distance at a time.
     for back in range(1, self.n):
       newest = jnp.sum(jnp.where(column_W == end - back, tokens_W, 0))
       repeats_W &= jnp.roll(tokens_W, back) == newest
-    banned_V = jnp.zeros(logits_V.size, bool).at[jnp.where(repeats_W, tokens_W, logits_V.size)].set(True, mode="drop")
+
+    # 3. The tokens at those columns are banned; all others are out of bounds and dropped.
+    token_W = jnp.where(repeats_W, tokens_W, logits_V.size)
+    banned_V = jnp.zeros(logits_V.size, bool).at[token_W].set(True, mode="drop")
     return jnp.where(banned_V, -jnp.inf, logits_V)
 
 
 @dataclasses.dataclass(frozen=True)
 class LogitBias:
-  """Adds to the logits of single tokens: {token: bias}, or such pairs; a bias of minus infinity bans."""
+  """Logit bias: adds to the logits of single tokens, {token: bias} or such pairs.
+
+  A bias of minus infinity bans the token.
+  """
 
   biases: Mapping[int, float] | tuple[tuple[int, float], ...]
 
   def __post_init__(self):
     biases = dict(self.biases)
     for token, bias in biases.items():
-      if token < 0 or not (abs(bias) <= MOST or bias == -math.inf):
-        raise ValueError(f"a bias of {bias} for token {token}: tokens are 0 or more, a bias is within 1e9 or is -inf")
-    object.__setattr__(self, "biases", tuple(sorted(biases.items())))  # hashable: samplers are arguments of jax.jit
+      if token < 0 or not (abs(bias) <= MAX_PENALTY or bias == -math.inf):
+        raise ValueError(
+          f"a bias of {bias} for token {token}: "
+          f"tokens are 0 or more, a bias is within 1e9 or is -inf"
+        )
+
+    # A tuple is hashable: samplers are static arguments of jax.jit.
+    object.__setattr__(self, "biases", tuple(sorted(biases.items())))
 
   def __call__(self, logits_V, history=None):
+    # NumPy, while tracing: the biases are a constant of the program.
     bias_V = np.zeros(logits_V.size, np.float32)
     for token, bias in self.biases:
       if token >= logits_V.size:
-        raise ValueError(f"a bias for token {token}, where the vocabulary has {logits_V.size} tokens; leave it out")
+        raise ValueError(
+          f"a bias for token {token}, where the vocabulary has {logits_V.size} tokens; leave it out"
+        )
       bias_V[token] = bias
     return logits_V + bias_V
 
 
 @dataclasses.dataclass(frozen=True)
-class MinNew:
-  """Bans `eot` until there are n new tokens."""
+class MinNewTokens:
+  """Minimum length: bans `eot` until there are n new tokens."""
 
   n: int
   eot: int
@@ -222,26 +290,36 @@ class MinNew:
 
 def as_filters(filters) -> tuple:
   """One filter, or several in any sequence, as a tuple. Raises ValueError for what is no filter."""
-  found = (filters,) if callable(filters) else tuple(filters)
-  if odd := [f for f in found if not callable(f) or isinstance(f, Greedy | Sample)]:
-    raise ValueError(f"{odd[0]!r} is no filter; give TopK(40), TopP(0.9), Temperature(0.8) or the like")
-  return found
+  filters = (filters,) if callable(filters) else tuple(filters)
+  for item in filters:
+    if not callable(item) or isinstance(item, Greedy | Sample):
+      raise ValueError(
+        f"{item!r} is no filter; give TopK(40), TopP(0.9), Temperature(0.8) or the like"
+      )
+  return filters
 
 
-def filtered(filters: tuple, logits_V, history=None):
-  """The logits after the filters in their order; the likeliest token is left where they ban every one."""
+def apply_filters(filters: tuple, logits_V, history=None):
+  """The logits after the filters in their order.
+
+  Filters that ban every token leave the likeliest one.
+  """
   if not filters:
     return logits_V
+
+  # Minus infinity stays minus infinity: no filter brings back what one before it has banned.
   left_V = logits_V
-  for f in filters:
-    left_V = f(left_V, history)
+  for apply in filters:
+    left_V = apply(left_V, history)
+
+  # An argmax and not a comparison with the maximum: ties must leave one token as well.
   best_V = jnp.where(jnp.arange(logits_V.size) == jnp.argmax(logits_V), 0.0, -jnp.inf)
   return jnp.where(jnp.max(left_V) > -jnp.inf, left_V, best_V)
 
 
 @dataclasses.dataclass(frozen=True)
 class Greedy:
-  """The likeliest token after `filters`."""
+  """Greedy decoding: the likeliest token after `filters`."""
 
   filters: tuple = ()
 
@@ -249,12 +327,12 @@ class Greedy:
     object.__setattr__(self, "filters", as_filters(self.filters))
 
   def __call__(self, key, logits_V, history=None):
-    return jnp.argmax(filtered(self.filters, logits_V, history))
+    return jnp.argmax(apply_filters(self.filters, logits_V, history))
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """A token drawn from the softmax of the logits after `filters`."""
+  """Random sampling: a token drawn from the softmax of the logits after `filters`."""
 
   filters: tuple = ()
 
@@ -262,4 +340,39 @@ class Sample:
     object.__setattr__(self, "filters", as_filters(self.filters))
 
   def __call__(self, key, logits_V, history=None):
-    return jax.random.categorical(key, filtered(self.filters, logits_V, history))
+    return jax.random.categorical(key, apply_filters(self.filters, logits_V, history))
+
+
+def make_sampler(
+  *,
+  greedy: bool = False,
+  frequency_penalty: float | None = None,
+  presence_penalty: float | None = None,
+  repetition_penalty: float | None = None,
+  no_repeat_ngram: int | None = None,
+  temperature: float | None = None,
+  top_k: int | None = None,
+  top_p: float | None = None,
+  min_p: float | None = None,
+  typical_p: float | None = None,
+) -> Greedy | Sample:
+  """A sampler from keywords; None leaves a filter out.
+
+  Filters apply in the order of the keywords: penalties first, then the temperature, then what is
+  kept. For another order give `Sample((...))`. Raises ValueError for numbers that cannot be.
+  """
+  # In the order in which they apply.
+  options = (
+    (FrequencyPenalty, frequency_penalty),
+    (PresencePenalty, presence_penalty),
+    (RepetitionPenalty, repetition_penalty),
+    (NoRepeatNgram, no_repeat_ngram),
+    (Temperature, temperature),
+    (TopK, top_k),
+    (TopP, top_p),
+    (MinP, min_p),
+    (TypicalP, typical_p),
+  )
+
+  filters = tuple(make(value) for make, value in options if value is not None)
+  return Greedy(filters) if greedy else Sample(filters)

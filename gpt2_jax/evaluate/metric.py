@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics: functions of sums over items, so that a bootstrap resamples them and a subset has its own."""
+"""Metrics (accuracy, perplexity, bits per byte) as functions of sums over items.
+
+Sums can be resampled by a bootstrap, and any subset of the items has its own metric. Means of means
+cannot arise: a metric divides last.
+"""
 
 import dataclasses
 import math
@@ -12,7 +16,7 @@ Sums = Mapping[str, np.ndarray]  # one array of any shape for each number that i
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """`value` maps sums, arrays [...], to scores [...]; `keys` are the sums that it reads."""
+  """A metric: `value` maps sums, arrays [...], to scores [...]; `keys` are the sums it reads."""
 
   value: Callable[[Sums], np.ndarray]
   keys: tuple[str, ...]
@@ -21,24 +25,30 @@ class Metric:
 
 
 def mean(key: str, over: str = "items", unit: str = "", higher: bool = True) -> Metric:
-  """The sum of `key` over that of `over`."""
+  """Mean: the sum of `key` over that of `over`."""
   return Metric(lambda sums: sums[key] / sums[over], (key, over), higher, unit)
 
 
 def percent(key: str, over: str = "items") -> Metric:
-  """The share of `key` in `over`, in per cent."""
+  """Percentage: the share of `key` in `over`, such as the accuracy."""
   return Metric(lambda sums: 100 * sums[key] / sums[over], (key, over), True, "%")
 
 
 def perplexity(over: str) -> Metric:
-  """exp of all nats over the count of `over`: never a mean of exps, nor of means."""
+  """Perplexity: exp of all nats over the count of `over`, never a mean of exps or of means."""
   return Metric(
-    lambda sums: np.exp(sums["nats"] / sums[over]), ("nats", over), False, f"perplexity per {over.removesuffix('s')}"
+    lambda sums: np.exp(sums["nats"] / sums[over]),
+    ("nats", over),
+    False,
+    f"perplexity per {over.removesuffix('s')}",
   )
 
 
 def bits(over: str) -> Metric:
-  """Bits per byte or per character."""
+  """Bits per byte or per character: the nats over ln 2 and the count of `over`."""
   return Metric(
-    lambda sums: sums["nats"] / (math.log(2) * sums[over]), ("nats", over), False, f"bits per {over.removesuffix('s')}"
+    lambda sums: sums["nats"] / (math.log(2) * sums[over]),
+    ("nats", over),
+    False,
+    f"bits per {over.removesuffix('s')}",
   )

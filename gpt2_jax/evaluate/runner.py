@@ -1,15 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task on a model: rows to requests, answers to what each item contributes."""
+"""Evaluation runner: a task on a model, from rows to requests and from answers to sums."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from gpt2_jax.evaluate.scorers import Scorer
-from gpt2_jax.evaluate.sources import MALFORMED, Row, reason
-from gpt2_jax.evaluate.task import Continuation, NextWords, Passage, Prompt, Request, Task
+from gpt2_jax.evaluate.sources import MALFORMED, Row, malformed_reason
+from gpt2_jax.evaluate.task import (
+  GenerateUntil,
+  Loglikelihood,
+  NextWords,
+  Request,
+  RollingLoglikelihood,
+  Task,
+)
 
+T = TypeVar("T")
 Items = dict[str, np.ndarray]  # for each sum what every item contributes, [N]; `items` are ones
 
 
@@ -21,77 +31,116 @@ def run(
   seed: int = 0,
   pool: Sequence[Row] | None = None,
 ) -> Items:
-  """What every row contributes, in the order of the rows; `truncated` marks those whose context was cut to fit.
+  """Evaluates a task, zero-shot or few-shot: what every row contributes, in the order of the rows.
 
-  With `shots`, each item stands after as many solved rows, drawn by the seed and the item's number: of `pool`, which
-  may be all rows where `rows` are its first, or of `rows`, and never the item itself. Raises ValueError, with the row's
-  number, for a row that is malformed or has nothing to score.
+  `truncated` marks the rows whose context was cut to fit. With `shots`, each row comes after as
+  many solved rows. These are drawn by the seed and the row's number from `pool`, or from `rows`,
+  and are never the row itself; `rows` may be the first of the pool. Raises ValueError, with the
+  row's number, for a row that is malformed or has nothing to score.
   """
   if not rows:
     raise ValueError(f"{task.name}: there are no rows")
-  asked = [_requests(task, rows, i, shots, seed, pool) for i in range(len(rows))]
-  answers = iter(scorer.answers([request for requests in asked for request in requests], task.joined))
+
+  # 1. Write the requests of all rows. They are answered together, so that batches are full.
+  requests_of_rows = []
+  requests = []
+  for i in range(len(rows)):
+    requests_of_row = _requests(task, rows, i, shots, seed, pool)
+    requests_of_rows.append(requests_of_row)
+    requests += requests_of_row
+  answers = iter(scorer.answers(requests, task.contiguous))
+
+  # 2. Hand each row its answers, and count.
   items = []
-  for i, (row, requests) in enumerate(zip(rows, asked, strict=True)):
-    given = [next(answers) for _ in requests]
-    truncated = float(any(answer.truncated for answer in given))
-    items.append({"items": 1.0, "truncated": truncated} | _guarded(task, i, lambda: task.sums(row, given)))  # noqa: B023
+  for i, (row, requests_of_row) in enumerate(zip(rows, requests_of_rows, strict=True)):
+    answers_of_row = [next(answers) for _ in requests_of_row]
+    truncated = any(answer.truncated for answer in answers_of_row)
+    sums = _named(task, i, functools.partial(task.sums, row, answers_of_row))
+    items.append({"items": 1.0, "truncated": float(truncated)} | sums)
+
+  # 3. From one dict for each row to one array for each sum.
   return {key: np.array([item[key] for item in items], np.float64) for key in items[0]}
 
 
 def totals(items: Items) -> dict[str, float]:
-  """The sums over all items."""
+  """The sums over all items, which a metric reads."""
   return {key: float(values.sum()) for key, values in items.items()}
 
 
-def _requests(task: Task, rows: Sequence[Row], i: int, shots: int, seed: int, pool) -> list[Request]:
-  prefix = _examples(task, rows, i, shots, seed, pool)
-  requests = _guarded(task, i, lambda: task.requests(rows[i]))
+def _requests(
+  task: Task, rows: Sequence[Row], i: int, shots: int, seed: int, pool: Sequence[Row] | None
+) -> list[Request]:
+  """The requests of row i, each after the same few-shot examples."""
+  prefix = _few_shot_prefix(task, rows, i, shots, seed, pool)
+  requests = _named(task, i, functools.partial(task.requests, rows[i]))
+
   for request in requests:
-    if not _asked(request):
-      raise ValueError(f"{task.name}: row {i:,} has nothing to score: its {type(request).__name__.lower()} is empty")
-  return [_after(prefix, request) for request in requests] if prefix else requests
+    part, text = _required_text(request)
+    if not text:
+      raise ValueError(f"{task.name}: row {i:,} has nothing to score: its {part} is empty")
+  return [_with_prefix(prefix, request) for request in requests] if prefix else requests
 
 
-def _asked(request: Request) -> str:
-  """What may not be empty."""
+def _required_text(request: Request) -> tuple[str, str]:
+  """What may not be empty in a request: its name and its text."""
   match request:
-    case Continuation(_, continuation):
-      return continuation
+    case Loglikelihood(_, continuation):
+      return "continuation", continuation
     case NextWords(context):
-      return context
-  return request.text
+      return "context", context
+    case GenerateUntil(text):
+      return "prompt", text
+    case RollingLoglikelihood(text):
+      return "text", text
 
 
-def _examples(task: Task, rows: Sequence[Row], i: int, shots: int, seed: int, pool) -> str:
-  """The solved rows before item i."""
+def _few_shot_prefix(
+  task: Task, rows: Sequence[Row], i: int, shots: int, seed: int, pool: Sequence[Row] | None
+) -> str:
+  """Few-shot prompt of row i: solved rows of the pool, drawn without replacement."""
   if not shots:
     return ""
   if task.example is None:
     raise ValueError(f"{task.name} takes no examples before an item; leave the shots out")
   pool = rows if pool is None else pool
-  own = i < len(pool) and pool[i] is rows[i]  # the pool is the rows, or all of which they are the first
-  count = len(pool) - own
+
+  # 1. The row itself is left out. The pool has it if the pool is the rows, or begins with them.
+  has_itself = i < len(pool) and pool[i] is rows[i]
+  count = len(pool) - has_itself
   if shots > count:
-    raise ValueError(f"{task.name}: {shots} examples are asked for, and there are {count:,} rows to draw from")
+    raise ValueError(
+      f"{task.name}: {shots} examples are asked for, and there are {count:,} rows to draw from"
+    )
+
+  # 2. Draw among the others, and skip over the row itself. Seed and row alone decide the draw, so
+  #    that the first rows have the same examples in a run of all.
   drawn_K = np.random.default_rng([seed, i]).choice(count, shots, replace=False)
-  drawn_K += own & (drawn_K >= i)
-  solved = (_guarded(task, j, lambda j=j: task.example(pool[j]), "example") for j in drawn_K.tolist())
-  return "".join(example + task.separator for example in solved)
+  drawn_K += has_itself & (drawn_K >= i)
+
+  # 3. Write them out.
+  prefix = ""
+  for j in drawn_K.tolist():
+    example = _named(task, j, functools.partial(task.example, pool[j]), "example")
+    prefix += example + task.separator
+  return prefix
 
 
-def _after(prefix: str, request: Request) -> Request:
+def _with_prefix(prefix: str, request: Request) -> Request:
+  """The request after few-shot examples."""
   match request:
-    case Prompt(text):
+    case GenerateUntil(text):
       return dataclasses.replace(request, text=prefix + text)
-    case Continuation(context) | NextWords(context):
+    case Loglikelihood(context) | NextWords(context):
       return dataclasses.replace(request, context=prefix + context)
-    case Passage():
-      raise ValueError("a passage has no context in which examples could stand")
+    case RollingLoglikelihood():
+      raise ValueError("a rolling log-likelihood has no context for examples; leave the shots out")
 
 
-def _guarded(task: Task, i: int, make, what: str = "row"):
+def _named(task: Task, i: int, call: Callable[[], T], what: str = "row") -> T:
+  """Returns what `call` returns; names task and row in the error if the row is malformed."""
   try:
-    return make()
+    return call()
   except MALFORMED as error:
-    raise ValueError(f"{task.name}: {what} {i:,} is malformed: {reason(error)}") from error
+    raise ValueError(
+      f"{task.name}: {what} {i:,} is malformed: {malformed_reason(error)}"
+    ) from error

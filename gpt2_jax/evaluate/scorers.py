@@ -1,40 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers to requests: texts become tokens, tokens rows, and the rows' scores sums."""
+"""Scorer of lm_eval's request types: log-likelihood, rolling log-likelihood, generate-until.
+
+Texts become tokens, tokens become rows, and the scores of rows become sums.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import numpy as np
 
-from gpt2_jax.convert.weights import progress
-from gpt2_jax.decoding.cache import Decoder, ready
+from gpt2_jax.decoding.kv_cache import InferenceModel, for_inference
 from gpt2_jax.decoding.samplers import Greedy, Sample, TopK
-from gpt2_jax.evaluate.likelihood import Ids, Row, Scores, branches, planned_for, score, tail, windows
+from gpt2_jax.evaluate.batching import BatchPlan
+from gpt2_jax.evaluate.generation import MAX_WORD_TOKENS, next_words, write
+from gpt2_jax.evaluate.loglikelihood import (
+  Ids,
+  ScoredRow,
+  Scores,
+  plan_on_mesh,
+  score,
+  score_last,
+  sliding_windows,
+  tree_row,
+)
 from gpt2_jax.evaluate.task import (
   Answer,
-  Continuation,
   Generated,
+  GenerateUntil,
   Likelihood,
+  Loglikelihood,
   NextWords,
-  Passage,
-  Prompt,
   Request,
+  RollingLoglikelihood,
   Words,
 )
-from gpt2_jax.evaluate.writing import PIECES, next_words, write
+from gpt2_jax.files import progress
 from gpt2_jax.model import GPT2
 from gpt2_jax.tokenizer import Tokenizer
 
-SHARED = 0.75  # of the tokens that would be read one by one: continuations with no more share their context
+# Continuations of one context share it in one row (tree attention) where that leaves less than this
+# share of the tokens to be read.
+SHARED_PREFIX_BELOW = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
   """Answers requests with a model on its mesh.
 
-  `batch_size` rows go to the mesh at once, rounded up to what divides it. `stride` says how many tokens a window over a
-  passage predicts after the first: n_ctx where it is None, and with 1 every token has all the context there is.
+  `batch_size` rows go to the mesh at once, rounded up to what divides it. `stride` is the number of
+  tokens that a sliding window predicts after the first window. None means n_ctx; with 1 every token
+  has all the context there is.
   """
 
   model: GPT2
@@ -50,183 +66,313 @@ class Scorer:
     if self.stride is not None and not 1 <= self.stride <= n_ctx:
       raise ValueError(f"a stride of {self.stride} is not from 1 to the context's {n_ctx}")
     if self.tokenizer is None:
-      raise ValueError("there is no tokenizer to read the requests with; give one, as of load_tokenizer")
+      raise ValueError(
+        "there is no tokenizer to read the requests with; give one, as of load_tokenizer"
+      )
 
-  def answers(self, requests: Sequence[Request], joined: bool = False) -> list[Answer]:
+  def answers(self, requests: Sequence[Request], contiguous: bool = False) -> list[Answer]:
     """The answer to each request, in their order.
 
-    `joined` takes all passages for one text in parts. Draws depend on the seed and a request's number here. Raises
-    ValueError for a request that cannot be answered, FloatingPointError where the model's logits are NaN.
+    `contiguous` takes the texts of all RollingLoglikelihood requests for one text in parts. Draws
+    depend on the seed and on the number of a request in `requests`. Raises ValueError for a request
+    that cannot be answered, FloatingPointError where the model's logits are NaN.
     """
-    kinds = {Continuation: self._continuations, Passage: self._joined if joined else self._passages}
-    kinds |= {Prompt: self._prompts, NextWords: self._next_words}
+    rolling = self._contiguous_loglikelihoods if contiguous else self._rolling_loglikelihoods
+    methods = {
+      Loglikelihood: self._loglikelihoods,
+      RollingLoglikelihood: rolling,
+      GenerateUntil: self._generate_until,
+      NextWords: self._next_words,
+    }
+
+    # All requests of one type go together, so that batches are full.
+    numbers_by_type = _grouped(requests, type)
     answers = {}
-    for kind, answer in kinds.items():
-      numbers = [i for i, request in enumerate(requests) if isinstance(request, kind)]
+    for request_type, method in methods.items():
+      numbers = numbers_by_type.get(request_type, [])
       if numbers:
-        answers |= zip(numbers, answer([requests[i] for i in numbers], numbers), strict=True)
+        of_type = [requests[i] for i in numbers]
+        answers.update(zip(numbers, method(of_type, numbers), strict=True))
     return [answers[i] for i in range(len(requests))]
 
-  def continuations(self, pairs: Sequence[tuple[Ids, Ids]], counts: Sequence[int] | None = None) -> list[Likelihood]:
-    """How likely each second list of tokens is after the first; with `counts`, only that many of its last tokens.
+  # ---- log-likelihood of tokens
 
-    Contexts lose their beginning where the two exceed n_ctx + 1. Raises ValueError for a continuation that is empty
-    or longer than n_ctx.
+  def loglikelihoods(
+    self, pairs: Sequence[tuple[Ids, Ids]], counts: Sequence[int] | None = None
+  ) -> list[Likelihood]:
+    """Log-likelihood of each continuation after its context, both as tokens.
+
+    With `counts`, only that many of its last tokens are scored. Contexts lose their beginning where
+    the two exceed n_ctx + 1. Raises ValueError for a continuation that is empty or longer than
+    n_ctx.
     """
     n_ctx = self.model.config.n_ctx
     for context, continuation in pairs:
-      if not continuation:
-        raise ValueError("a continuation has no tokens: there is nothing to score")
-      if not context:
-        raise ValueError("a continuation has no token before it; give a context, or a tokenizer with <|endoftext|>")
-      if len(continuation) > n_ctx:
-        raise ValueError(f"a continuation of {len(continuation):,} tokens exceeds the context of {n_ctx:,}; shorten it")
+      _check_pair(context, continuation, n_ctx)
     counts = counts or [len(continuation) for _, continuation in pairs]
-    plain, shared = self._sorted(pairs)
-    scores = dict(zip(plain, self._score([_row(pairs[i], counts[i], n_ctx) for i in plain]), strict=True))
-    trees = self._score([branches(pairs[group[0]][0], [pairs[i][1] for i in group]) for group in shared])
-    for group, (nats_T, first_T) in zip(shared, trees, strict=True):
-      cuts = np.cumsum([len(pairs[i][1]) for i in group])[:-1]
-      for i, *found in zip(group, np.split(nats_T, cuts), np.split(first_T, cuts), strict=True):
-        scores[i] = tuple(x_T[len(x_T) - counts[i] :] for x_T in found)
-    return [_likelihood(scores[i], len(pair[0]) + len(pair[1]) > n_ctx + 1) for i, pair in enumerate(pairs)]
+    alone, groups = self._group_by_context(pairs)
+    scores = {}
 
-  def passages(self, texts: Sequence[Ids]) -> list[Likelihood]:
-    """How likely each list of tokens is after `<|endoftext|>`; without one the first token is not scored."""
-    return [_likelihood(found) for found in self._rolling(texts)]
+    # 1. Pairs with a row of their own.
+    rows = [_pair_row(pairs[i], counts[i], n_ctx) for i in alone]
+    scores.update(zip(alone, self._score(rows), strict=True))
 
-  # ---- what the four kinds of requests become
+    # 2. Continuations that share the row of their context. There all their tokens are scored, and
+    #    those beyond `counts` are dropped.
+    trees = []
+    for group in groups:
+      context, _ = pairs[group[0]]
+      trees.append(tree_row(context, [pairs[i][1] for i in group]))
+    for group, (nats_T, first_T) in zip(groups, self._score(trees), strict=True):
+      end = 0
+      for i in group:
+        end += len(pairs[i][1])
+        begin = end - counts[i]
+        scores[i] = (nats_T[begin:end], first_T[begin:end])
 
-  def _continuations(self, requests: Sequence[Continuation], numbers) -> list[Likelihood]:
-    parts = [_parted(request.context, request.continuation) for request in requests]
-    ids = self._encoded(text for context, continuation in parts for text in (context, context + continuation))
-    begins = [len(ids[context]) for context, _ in parts]
+    # 3. Sum.
+    likelihoods = []
+    for i, (context, continuation) in enumerate(pairs):
+      truncated = len(context) + len(continuation) > n_ctx + 1
+      likelihoods.append(_likelihood(scores[i], truncated))
+    return likelihoods
+
+  def rolling_loglikelihoods(self, texts: Sequence[Ids]) -> list[Likelihood]:
+    """Rolling log-likelihood of each list of tokens, the first after `<|endoftext|>`.
+
+    If the tokenizer has no such token, the first token is not scored.
+    """
+    return list(map(_likelihood, self._score_windows(texts)))
+
+  # ---- the four types of requests
+
+  def _loglikelihoods(self, requests: Sequence[Loglikelihood], numbers) -> list[Likelihood]:
+    """Log-likelihood requests: tokenizes context and continuation together, and cuts."""
+    # 1. Encode each context, and each context with its continuation.
+    parts = [_move_whitespace(request.context, request.continuation) for request in requests]
+    texts = []
+    for context, continuation in parts:
+      texts += [context, context + continuation]
+    ids = self._encode_distinct(texts)
+
+    # 2. As many tokens as the context has alone are the context's; the others are scored. So a
+    #    token across the border counts as context, as in lm-evaluation-harness.
     pairs = []
-    for (context, continuation), begin in zip(parts, begins, strict=True):
-      pairs.append((self._begun(ids[context]), ids[context + continuation][begin:]))
-      if not pairs[-1][1]:
-        raise ValueError(f"the continuation {continuation!r} has no tokens of its own after {context[-20:]!r}")
-    counts = [1 if request.last_piece else len(pair[1]) for request, pair in zip(requests, pairs, strict=True)]
-    return self.continuations(pairs, counts)
-
-  def _passages(self, requests: Sequence[Passage], numbers) -> list[Likelihood]:
-    ids = self._encoded(request.text for request in requests)
-    return self.passages([ids[request.text] for request in requests])
-
-  def _joined(self, requests: Sequence[Passage], numbers) -> list[Likelihood]:
-    """Each token belongs to the passage in which it begins."""
-    ids, starts = self.tokenizer.encode_with_offsets("".join(request.text for request in requests))
-    [(nats_T, first_T)] = self._rolling([ids])
-    ends = np.cumsum([len(request.text) for request in requests])
-    owner_T = np.searchsorted(ends, starts[len(ids) - len(nats_T) :], side="right")
-    cuts = np.searchsorted(owner_T, np.arange(1, len(requests)))
-    return [_likelihood(found) for found in zip(np.split(nats_T, cuts), np.split(first_T, cuts), strict=True)]
-
-  def _prompts(self, requests: Sequence[Prompt], numbers: Sequence[int]) -> list[Generated]:
-    answers = {}
-    for n_new, top_k in dict.fromkeys((request.n_new, request.top_k) for request in requests):
-      mine = [i for i, request in enumerate(requests) if (request.n_new, request.top_k) == (n_new, top_k)]
-      prompts = self._cut([requests[i].text for i in mine], n_new)
-      planned = planned_for(self.model, [len(prompt) for prompt, _ in prompts], self.batch_size)
-      for batch in progress(planned.batches, "writing"):
-        found = write(
-          self._decoder,
-          self.tokenizer,
-          [prompts[i][0] for i in batch.rows],
-          n_new,
-          [requests[mine[i]].stop for i in batch.rows],
-          Greedy() if top_k == 1 else Sample((TopK(top_k),)),
-          (self.seed, [numbers[mine[i]] for i in batch.rows]),
-          (planned.size, batch.length),
+    counts = []
+    for request, (context, continuation) in zip(requests, parts, strict=True):
+      continuation_ids = ids[context + continuation][len(ids[context]) :]
+      if not continuation_ids:
+        raise ValueError(
+          f"the continuation {continuation!r} has no tokens of its own after {context[-20:]!r}"
         )
-        for i, written in zip(batch.rows, found, strict=True):
-          answers[mine[i]] = Generated(*written, truncated=prompts[i][1])
-    return [answers[i] for i in range(len(requests))]
+      pairs.append((self._nonempty(ids[context]), continuation_ids))
+      counts.append(1 if request.last_token_only else len(continuation_ids))
+    return self.loglikelihoods(pairs, counts)
+
+  def _rolling_loglikelihoods(
+    self, requests: Sequence[RollingLoglikelihood], numbers
+  ) -> list[Likelihood]:
+    ids = self._encode_distinct(request.text for request in requests)
+    return self.rolling_loglikelihoods([ids[request.text] for request in requests])
+
+  def _contiguous_loglikelihoods(
+    self, requests: Sequence[RollingLoglikelihood], numbers
+  ) -> list[Likelihood]:
+    """Rolling log-likelihood of one text in parts: a token belongs to the part it begins in."""
+    # 1. Score the parts as one text. Without `<|endoftext|>` its first token has no score.
+    texts = [request.text for request in requests]
+    ids, starts = self.tokenizer.encode_with_offsets("".join(texts))
+    [(nats_T, first_T)] = self._score_windows([ids])
+    scored_starts = starts[len(ids) - len(nats_T) :]
+
+    # 2. Cut the scores where the parts end.
+    ends = np.cumsum([len(text) for text in texts])
+    part_T = np.searchsorted(ends, scored_starts, side="right")
+    cuts = np.searchsorted(part_T, np.arange(1, len(requests)))
+    parts = zip(np.split(nats_T, cuts), np.split(first_T, cuts), strict=True)
+    return list(map(_likelihood, parts))
+
+  def _generate_until(
+    self, requests: Sequence[GenerateUntil], numbers: Sequence[int]
+  ) -> list[Generated]:
+    """Generate-until requests: texts up to a stop string, greedy or with top-k sampling."""
+    answers = {}
+    # One sampler and one number of new tokens to a batch: both are compiled in.
+    groups = _grouped(requests, lambda request: (request.n_new, request.top_k))
+    for (n_new, top_k), group in groups.items():
+      # 1. Truncate, and plan batches of similar lengths.
+      sampler = Greedy() if top_k == 1 else Sample((TopK(top_k),))
+      prompts = self._truncated([requests[i].text for i in group], n_new)
+      plan = self._plan(prompts)
+
+      # 2. Generate. A draw depends on the seed and the request's number, never on its batch.
+      for batch in progress(plan.batches, "writing"):
+        in_batch = [group[row] for row in batch.rows]
+        generated = write(
+          self._inference_model,
+          self.tokenizer,
+          [prompts[row][0] for row in batch.rows],
+          n_new,
+          [requests[i].stop for i in in_batch],
+          sampler,
+          (self.seed, [numbers[i] for i in in_batch]),
+          (plan.size, batch.length),
+        )
+        for i, row, answer in zip(in_batch, batch.rows, generated, strict=True):
+          answers[i] = Generated(*answer, truncated=prompts[row][1])
+    return _in_order(answers)
 
   def _next_words(self, requests: Sequence[NextWords], numbers) -> list[Words]:
+    """Next-word requests: the likeliest whole words after each context."""
     answers = {}
-    for n in dict.fromkeys(request.n for request in requests):
-      mine = [i for i, request in enumerate(requests) if request.n == n]
-      contexts = self._cut([requests[i].context for i in mine], PIECES)
-      planned = planned_for(self.model, [len(context) for context, _ in contexts], self.batch_size)
-      for batch in progress(planned.batches, "next words"):
-        found = next_words(
-          self._decoder, self.tokenizer, [contexts[i][0] for i in batch.rows], n, (planned.size, batch.length)
-        )
-        for i, words in zip(batch.rows, found, strict=True):
-          answers[mine[i]] = Words(*words, truncated=contexts[i][1])
-    return [answers[i] for i in range(len(requests))]
+    for n, group in _grouped(requests, lambda request: request.n).items():
+      contexts = self._truncated([requests[i].context for i in group], MAX_WORD_TOKENS)
+      plan = self._plan(contexts)
 
-  def _cut(self, texts: Sequence[str], n_new: int) -> list[tuple[list[int], bool]]:
-    """The tokens of each text, without its beginning where that leaves no room for `n_new`, and whether it is so."""
-    ids, room = self._encoded(texts), self.model.config.n_ctx - n_new
-    if room < 1:
-      raise ValueError(f"{n_new} new tokens leave no room for a prompt in a context of {room + n_new}; ask for fewer")
-    prompts = [self._begun(ids[text]) for text in texts]
-    if not all(prompts):
-      raise ValueError("this tokenizer has no <|endoftext|> for an empty prompt to begin with; give some text")
-    return [(prompt[-room:], len(prompt) > room) for prompt in prompts]
+      for batch in progress(plan.batches, "next words"):
+        words = next_words(
+          self._inference_model,
+          self.tokenizer,
+          [contexts[row][0] for row in batch.rows],
+          n,
+          (plan.size, batch.length),
+        )
+        for row, answer in zip(batch.rows, words, strict=True):
+          answers[group[row]] = Words(*answer, truncated=contexts[row][1])
+    return _in_order(answers)
 
   # ---- tokens and batches
 
-  def _encoded(self, texts: Iterable[str]) -> dict[str, list[int]]:
-    """The tokens of each different text."""
+  def _encode_distinct(self, texts: Iterable[str]) -> dict[str, list[int]]:
+    """The tokens of each text; equal texts are encoded once."""
     texts = list(dict.fromkeys(texts))
     return dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
 
-  def _begun(self, ids: list[int]) -> list[int]:
-    """What stands before a continuation: `<|endoftext|>` where that is nothing."""
+  def _nonempty(self, ids: list[int]) -> list[int]:
+    """The tokens of a context: `<|endoftext|>` for an empty one, if the tokenizer has it."""
     if ids or self.tokenizer.eot is None:
       return ids
     return [self.tokenizer.eot]
 
-  def _rolling(self, texts: Sequence[Ids]) -> list[Scores]:
-    """Scores of every token, in windows that slide over each text."""
-    n_ctx, begin = self.model.config.n_ctx, [] if self.tokenizer.eot is None else [self.tokenizer.eot]
-    rows = [windows(np.array([*begin, *text], np.int32), n_ctx, self.stride or n_ctx) for text in texts]
-    scores = iter(self._score([row for of_text in rows for row in of_text]))
-    nothing = np.zeros(0, np.float32), np.zeros(0, bool)
-    parts = [[nothing, *(next(scores) for _ in of_text)] for of_text in rows]
-    return [tuple(map(np.concatenate, zip(*part, strict=True))) for part in parts]
+  def _truncated(self, texts: Sequence[str], n_new: int) -> list[tuple[list[int], bool]]:
+    """Left-truncates prompts so that `n_new` tokens fit: the tokens, and whether some were cut."""
+    n_ctx = self.model.config.n_ctx
+    room = n_ctx - n_new
+    if room < 1:
+      raise ValueError(
+        f"{n_new} new tokens leave no room for a prompt in a context of {n_ctx}; ask for fewer"
+      )
 
-  def _score(self, rows: Sequence[Row]) -> list[Scores]:
+    # A prompt that is still empty has no token to predict the first one from.
+    ids = self._encode_distinct(texts)
+    prompts = [self._nonempty(ids[text]) for text in texts]
+    if not all(prompts):
+      raise ValueError(
+        "this tokenizer has no <|endoftext|> for an empty prompt to begin with; give some text"
+      )
+    return [(prompt[-room:], len(prompt) > room) for prompt in prompts]
+
+  def _plan(self, prompts: Sequence[tuple[list[int], bool]]) -> BatchPlan:
+    lengths = [len(ids) for ids, _ in prompts]
+    return plan_on_mesh(self.model, lengths, self.batch_size)
+
+  def _score_windows(self, texts: Sequence[Ids]) -> list[Scores]:
+    """Scores of every token of each text, in sliding windows."""
+    n_ctx = self.model.config.n_ctx
+    begin = [] if self.tokenizer.eot is None else [self.tokenizer.eot]
+
+    # 1. The windows of all texts in one list, so that batches are full.
+    rows = []
+    n_windows = []
+    for text in texts:
+      windows = sliding_windows(np.array([*begin, *text], np.int32), n_ctx, self.stride or n_ctx)
+      rows += windows
+      n_windows.append(len(windows))
+    scores = iter(self._score(rows))
+
+    # 2. Concatenate the scores of each text. One without tokens has no window and no scores.
+    of_texts = []
+    for n in n_windows:
+      nats = [np.zeros(0, np.float32)]
+      first = [np.zeros(0, bool)]
+      for _ in range(n):
+        nats_T, first_T = next(scores)
+        nats.append(nats_T)
+        first.append(first_T)
+      of_texts.append((np.concatenate(nats), np.concatenate(first)))
+    return of_texts
+
+  def _score(self, rows: Sequence[ScoredRow]) -> list[Scores]:
     return score(self.model, rows, self.batch_size)
 
-  def _sorted(self, pairs: Sequence[tuple[Ids, Ids]]) -> tuple[list[int], list[list[int]]]:
-    """Which pairs are scored alone, and which together: those whose common context is much of what would be read."""
-    groups = {}
-    for i, (context, _) in enumerate(pairs):
-      groups.setdefault(tuple(context), []).append(i)
-    plain, shared = [], []
-    for context, group in groups.items():
-      alone = sum(len(context) + len(pairs[i][1]) - 1 for i in group)
-      together = alone - (len(group) - 1) * (len(context) - 1)
-      if together < SHARED * alone and together <= self.model.config.n_ctx:
+  def _group_by_context(
+    self, pairs: Sequence[tuple[Ids, Ids]]
+  ) -> tuple[list[int], list[list[int]]]:
+    """Shared prefixes: which pairs are scored alone, and which share the row of their context.
+
+    They share it where the context is much of what would be read, and all fits n_ctx.
+    """
+    alone = []
+    shared = []
+    for context, group in _grouped(pairs, lambda pair: tuple(pair[0])).items():
+      # The last token of a context is repeated at the beginning of each branch.
+      tokens_apart = sum(len(context) + len(pairs[i][1]) - 1 for i in group)
+      tokens_together = tokens_apart - (len(group) - 1) * (len(context) - 1)
+
+      saves_enough = tokens_together < SHARED_PREFIX_BELOW * tokens_apart
+      if saves_enough and tokens_together <= self.model.config.n_ctx:
         shared.append(group)
       else:
-        plain += group
-    return plain, shared
+        alone += group
+    return alone, shared
 
   @functools.cached_property
-  def _decoder(self) -> Decoder:
-    return ready(self.model)
+  def _inference_model(self) -> InferenceModel:
+    return for_inference(self.model)
 
 
-def _parted(context: str, continuation: str) -> tuple[str, str]:
-  """Whitespace at the end of a context begins the continuation: GPT-2's pieces have their space in front.
+def _check_pair(context: Ids, continuation: Ids, n_ctx: int) -> None:
+  if not continuation:
+    raise ValueError("a continuation has no tokens: there is nothing to score")
+  if not context:
+    raise ValueError(
+      "a continuation has no token before it; give a context, or a tokenizer with <|endoftext|>"
+    )
+  if len(continuation) > n_ctx:
+    raise ValueError(
+      f"a continuation of {len(continuation):,} tokens exceeds the context of {n_ctx:,}; shorten it"
+    )
+
+
+def _move_whitespace(context: str, continuation: str) -> tuple[str, str]:
+  """Moves trailing whitespace of the context to the continuation: GPT-2's tokens begin with it.
 
   As lm-evaluation-harness does it (`TemplateLM._encode_pair`).
   """
-  kept = context.rstrip()
-  return kept, context[len(kept) :] + continuation
+  stripped = context.rstrip()
+  return stripped, context[len(stripped) :] + continuation
 
 
-def _row(pair: tuple[Ids, Ids], count: int, n_ctx: int) -> Row:
+def _pair_row(pair: tuple[Ids, Ids], count: int, n_ctx: int) -> ScoredRow:
   """The row of a context and its continuation, whose last `count` tokens are scored."""
   context, continuation = pair
-  return tail(np.array([*context, *continuation][-n_ctx - 1 :], np.int32), count)
+  tokens = [*context, *continuation][-n_ctx - 1 :]
+  return score_last(np.array(tokens, np.int32), count)
 
 
 def _likelihood(scores: Scores, truncated: bool = False) -> Likelihood:
   nats_T, first_T = scores
-  return Likelihood(float(nats_T.sum(dtype=np.float64)), len(nats_T), bool(first_T.all()), truncated)
+  nats = float(nats_T.sum(dtype=np.float64))
+  return Likelihood(nats, len(nats_T), bool(first_T.all()), truncated)
+
+
+def _grouped(items: Sequence, key: Callable) -> dict[Hashable, list[int]]:
+  """The numbers of the items of each key; keys in the order in which they first occur."""
+  groups = {}
+  for i, item in enumerate(items):
+    groups.setdefault(key(item), []).append(i)
+  return groups
+
+
+def _in_order(answers: dict[int, Answer]) -> list[Answer]:
+  return [answers[i] for i in range(len(answers))]

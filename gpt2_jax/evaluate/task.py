@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a task is: pure functions from a row of a dataset to requests, and from their answers to sums.
+"""Evaluation tasks: pure functions from a dataset's row to requests, and from answers to sums.
 
-A row is a plain dict. A request says what a model is asked, in text; the scorers answer it. What an item contributes
-is a dict of numbers that are added up over items; a metric is a function of those sums, so that any subset or resample
-of the items has one.
+A row is a plain dict. A request says in text what a model is asked, and a scorer answers it. An
+item contributes a dict of numbers, which are added up over items. A metric is a function of those
+sums, so that any subset or resample of the items has one.
 """
 
 import dataclasses
@@ -12,91 +12,112 @@ from collections.abc import Callable
 from gpt2_jax.evaluate.metric import Metric
 from gpt2_jax.evaluate.sources import Row, Source
 
+# ---- requests: what a model is asked
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Continuation:
-  """How likely is `continuation` after `context`? An empty context stands for `<|endoftext|>`."""
+class Loglikelihood:
+  """Request for the log-likelihood of `continuation` after `context`.
+
+  An empty context stands for `<|endoftext|>`.
+  """
 
   context: str
   continuation: str
-  last_piece: bool = False  # only the continuation's last token is scored
+  last_token_only: bool = False  # scores only the continuation's last token, given the others
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Passage:
-  """How likely is a text of any length, its first token after `<|endoftext|>`, in windows that slide?"""
+class RollingLoglikelihood:
+  """Request for the log-likelihood of a text of any length, in sliding windows.
+
+  The text's first token is scored after `<|endoftext|>`.
+  """
 
   text: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Prompt:
-  """What does the model write after `text`? At most `n_new` tokens, up to `<|endoftext|>` or a `stop` string."""
+class GenerateUntil:
+  """Request for the text that the model generates after `text`.
+
+  Generation ends after `n_new` tokens, at `<|endoftext|>`, or at a `stop` string.
+  """
 
   text: str
   n_new: int
   stop: tuple[str, ...] = ()
-  top_k: int = 1  # 1 is greedy; otherwise a draw among the k most likely, by the row's number and the seed
+  # 1 is greedy. More draws among the k most likely tokens, by the seed and the row's number.
+  top_k: int = 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NextWords:
-  """Which are likely next words: the `n` most likely first pieces, each finished greedily up to the word's end."""
+  """Request for likely next words.
+
+  Each of the `n` most likely first tokens is continued greedily to the end of its word.
+  """
 
   context: str
   n: int
 
 
-Request = Continuation | Passage | Prompt | NextWords
+Request = Loglikelihood | RollingLoglikelihood | GenerateUntil | NextWords
+
+# ---- answers: what a scorer returns
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Likelihood:
-  """The answer to Continuation and Passage."""
+  """The answer to Loglikelihood and RollingLoglikelihood."""
 
-  nats: float  # -log p of the scored tokens, together
-  tokens: int  # how many
+  nats: float  # -log p, summed over the scored tokens
+  tokens: int  # number of scored tokens
   greedy: bool  # whether each of them was the model's first choice
-  truncated: bool  # whether the context lost its beginning, so that all fits n_ctx (a Passage never does)
+  # Whether the context lost its beginning, so that all fits n_ctx. Never for a rolling request.
+  truncated: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Generated:
-  """The answer to Prompt: the text without the stop string; `nats` are those of its tokens, `tokens` of them."""
+  """The answer to GenerateUntil: the text without the stop string."""
 
   text: str
-  nats: float
+  nats: float  # -log p, summed over the text's tokens
   tokens: int
   truncated: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Words:
-  """The answer to NextWords: whole words without the space before them, and -log p of each, least first."""
+  """The answer to NextWords: whole words without the space before them, most likely first."""
 
   words: tuple[str, ...]
-  nats: tuple[float, ...]
+  nats: tuple[float, ...]  # -log p of each word
   truncated: bool
 
 
 Answer = Likelihood | Generated | Words
 
+# ---- tasks
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A task under one protocol: where its rows come from, what is asked, and what counts.
+  """A task under one protocol: its rows, its requests, and what counts as right.
 
-  `example` writes a row out solved, for few-shot contexts; examples and the item itself are joined by `separator`.
-  `joined` says that the rows' passages are one text, in their order, of which each row is a part.
+  `example` writes a row with its solution, for few-shot contexts; `separator` follows each example.
+  `contiguous` says that the rows are consecutive parts of one text. They are then scored as that
+  text, and are rows only so that they can be resampled.
   """
 
   name: str
   protocol: str
-  about: str  # one line: what is scored, and whose protocol it is
+  description: str  # one line: what is scored, and whose protocol it is
   source: Source
   requests: Callable[[Row], list[Request]]
   sums: Callable[[Row, list[Answer]], dict[str, float]]
-  metrics: dict[str, Metric]  # the first is the one that tables and plots show
+  metrics: dict[str, Metric]  # tables and plots show the first
   example: Callable[[Row], str] | None = None
   separator: str = "\n\n"
-  joined: bool = False
+  contiguous: bool = False

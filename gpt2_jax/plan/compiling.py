@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the project's own training step for a TPU that is not here, with libtpu's compile-only client.
+"""Compiles the training step ahead of time (AOT) for a TPU topology, on a machine without a TPU.
 
-No TPU and no cloud account: the compiler needs the name of a topology. libtpu reads its settings from the environment
-when it is first loaded, so `open_topology` must come before anything else in the process wakes it.
+libtpu has a compile-only client: it needs the name of a topology, no TPU and no cloud account. It
+reads its settings from the environment when it is first loaded, so `open_topology` has to come
+before anything else in the process that loads it.
 """
 
 import contextlib
@@ -25,12 +26,17 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from gpt2_jax import train
+from gpt2_jax.batch import Batch
 from gpt2_jax.chips import Topology
+from gpt2_jax.files import first_line
+from gpt2_jax.loss import NextToken, mean_loss
 from gpt2_jax.model import ModelConfig, check_mesh
 from gpt2_jax.plan import program
+from gpt2_jax.runs import knobs
 from gpt2_jax.sharding import BATCH, concrete, make_mesh
 
-SETTINGS = {  # a machine without TPUs: no metadata server to ask, no logs, several processes at once
+# A machine without TPUs: no metadata server to ask, no logs, several processes at once.
+LIBTPU_SETTINGS = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_WORKER_HOSTNAMES": "localhost",
   "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -39,20 +45,24 @@ SETTINGS = {  # a machine without TPUs: no metadata server to ask, no logs, seve
   "TPU_STDERR_LOG_LEVEL": "3",
   "TPU_MIN_LOG_LEVEL": "3",
 }
-# The instructions of each kernel, which nothing else counts.
-DUMP = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
+# Dumps the instructions of each kernel, the only place from which its cycles can be counted.
+DUMP_FLAGS = (
+  "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true "
+  "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
+)
 
 
 class DoesNotFit(ValueError):
-  """The compiler ran out of HBM. The message says how much is wanted and how much there is."""
+  """The compiler ran out of HBM. The message says how much is needed and how much there is."""
 
 
 @functools.cache
-def _dump() -> tempfile.TemporaryDirectory:
+def _dump_folder() -> tempfile.TemporaryDirectory:
   """The folder of the compiler's dumps, one a process; sets what libtpu reads when it is loaded."""
   folder = tempfile.TemporaryDirectory(prefix="gpt2_jax_plan_")
-  os.environ.update(SETTINGS)
-  os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {DUMP.format(folder.name)}".strip()
+  # The user's own flags stay.
+  flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {DUMP_FLAGS.format(folder.name)}"
+  os.environ.update(LIBTPU_SETTINGS, LIBTPU_INIT_ARGS=flags.strip())
   return folder
 
 
@@ -63,27 +73,29 @@ def check_installed() -> None:
 
 
 def open_topology(topology: Topology) -> list:
-  """Its devices, of all slices. Raises ImportError without libtpu, ValueError where libtpu knows no such topology."""
+  """The topology's devices, of all slices, as JAX shows them.
+
+  Raises ImportError without libtpu, ValueError if libtpu does not know the topology.
+  """
   check_installed()
-  _dump()
-  bounds = (2, 2, 1)
-  if topology.chip.dimensions == 2 and topology.shape[0] == 1:
-    bounds = (1, min(2, topology.shape[1]), 1)
+  _dump_folder()
+
   try:
     return topologies.get_topology_desc(
       platform="tpu",
       topology_name=topology.name,
-      chip_config_name=topology.chip.config,
-      chips_per_host_bounds=bounds,
+      chip_config_name=topology.chip.libtpu_config,
+      chips_per_host_bounds=topology.host_bounds,
       num_slices=topology.slices,
     ).devices
   except (RuntimeError, ValueError) as error:
-    raise ValueError(f"libtpu does not know {topology.name}: {str(error).splitlines()[0][:200]}") from error
+    reason = first_line(error, limit=200)
+    raise ValueError(f"libtpu does not know {topology.name}: {reason}") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """A training step as the compiler left it; bytes are a chip's."""
+  """A training step as the compiler scheduled it; bytes are those of one chip."""
 
   topology: Topology
   mesh: dict[str, int]
@@ -93,8 +105,8 @@ class Compiled:
   microbatches: int
   program: program.Program
   kernels: dict[str, int]  # cycles of each Pallas kernel, by the name of its instruction
-  hbm: dict[str, float]  # bytes by class
-  seconds: float  # that compiling took
+  hbm: dict[str, float]  # bytes, by what they hold
+  seconds: float  # of compiling
 
   @property
   def hbm_needed(self) -> float:
@@ -102,60 +114,87 @@ class Compiled:
 
 
 def compile_step(config: ConfigDict, topology: Topology) -> Compiled:
-  """Compiles the update that `launch/train.py` with this config would run on that topology; one of them a call.
+  """Compiles the training step that `launch/train.py` runs with this config on that topology.
 
-  Raises DoesNotFit with the numbers, and ValueError on a mesh, batch or model that cannot be.
+  It is one step, whatever `steps_per_call` says. Raises DoesNotFit with the numbers, and ValueError
+  on a mesh, batch or model that cannot be.
   """
+  # 1. The same mesh and the same function as in training.
   devices = open_topology(topology)
-  mesh, model_config = make_mesh(**config.mesh, devices=devices), ModelConfig(**config.model)
+  mesh = make_mesh(**config.mesh, devices=devices)
+  model_config = ModelConfig(**config.model)
   config = config.copy_and_resolve_references()
   config.steps_per_call = 1
-  init, call = train.build(config, model_config, platform="tpu")
+  init, call = train.make_step(config, model_config, platform="tpu")
+
   with jax.set_mesh(mesh):
-    train.check_knobs(config)
+    knobs.check(config.to_dict())
+    train.check_batch(config)
     check_mesh(model_config)
+
+    # 2. Shapes with shardings in place of arrays: nothing is allocated.
     state = concrete(jax.eval_shape(lambda: init(jax.random.key(0))), mesh)
     shape = (1, config.batch_size, model_config.n_ctx + 1)
-    tokens_SBT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, P(None, *BATCH)))
-    signals = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=NamedSharding(mesh, P(mesh.axis_names)))
+    tokens_SBT = jax.ShapeDtypeStruct(
+      shape, jnp.int32, sharding=NamedSharding(mesh, P(None, *BATCH))
+    )
+    signals = jax.ShapeDtypeStruct(
+      (mesh.size,), jnp.int32, sharding=NamedSharding(mesh, P(mesh.axis_names))
+    )
     kept = _kept_for_backward(state.model, config, mesh)
+
+    # 3. Compile.
     start = time.perf_counter()
-    with _fitting(topology):
-      compiled = call.lower(state, tokens_SBT, signals).compile()
+    with _out_of_memory_as_does_not_fit(topology):
+      compiled = call.lower(state, Batch(tokens_SBT), NextToken(), signals).compile()
+
+  # 4. Read the schedule.
+  parsed = program.parse(compiled.as_text())
+  places = [(getattr(device, "slice_index", 0), *device.coords) for device in mesh.devices.flat]
   return Compiled(
     topology=topology,
     mesh=dict(mesh.shape),
-    places=np.array([(getattr(d, "slice_index", 0), *d.coords) for d in mesh.devices.flat]),
+    places=np.array(places),
     model=model_config,
     batch_size=config.batch_size,
     microbatches=config.microbatches,
-    program=(parsed := program.parse(compiled.as_text())),
+    program=parsed,
     kernels=_kernels(parsed),
-    hbm=_classes(compiled.memory_analysis(), state, kept),
+    hbm=_hbm_by_class(compiled.memory_analysis(), state, kept),
     seconds=time.perf_counter() - start,
   )
 
 
 def _kernels(parsed: program.Program) -> dict[str, int]:
-  """Cycles by instruction of the kernels in the program, from the dump, which is emptied."""
-  folder = pathlib.Path(_dump().name)
-  counted = program.kernel_cycles(folder)
+  """Cycles of each kernel in the program, by its instruction, from the dump, which is emptied."""
+  folder = pathlib.Path(_dump_folder().name)
+  dumped = program.kernel_cycles(folder)
+  # The next plan of this process must not find these kernels.
   for path in folder.iterdir():
     path.unlink()
-  found = {}
-  for one in {one.name: one for one, _ in parsed.executed() if one.is_kernel}.values():
-    # The compiler emits equal kernels once, under the name of one of them.
-    same = [name for name in counted if name.partition(".")[0] == one.name.partition(".")[0]]
+
+  cycles = {}
+  for instruction, _ in parsed.executed():
+    name = instruction.name
+    if not instruction.is_kernel or name in cycles:
+      continue
+
+    # The compiler dumps equal kernels once, under the name of one of them (`name.1`, `name.2`).
+    stem = name.partition(".")[0]
+    same = [dumped[other] for other in dumped if other.partition(".")[0] == stem]
     if not same:
-      raise ValueError(f"the compiler told no instructions of {one.name}: was libtpu loaded before open_topology?")
-    found[one.name] = counted.get(one.name, max(counted[name] for name in same))
-  return found
+      raise ValueError(
+        f"the compiler dumped no instructions of {name}: was libtpu loaded before open_topology?"
+      )
+    cycles[name] = dumped.get(name, max(same))
+  return cycles
 
 
 def _local_bytes(tree, mesh: Mesh) -> float:
-  """Bytes a chip holds of a tree of shapes."""
+  """Bytes of a chip's shards of a tree of shapes."""
   total = 0
   for leaf in jax.tree.leaves(tree):
+    # A leaf without a sharding counts in full.
     spec = leaf.sharding.spec if leaf.sharding else P()
     shape = NamedSharding(mesh, spec).shard_shape(leaf.shape)
     total += leaf.dtype.itemsize * math.prod(shape)
@@ -163,48 +202,72 @@ def _local_bytes(tree, mesh: Mesh) -> float:
 
 
 def _kept_for_backward(model, config: ConfigDict, mesh: Mesh) -> float:
-  """Bytes that a chip keeps from the forward pass of one microbatch for the backward pass, as JAX asks for it.
+  """Bytes of activations that a chip keeps for the backward pass of one microbatch.
 
-  What is no parameter among the residuals; the compiler may keep less.
+  They are the residuals of `jax.vjp` that are not parameters, so what JAX asks for. The compiler
+  may keep less.
   """
   tokens_BT = jax.ShapeDtypeStruct(
-    (config.batch_size // config.microbatches, config.model.n_ctx + 1), jnp.int32, sharding=NamedSharding(mesh, BATCH)
+    (config.batch_size // config.microbatches, config.model.n_ctx + 1),
+    jnp.int32,
+    sharding=NamedSharding(mesh, BATCH),
   )
-  parameters = [(x.shape, x.dtype) for x in jax.tree.leaves(model)]
-  _, pull = jax.eval_shape(lambda m, t: jax.vjp(lambda m: train.mean_nats(m, t), m), model, tokens_BT)
-  kept = [x for x in jax.tree.leaves(pull) if (x.shape, x.dtype) not in parameters]
-  return _local_bytes(kept, mesh)
+  _, pullback = jax.eval_shape(
+    lambda m, t: jax.vjp(lambda m: mean_loss(NextToken(), m, Batch(t))[0], m), model, tokens_BT
+  )
+
+  # A residual has no name: one that has the shape and type of a parameter is taken for it.
+  parameters = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(model)]
+  activations = []
+  for residual in jax.tree.leaves(pullback):
+    if (residual.shape, residual.dtype) not in parameters:
+      activations.append(residual)
+  return _local_bytes(activations, mesh)
 
 
-def _classes(memory, state, kept: float) -> dict[str, float]:
-  """The compiler's bytes a chip by what they hold. Gradients and activations are temporaries of its own bookkeeping."""
+def _hbm_by_class(memory, state, kept: float) -> dict[str, float]:
+  """HBM of a chip by what it holds, bytes, from the compiler's memory analysis.
+
+  The compiler reports gradients and activations together, as temporaries.
+  """
   mesh = jax.tree.leaves(state)[0].sharding.mesh
-  parameters, optimizer = _local_bytes(state.model, mesh), _local_bytes(state.opt_state, mesh)
+  parameters = _local_bytes(state.model, mesh)
+  optimizer = _local_bytes(state.opt_state, mesh)
+
+  # What JAX asks to keep is a bound: the compiler may compute some of it again.
   activations = min(kept, memory.temp_size_in_bytes)
+
+  # Outputs that reuse an input's memory (donated buffers) are counted once.
+  arguments_and_outputs = (
+    memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  )
+  state_bytes = parameters + optimizer
   return {
     "parameters": parameters,
     "optimizer state": optimizer,
     "kept for backward, at most": activations,
     "temporaries": memory.temp_size_in_bytes - activations,
-    "batch, program, rest": memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes
+    "batch, program, rest": arguments_and_outputs
     + memory.generated_code_size_in_bytes
-    - parameters
-    - optimizer,
+    - state_bytes,
   }
 
 
 @contextlib.contextmanager
-def _fitting(topology: Topology):
-  """The compiler's way of saying that it is too much, as one line."""
+def _out_of_memory_as_does_not_fit(topology: Topology):
+  """Turns the compiler's error of running out of HBM into DoesNotFit, one line with the numbers."""
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
-    found = re.search(r"\(([\d.]+[KMGT]?)\) exceeds available hbm \(([\d.]+[KMGT]?)\)", str(error), re.IGNORECASE)
-    if found is None:  # other memories run out too, but of what the compiler or a kernel chose
-      raise ValueError(f"the TPU compiler gave up on {topology}: {str(error).splitlines()[0][:300]}") from error
+    exceeded = re.search(
+      r"\(([\d.]+[KMGT]?)\) exceeds available hbm \(([\d.]+[KMGT]?)\)", str(error), re.IGNORECASE
+    )
+    # Other memories run out, too: those that the compiler or a kernel fills by its own choice.
+    if exceeded is None:
+      raise ValueError(f"the TPU compiler gave up on {topology}: {first_line(error)}") from error
+
     raise DoesNotFit(
-      f"it does not fit {topology}: it needs {found[1]} a chip, {found[2]} are there; "
-      f"raise --config.microbatches, split more with --config.mesh.data or .model, or set --config.model.remat=full"
+      f"it does not fit {topology}: it needs {exceeded[1]} a chip, {exceeded[2]} are there; "
+      f"raise --config.microbatches, split more with --config.mesh.data or .model, "
+      f"or set --config.model.remat=full"
     ) from error

@@ -1,64 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a compiled step to its time: a range, what fills it, and what crosses the links. All of it is an estimate.
+"""Estimates step time and MFU of a compiled step: matmuls, kernels, HBM traffic, collectives.
 
-- Products and kernels take the cycles that the compiler counts.
-- For what is bound by memory the compiler's figure comes to about 40 % of the chip's HBM bandwidth. The slow end of the
-  range believes it; the fast end moves the same bytes at the full bandwidth.
-- A collective takes its bytes over the links that its group has in the torus: both directions of a ring, one of a line,
-  no latency. Between slices what a chip sends goes over its share of the host's network. A collective hides behind
-  what the compiler scheduled between its start and its end, and is exposed where that is shorter, or where it blocks.
+The estimate is a range. What its two ends assume:
+
+- Matmuls and kernels take the cycles that the compiler counts, at both ends.
+- Memory-bound operations: the compiler's cycles amount to about 40 % of the chip's HBM bandwidth.
+  The slow end believes them. The fast end moves the same bytes at the full bandwidth.
+- A collective (all-gather, reduce-scatter, all-reduce) moves its bytes over the ICI links of its
+  group, without latency. A ring uses both directions, a line one. Between slices, a chip has its
+  share of its host's network (DCN).
+- A collective overlaps with what the compiler scheduled between its start and its end. It is
+  exposed if that is shorter, or if the collective blocks.
 """
 
 import collections
 import dataclasses
 import math
 import re
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from gpt2_jax.metrics import flops_per_token
 from gpt2_jax.plan.compiling import Compiled
-from gpt2_jax.plan.program import Instruction, groups, size
+from gpt2_jax.plan.program import Instruction, replica_groups, size
+from gpt2_jax.runs.metrics import flops_per_token
 from gpt2_jax.sharding import AXES
 
-PRODUCTS, KERNELS, MEMORY = "matrix products", "attention kernels", "elementwise, copies"
+# What fills a step. These are keys of plan.json.
+MATMULS, KERNELS, MEMORY_BOUND = "matrix products", "attention kernels", "elementwise, copies"
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One kind over one set of mesh axes: how often in a step, bytes of the whole array each time, seconds in a step."""
+  """All collectives of a step of one kind (all-gather, all-reduce, ...) over the same mesh axes."""
 
   kind: str
   axes: str
-  count: int
-  bytes: float
-  seconds: float
-  exposed: float
+  count: int  # in a step
+  bytes: float  # of the full array, each time
+  seconds: float  # in a step, exposed or not
+  exposed: float  # seconds in a step
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """Seconds in a step; `fast` and `slow` are the ends of the range."""
+  """The estimated step: seconds by what fills it; `fast` and `slow` are the ends of the range."""
 
   fast: dict[str, float]
   slow: dict[str, float]
   collectives: list[Collective]
-  model_flops: float  # of a step, on all chips: 6 N + attention, recomputation not counted
+  model_flops: float  # of a step, on all chips: 6 N + attention, without recomputation
   tokens: int  # of a step
   peak: float  # FLOP/s of all chips
-  moved: float  # bytes that elementwise operations move on a chip
+  moved: float  # bytes that memory-bound operations move on a chip
 
   @property
   def exposed(self) -> float:
-    return sum(one.exposed for one in self.collectives)
+    """Seconds of communication that nothing hides."""
+    return sum(collective.exposed for collective in self.collectives)
 
   @property
   def communication(self) -> float:
-    return sum(one.seconds for one in self.collectives)
+    """Seconds of communication, hidden or not."""
+    return sum(collective.seconds for collective in self.collectives)
 
   @property
   def step(self) -> tuple[float, float]:
-    """The range of a step, exposed communication included."""
+    """Seconds of a step, exposed communication included: the fast end and the slow end."""
     return sum(self.fast.values()) + self.exposed, sum(self.slow.values()) + self.exposed
 
   def mfu(self, seconds: float) -> float:
@@ -67,28 +75,38 @@ class Estimate:
 
 
 def estimate(compiled: Compiled) -> Estimate:
-  fast, slow, moved = (
-    dict.fromkeys((PRODUCTS, KERNELS, MEMORY), 0.0),
-    dict.fromkeys((PRODUCTS, KERNELS, MEMORY), 0.0),
-    0,
-  )
-  chip, found = compiled.topology.chip, collections.defaultdict(list)
-  for instructions, times in _sequences(compiled):
-    for place, one in enumerate(instructions):
-      if crossing := _crossing(compiled, one):
+  """Estimates the time of a compiled step, instruction by instruction."""
+  chip = compiled.topology.chip
+  fast = dict.fromkeys((MATMULS, KERNELS, MEMORY_BOUND), 0.0)
+  slow = dict.fromkeys((MATMULS, KERNELS, MEMORY_BOUND), 0.0)
+  moved = 0
+  crossings = collections.defaultdict(list)  # by kind and axes
+
+  for instructions, times in _executed_computations(compiled):
+    for position, instruction in enumerate(instructions):
+      # 1. Communication: the part of it that no other work hides is exposed.
+      if crossing := _crossing(compiled, instruction):
         kind, axes, nbytes, seconds = crossing
-        hidden = min(seconds, _behind(compiled, instructions, place))
-        found[kind, axes].append((times, nbytes, seconds * times, (seconds - hidden) * times))
-      kind, seconds = _work(compiled, one), _cycles(compiled, one) / chip.clock
-      at_full_speed = compiled.program.traffic(one) / chip.hbm_bandwidth
-      slow[kind] += seconds * times
-      fast[kind] += (min(seconds, at_full_speed) if kind == MEMORY else seconds) * times
-      moved += min(seconds, at_full_speed) * chip.hbm_bandwidth * times if kind == MEMORY else 0
+        hidden = min(seconds, _overlapping_seconds(compiled, instructions, position))
+        crossings[kind, axes].append((times, nbytes, seconds * times, (seconds - hidden) * times))
+
+      # 2. Work. The two ends differ in what is bound by memory only. The traffic counts operands
+      #    that may lie on the chip, so the compiler's cycles bound it from above.
+      work = _work(compiled, instruction)
+      seconds = _cycles(compiled, instruction) / chip.clock
+      slow[work] += seconds * times
+      if work == MEMORY_BOUND:
+        at_full_bandwidth = compiled.program.traffic(instruction) / chip.hbm_bandwidth
+        seconds = min(seconds, at_full_bandwidth)
+        moved += seconds * chip.hbm_bandwidth * times
+      fast[work] += seconds * times
+
+  merged = [_merge(kind, axes, rows) for (kind, axes), rows in crossings.items()]
   tokens = compiled.batch_size * compiled.model.n_ctx
   return Estimate(
     fast=fast,
     slow=slow,
-    collectives=sorted((_merged(*key, rows) for key, rows in found.items()), key=lambda one: -one.seconds),
+    collectives=sorted(merged, key=lambda collective: -collective.seconds),
     model_flops=flops_per_token(compiled.model) * tokens,
     tokens=tokens,
     peak=chip.flops * compiled.topology.chips,
@@ -96,112 +114,182 @@ def estimate(compiled: Compiled) -> Estimate:
   )
 
 
-def _merged(kind: str, axes: str, rows: list) -> Collective:
+def _merge(kind: str, axes: str, rows: list[tuple[int, float, float, float]]) -> Collective:
+  """Sums over rows of (times, bytes, seconds, exposed seconds); bytes are the mean."""
   times, sizes, seconds, exposed = zip(*rows, strict=True)
   count = sum(times)
-  return Collective(kind, axes, count, np.dot(times, sizes) / count, sum(seconds), sum(exposed))
+  mean_bytes = np.dot(times, sizes) / count
+  return Collective(kind, axes, count, mean_bytes, sum(seconds), sum(exposed))
 
 
-def _sequences(compiled: Compiled):
-  """Each executed computation once, with how often it runs: instructions of loops and branches stand in their own."""
+def _executed_computations(compiled: Compiled) -> Iterator[tuple[list[Instruction], int]]:
+  """Each executed computation once, with its count. A loop's body is a computation of its own."""
   program = compiled.program
-  names = collections.Counter()
-  for one, times in program.executed():
-    names[program.home[one.name]] = times
-  for name, times in names.items():
+  counts = {}
+  for instruction, times in program.executed():
+    counts[program.computation_of[instruction.name]] = times
+
+  for name, times in counts.items():
     yield program.computations[name], times
 
 
-def _cycles(compiled: Compiled, one: Instruction) -> int:
-  """Of an instruction that is itself executed; what loops and branches hold counts where it stands."""
-  return 0 if one.opcode in ("while", "conditional", "call") else compiled.kernels.get(one.name, one.cycles)
+def _cycles(compiled: Compiled, instruction: Instruction) -> int:
+  """Cycles of an instruction itself; those of a loop's or branch's body count in that body."""
+  if instruction.opcode in ("while", "conditional", "call"):
+    return 0
+  return compiled.kernels.get(instruction.name, instruction.cycles)
 
 
-def _work(compiled: Compiled, one: Instruction) -> str:
-  if one.is_kernel:
+def _work(compiled: Compiled, instruction: Instruction) -> str:
+  """What an instruction is: a kernel, a matmul (alone or in a fusion), or bound by memory."""
+  if instruction.is_kernel:
     return KERNELS
-  inside = [x.opcode for name in one.called("calls") for x in compiled.program.computations[name]]
-  return PRODUCTS if {"convolution", "dot"} & {one.opcode, *inside} else MEMORY
+
+  opcodes = {instruction.opcode}
+  for name in instruction.called("calls"):
+    opcodes.update(inner.opcode for inner in compiled.program.computations[name])
+  # On a TPU a matmul is a convolution.
+  return MATMULS if opcodes & {"convolution", "dot"} else MEMORY_BOUND
 
 
-def _crossing(compiled: Compiled, one: Instruction) -> tuple[str, str, float, float] | None:
-  """Kind, axes, bytes of the whole array and seconds of the collective that begins with this instruction."""
-  if transfer := re.search(r'_xla_megascale_transfer_type="(\w+)"', one.text) if one.opcode == "send" else None:
-    # Between slices the hosts exchange what their chips hold, each its part of an array that was reduced inside.
-    nbytes, n = size(one.shape.partition("]")[0] + "]"), compiled.topology.slices
+def _crossing(compiled: Compiled, instruction: Instruction) -> tuple[str, str, float, float] | None:
+  """Kind, axes, bytes of the full array and seconds of the collective that starts here, if any."""
+  # 1. Between slices the hosts exchange what their chips hold: each its part of an array that was
+  #    reduced inside the slice before.
+  transfer = None
+  if instruction.opcode == "send":
+    transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.text)
+  if transfer:
     kind = transfer[1].lower().replace("_", "-")
+    nbytes = size(instruction.shape.partition("]")[0] + "]")
+    n = compiled.topology.slices
     rounds = 2 if kind == "all-reduce" else 1
-    return kind, "slices", nbytes, rounds * nbytes * (n - 1) / n / compiled.topology.chip.dcn
-  collective = _starts(compiled, one)
+    seconds = rounds * nbytes * (n - 1) / n / compiled.topology.chip.dcn_bandwidth
+    return kind, "slices", nbytes, seconds
+
+  # 2. Inside a slice.
+  collective = _started_collective(compiled, instruction)
   if collective is None:
     return None
-  devices, nbytes, kind = groups(collective.text), _whole(collective), _kind(compiled, one, collective)
-  return kind, _axes(compiled, devices), nbytes, _link_seconds(compiled, kind, nbytes, devices)
+  devices = replica_groups(collective.text)
+  nbytes = _full_bytes(collective)
+  kind = _kind(instruction, collective)
+  return kind, _axes(compiled, devices), nbytes, _ici_seconds(compiled, kind, nbytes, devices)
 
 
-def _starts(compiled: Compiled, one: Instruction) -> Instruction | None:
-  """The collective that begins with this instruction; a fusion that carries one on, or ends it, begins none."""
-  called = "".join(one.called("calls"))
+def _started_collective(compiled: Compiled, instruction: Instruction) -> Instruction | None:
+  """The collective that starts here; None for a fusion that only continues or ends one."""
+  called = "".join(instruction.called("calls"))
   if (
-    one.opcode.endswith("-done") or "async_collective_fusion" in called or one.name.startswith("async-collective-done")
+    instruction.opcode.endswith("-done")
+    or instruction.name.startswith("async-collective-done")
+    or "async_collective_fusion" in called
   ):
     return None
-  return compiled.program.collective(one)
+  return compiled.program.collective(instruction)
 
 
-def _kind(compiled: Compiled, one: Instruction, collective: Instruction) -> str:
-  """On a TPU a reduce-scatter is a fusion of an all-reduce with the slice of it that is kept."""
-  scatter = "".join(one.called("calls")).startswith("all-reduce-scatter")
-  return "reduce-scatter" if scatter else collective.opcode.removesuffix("-start")
+def _kind(instruction: Instruction, collective: Instruction) -> str:
+  """The collective's kind. A TPU's reduce-scatter is a fusion: all-reduce, then a slice of it."""
+  if "".join(instruction.called("calls")).startswith("all-reduce-scatter"):
+    return "reduce-scatter"
+  return collective.opcode.removesuffix("-start")
 
 
-def _behind(compiled: Compiled, instructions: list[Instruction], place: int) -> float:
-  """Seconds of other work between a collective's start and its end; 0 where it blocks."""
-  one = instructions[place]
-  if one.name.startswith("async-collective-start"):
-    ends = [i for i, x in enumerate(instructions) if x.name == one.name.replace("start", "done", 1)]
-  elif one.opcode == "send":
-    meeting = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', one.text)[0]
-    received = [x.name for x in instructions if x.opcode == "recv" and meeting in x.text]
-    ends = [i for i, x in enumerate(instructions) if x.opcode == "recv-done" and set(received) & set(x.operands)]
-  elif one.opcode.endswith("-start"):
-    ends = [i for i, x in enumerate(instructions) if x.opcode.endswith("-done") and one.name in x.operands]
-  else:
+def _overlapping_seconds(
+  compiled: Compiled, instructions: list[Instruction], position: int
+) -> float:
+  """Seconds of other work between a collective's start and its end; 0 for one that blocks."""
+  end = _end_of(instructions, instructions[position])
+  if end is None:
     return 0.0
-  between = instructions[place + 1 : ends[0]] if ends else []
-  return sum(_cycles(compiled, x) for x in between) / compiled.topology.chip.clock
+  cycles = sum(_cycles(compiled, between) for between in instructions[position + 1 : end])
+  return cycles / compiled.topology.chip.clock
 
 
-def _whole(collective: Instruction) -> float:
-  """Bytes of what is gathered, or of what is reduced before it is scattered."""
-  if collective.opcode in ("all-gather-start", "collective-permute-start"):  # a tuple: operand, result, and marks
-    return max(size(array) for array in re.findall(r"\w+\[[\d,]*\]", collective.shape))
-  parts = groups(collective.text).shape[1] if collective.opcode == "reduce-scatter" else 1
+def _end_of(instructions: list[Instruction], start: Instruction) -> int | None:
+  """The position at which an asynchronous collective ends; None for a collective that blocks."""
+  # 1. A fusion of the compiler's own: the name of its end differs by one word.
+  if start.name.startswith("async-collective-start"):
+    done = start.name.replace("start", "done", 1)
+    return _position(instructions, lambda x: x.name == done)
+
+  # 2. Between slices: the end waits for a receive that has the same rendezvous.
+  if start.opcode == "send":
+    rendezvous = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', start.text)[0]
+    received = set()
+    for instruction in instructions:
+      if instruction.opcode == "recv" and rendezvous in instruction.text:
+        received.add(instruction.name)
+    return _position(
+      instructions, lambda x: x.opcode == "recv-done" and not received.isdisjoint(x.operands)
+    )
+
+  # 3. Otherwise (`all-gather-start`) the start is an operand of the end.
+  if start.opcode.endswith("-start"):
+    return _position(
+      instructions, lambda x: x.opcode.endswith("-done") and start.name in x.operands
+    )
+  return None
+
+
+def _position(
+  instructions: list[Instruction], matches: Callable[[Instruction], bool]
+) -> int | None:
+  """The position of the first instruction that matches."""
+  for position, instruction in enumerate(instructions):
+    if matches(instruction):
+      return position
+  return None
+
+
+def _full_bytes(collective: Instruction) -> float:
+  """Bytes of the full array: after an all-gather, before a reduce-scatter."""
+  # The shape is a tuple of operand, result and marks, of which the full array is the largest.
+  if collective.opcode in ("all-gather-start", "collective-permute-start"):
+    return max(map(size, re.findall(r"\w+\[[\d,]*\]", collective.shape)))
+
+  parts = 1
+  if collective.opcode == "reduce-scatter":
+    parts = replica_groups(collective.text).shape[1]
   return size(collective.shape) * parts
 
 
 def _axes(compiled: Compiled, devices: np.ndarray) -> str:
-  """The mesh axes along which the groups run."""
-  places = np.stack(np.unravel_index(devices, [compiled.mesh[name] for name in AXES]))
-  varies = [name for name, along in zip(AXES, places, strict=True) if (along != along[:, :1]).any()]
-  return " x ".join(varies) or "one device"
+  """Names of the mesh axes along which the groups run; `devices` are [groups, devices]."""
+  shape = [compiled.mesh[name] for name in AXES]
+  names = []
+  for name, along in zip(AXES, np.unravel_index(devices, shape), strict=True):
+    if (along != along[:, :1]).any():
+      names.append(name)
+  return " x ".join(names) or "one device"
 
 
-def _link_seconds(compiled: Compiled, kind: str, nbytes: float, devices: np.ndarray) -> float:
-  """Seconds of one collective; `nbytes` is the whole array's: what is gathered, or what is reduced."""
-  chip, shape = compiled.topology.chip, compiled.topology.shape
-  coordinates = compiled.places[devices[0]].T[1:]
+def _ici_seconds(compiled: Compiled, kind: str, nbytes: float, devices: np.ndarray) -> float:
+  """Seconds of one collective over ICI links; `nbytes` are those of the full array."""
+  topology = compiled.topology
   if kind == "collective-permute":
-    return nbytes / chip.link
+    return nbytes / topology.chip.ici_bandwidth
+
+  # 1. Links of a chip that carry: along each axis of the torus on which the group extends, both
+  #    directions if the group is all of a ring, else one.
   links = 0
-  for axis, (length, along) in enumerate(zip(shape, coordinates, strict=False)):
+  coordinates = compiled.places[devices[0]].T[1:]  # without the slice
+  for axis, (length, along) in enumerate(zip(topology.shape, coordinates, strict=False)):
     extent = len(set(along))
-    links += 0 if extent == 1 else 2 if extent == length and compiled.topology.closes(axis) else 1
-  n, rounds = devices.shape[1], 2 if kind == "all-reduce" else 1
-  return rounds * nbytes * (n - 1) / n / (links * chip.link) if links else 0.0
+    if extent > 1:
+      links += 2 if extent == length and topology.wraps_around(axis) else 1
+  if not links:
+    return 0.0
+
+  # 2. An all-reduce is a reduce-scatter and an all-gather; each sends all parts but one's own.
+  n = devices.shape[1]
+  rounds = 2 if kind == "all-reduce" else 1
+  return rounds * nbytes * (n - 1) / n / (links * topology.chip.ici_bandwidth)
 
 
 def hours(estimate_: Estimate, tokens: float) -> tuple[float, float]:
-  """The range of hours that `tokens` take."""
-  fast, slow = (math.ceil(tokens / estimate_.tokens) * seconds / 3600 for seconds in estimate_.step)
-  return fast, slow
+  """The range of hours that training on `tokens` takes."""
+  steps = math.ceil(tokens / estimate_.tokens)
+  fast, slow = estimate_.step
+  return steps * fast / 3600, steps * slow / 3600

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the TPU compiler's scheduled program: what runs, how often, for how many cycles, and what crosses the links.
+"""Parses scheduled HLO of the TPU compiler: instructions, trip counts, cycles and collectives.
 
-The text of `Compiled.as_text()` is in the order of execution. Each fusion, copy and convert carries the compiler's own
-`estimated_cycles`; collectives and Pallas kernels carry none. A loop's body stands there once and says nowhere how
-often: its condition compares a counter with a constant.
+The text of `Compiled.as_text()` is in the order of execution. Each fusion, copy and convert carries
+the compiler's own `estimated_cycles`; collectives and Pallas kernels carry none. The body of a loop
+is written once, without its trip count: that is the constant with which its condition compares.
 """
 
 import dataclasses
@@ -15,37 +15,45 @@ from collections.abc import Iterator
 
 import numpy as np
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
-BYTES |= {"s4": 0.5, "u4": 0.5, "s64": 8, "u64": 8, "f64": 8}
+# Bytes of an element, by XLA's name of its type. What is not here (a `token[]`) carries no data.
+ELEMENT_BYTES = {
+  **dict.fromkeys(("s4", "u4"), 0.5),
+  **dict.fromkeys(("pred", "s8", "u8"), 1),
+  **dict.fromkeys(("s16", "u16", "bf16", "f16"), 2),
+  **dict.fromkeys(("s32", "u32", "f32"), 4),
+  **dict.fromkeys(("s64", "u64", "f64"), 8),
+}
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
-HEADER = re.compile(r"(ENTRY )?%?([\w.\-<>]+) \(.*\{$")
-INSTRUCTION = re.compile(r"  (?:ROOT )?%([\w.\-<>]+) = (.*)")
-ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_HEADER = re.compile(r"(ENTRY )?%?([\w.\-<>]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"  (?:ROOT )?%([\w.\-<>]+) = (.*)")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+  """One HLO instruction: its name, result shape, opcode, and the text of the rest."""
+
   name: str
-  shape: str  # of what it gives, as XLA writes it
+  shape: str  # of the result, as XLA writes it
   opcode: str
   text: str  # operands and attributes
 
   @functools.cached_property
   def cycles(self) -> int:
-    """The compiler's estimate, 0 where it makes none."""
-    found = re.search(r'"estimated_cycles":"(\d+)"', self.text)
-    return int(found[1]) if found else 0
+    """The compiler's estimate, 0 if it makes none."""
+    match = re.search(r'"estimated_cycles":"(\d+)"', self.text)
+    return int(match[1]) if match else 0
 
   @property
   def operands(self) -> list[str]:
-    """Names, up to the end of the argument list."""
+    """Names of the operands: those up to the end of the argument list."""
     return re.findall(r"%([\w.\-<>]+)", self.text.partition(")")[0])
 
   def called(self, attribute: str) -> list[str]:
-    """The computations that `attribute` names."""
-    found = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-<>]+)", self.text)
-    return re.findall(r"[\w.\-<>]+", found[1]) if found else []
+    """Names of the computations in an attribute (`calls`, `body`, `branch_computations`)."""
+    match = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-<>]+)", self.text)
+    return re.findall(r"[\w.\-<>]+", match[1]) if match else []
 
   @property
   def is_kernel(self) -> bool:
@@ -54,138 +62,207 @@ class Instruction:
 
   @property
   def source(self) -> str:
-    """Where in the model it comes from, as JAX names it; empty for what the compiler made up."""
-    found = re.search(r'op_name="([^"]*)"', self.text)
-    return found[1] if found else ""
+    """The `op_name` that JAX gave it; empty for what the compiler added."""
+    match = re.search(r'op_name="([^"]*)"', self.text)
+    return match[1] if match else ""
 
 
 def size(shape: str) -> float:
-  """Bytes of all arrays in a shape."""
-  arrays = ARRAY.findall(shape)
-  return sum(BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in arrays if kind in BYTES)
+  """Bytes of all arrays in an HLO shape, which may be a tuple."""
+  total = 0
+  for element_type, dimensions in _ARRAY.findall(shape):
+    if element_type in ELEMENT_BYTES:
+      lengths = [int(length) for length in dimensions.split(",") if length]
+      total += ELEMENT_BYTES[element_type] * math.prod(lengths)
+  return total
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """Computations by name, each in the order of execution."""
+  """A scheduled HLO module: computations by name, each in the order of execution."""
 
   computations: dict[str, list[Instruction]]
   entry: str
 
-  def executed(self, computation: str | None = None, times: int = 1) -> Iterator[tuple[Instruction, int]]:
-    """What runs and how often: bodies of loops by their trips, of a conditional the branch of the most cycles.
+  def executed(
+    self, computation: str | None = None, times: int = 1
+  ) -> Iterator[tuple[Instruction, int]]:
+    """Each executed instruction with its count: a loop by its trips, a conditional by one branch.
 
-    What has no cycles of its own, a kernel or a collective, does not count in that choice.
+    The branch is the one with the most cycles. Kernels and collectives have no cycles of their own,
+    so they do not count in that choice.
     """
-    for one in self.computations[computation or self.entry]:
-      if one.opcode == "while":
-        yield from self.executed(one.called("body")[0], times * self._trips(one.called("condition")[0]))
-      elif one.opcode == "conditional":
-        names = one.called("branch_computations") or one.called("true_computation") + one.called("false_computation")
+    for instruction in self.computations[computation or self.entry]:
+      called = instruction.called
+      if instruction.opcode == "while":
+        trips = self._trip_count(called("condition")[0])
+        yield from self.executed(called("body")[0], times * trips)
+      elif instruction.opcode == "conditional":
+        # An indexed conditional lists its branches; one on a bool names the two.
+        names = called("branch_computations")
+        names = names or called("true_computation") + called("false_computation")
         branches = [list(self.executed(name, times)) for name in names]
-        yield from max(branches, key=lambda branch: sum(x.cycles * n for x, n in branch))
-      elif one.opcode == "call":
-        yield from self.executed(one.called("to_apply")[0], times)
+        yield from max(branches, key=_total_cycles)
+      elif instruction.opcode == "call":
+        yield from self.executed(called("to_apply")[0], times)
       else:
-        yield one, times
+        yield instruction, times
 
-  def _trips(self, condition: str) -> int:
-    constants = [one.text for one in self.computations[condition] if one.opcode == "constant"]
-    bounds = [int(n) for text in constants for n in re.findall(r"^(\d+)\)", text)]
+  def _trip_count(self, condition: str) -> int:
+    bounds = []
+    # `compare(%counter, %twelve)`: the text of a scalar constant begins with its number.
+    for instruction in self.computations[condition]:
+      if instruction.opcode == "constant":
+        bounds += map(int, re.findall(r"^(\d+)\)", instruction.text))
+
     if len(bounds) != 1:
-      raise ValueError(f"the loop condition {condition} compares with {bounds}, and not with one constant")
+      raise ValueError(
+        f"the loop condition {condition} compares with {bounds}, and not with one constant"
+      )
     return bounds[0]
 
   @functools.cached_property
   def shapes(self) -> dict[str, str]:
-    """The shape of each instruction by its name."""
-    return {one.name: one.shape for instructions in self.computations.values() for one in instructions}
+    """The result shape of each instruction, by its name."""
+    # Names are unique in a module, so the computation is not part of the key.
+    shapes = {}
+    for instructions in self.computations.values():
+      for instruction in instructions:
+        shapes[instruction.name] = instruction.shape
+    return shapes
 
   @functools.cached_property
-  def home(self) -> dict[str, str]:
-    """The computation in which each instruction stands, by its name."""
-    return {one.name: name for name, instructions in self.computations.items() for one in instructions}
+  def computation_of(self) -> dict[str, str]:
+    """The computation that holds each instruction, by the instruction's name."""
+    computation_of = {}
+    for computation, instructions in self.computations.items():
+      for instruction in instructions:
+        computation_of[instruction.name] = computation
+    return computation_of
 
-  def traffic(self, one: Instruction) -> float:
-    """Bytes that an instruction reads and writes, each operand once and whole, wherever it lies."""
-    return size(one.shape) + sum(size(self.shapes.get(name, "")) for name in one.operands)
+  def traffic(self, instruction: Instruction) -> float:
+    """Bytes that an instruction reads and writes: each operand once, in full, in any memory."""
+    nbytes = size(instruction.shape)
+    for name in instruction.operands:
+      nbytes += size(self.shapes.get(name, ""))
+    return nbytes
 
-  def collective(self, one: Instruction) -> Instruction | None:
-    """The collective that an instruction is, or that a fusion is made of."""
-    if one.opcode.removesuffix("-start") in COLLECTIVES:
-      return one
-    if one.opcode in ("fusion", "async-start"):
-      for name in one.called("calls"):
-        return next((x for x in map(self.collective, self.computations[name]) if x), None)
+  def collective(self, instruction: Instruction) -> Instruction | None:
+    """The collective that an instruction is, or the first one inside its fusion; None if none."""
+    if instruction.opcode.removesuffix("-start") in COLLECTIVES:
+      return instruction
+
+    # A fusion around a collective calls one computation, and so does an asynchronous start.
+    called = instruction.called("calls")
+    if instruction.opcode in ("fusion", "async-start") and called:
+      for inner in self.computations[called[0]]:
+        if collective := self.collective(inner):
+          return collective
     return None
 
 
+def _total_cycles(executed: list[tuple[Instruction, int]]) -> int:
+  return sum(instruction.cycles * times for instruction, times in executed)
+
+
 def parse(text: str) -> Program:
-  """Raises ValueError on a text that is no scheduled program."""
+  """Parses the text of a scheduled HLO module. Raises ValueError on any other text."""
   computations, current, entry = {}, None, ""
+
   for line in text.splitlines():
+    # 1. Between computations only a header matters: it opens the next one.
     if current is None:
-      if header := HEADER.match(line):
+      if header := _HEADER.match(line):
         current = computations.setdefault(header[2], [])
         entry = header[2] if header[1] else entry
+
+    # 2. Inside one, each line is an instruction. The attributes of a kernel go over several lines,
+    #    which belong to the instruction before them.
     elif line.rstrip() == "}":
       current = None
-    elif found := INSTRUCTION.match(line):
-      current.append(_instruction(found[1], found[2]))
-    elif current:  # a kernel's attributes go over several lines
+    elif match := _INSTRUCTION.match(line):
+      current.append(_parse_instruction(match[1], match[2]))
+    elif current:
       current[-1] = dataclasses.replace(current[-1], text=current[-1].text + line)
+
   if not entry or "is_scheduled=true" not in text.partition("\n")[0]:
-    raise ValueError("this is no scheduled program: it has no entry, or does not say is_scheduled=true")
+    raise ValueError(
+      "this is not a scheduled program: it has no entry, or does not say is_scheduled=true"
+    )
   return Program(computations, entry)
 
 
-def _instruction(name: str, rest: str) -> Instruction:
-  """Splits `shape opcode(operands), attributes`; a tuple's shape is in parentheses and may hold some."""
+def _parse_instruction(name: str, rest: str) -> Instruction:
+  """Splits `shape opcode(operands), attributes`.
+
+  The shape of a tuple is in parentheses and has spaces, so it ends at the first space outside of
+  all brackets.
+  """
   end, depth = 0, 0
   for end, letter in enumerate(rest):  # noqa: B007
     depth += (letter in "({[") - (letter in ")}]")
     if letter == " " and depth == 0:
       break
+
   opcode, _, text = rest[end + 1 :].partition("(")
   return Instruction(name, rest[:end], opcode, text)
 
 
-def groups(text: str) -> np.ndarray:
-  """The groups of devices that a collective's attributes name, [groups, devices], by their place in the mesh.
+def replica_groups(text: str) -> np.ndarray:
+  """The device groups in a collective's attributes, [groups, devices], by position in the mesh.
 
-  Three ways of writing: {{0,1},{2,3}}; [2,4]<=[8], iota reshaped, perhaps transposed; and a mesh with the axes in which
-  a group runs. Raises ValueError on a fourth.
+  XLA writes them in three ways: lists; an iota that is reshaped and perhaps transposed; and a mesh
+  with the axes along which a group runs. Raises ValueError on any other.
   """
-  if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", text):
-    axes = re.findall(r"'(\w+)'=(\d+)", found[1])
-    names, sizes = [name for name, _ in axes], [int(n) for _, n in axes]
-    ids = _iota(found[2]) if found[2] else np.arange(math.prod(sizes))
-    inside = [names.index(name) for name in re.findall(r"'(\w+)'", found[3])]
-    outside = [i for i in range(len(names)) if i not in inside]
-    return ids.reshape(sizes).transpose(outside + inside).reshape(-1, math.prod(sizes[i] for i in inside))
-  if found := re.search(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", text):
-    shape, _, iota = found[1].partition("<=")
-    return _iota(iota).reshape([int(n) for n in shape[1:-1].split(",")])
-  if found := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", text):
-    return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found[1])])
-  if found := re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", text):
-    return np.array([[int(n) for n in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", found[1])])
+  # 1. replica_groups=mesh['a'=2,'b'=3], device_ids=([6]T(0)) {'b'}
+  mesh_form = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}"
+  if match := re.search(mesh_form, text):
+    return _mesh_groups(match[1], match[2], match[3])
+
+  # 2. replica_groups=[2,4]<=[4,2]T(1,0)
+  if match := re.search(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", text):
+    shape, _, iota = match[1].partition("<=")
+    return _iota(iota).reshape(_integers(shape))
+
+  # 3. replica_groups={{0,1},{2,3}}, and for a permute its pairs of devices.
+  if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", text):
+    return np.array([_integers(group) for group in re.findall(r"\{([\d,]+)\}", match[1])])
+
   raise ValueError(f"no groups of devices in {text[:200]}")
 
 
+def _mesh_groups(axes: str, device_ids: str | None, group_axes: str) -> np.ndarray:
+  """Groups along the axes `group_axes` of a mesh whose axes are `axes`."""
+  names = re.findall(r"'(\w+)'=", axes)
+  sizes = list(map(int, re.findall(r"=(\d+)", axes)))
+  ids = _iota(device_ids) if device_ids else np.arange(math.prod(sizes))
+
+  # The axes along which a group runs go last, so that a row is a group.
+  inside = [names.index(name) for name in re.findall(r"'(\w+)'", group_axes)]
+  outside = [axis for axis in range(len(names)) if axis not in inside]
+  group_size = math.prod(sizes[axis] for axis in inside)
+  return ids.reshape(sizes).transpose(outside + inside).reshape(-1, group_size)
+
+
+def _integers(text: str) -> list[int]:
+  return list(map(int, re.findall(r"\d+", text)))
+
+
 def _iota(text: str) -> np.ndarray:
-  """`[4,2]T(1,0)`: numbers from 0 in that shape, transposed."""
+  """`[4,2]T(1,0)`: the numbers from 0 in that shape, transposed."""
   shape, _, order = text.partition("T")
-  numbers = np.arange(math.prod(sizes := [int(n) for n in re.findall(r"\d+", shape)])).reshape(sizes)
-  return numbers.transpose([int(n) for n in re.findall(r"\d+", order)]) if order else numbers
+  sizes = _integers(shape)
+  numbers = np.arange(math.prod(sizes)).reshape(sizes)
+  return numbers.transpose(_integers(order)) if order else numbers
 
 
 def kernel_cycles(dump: pathlib.Path) -> dict[str, int]:
-  """Cycles of each Pallas kernel by its instruction's name: the bundles of instructions in its loops, times the trips.
+  """Cycles of each Pallas kernel, by the name of its instruction, from the compiler's dump.
 
-  `dump` holds what LIBTPU_INIT_ARGS of `compiling.py` asked for. A bundle issues in a cycle; what waits for memory
-  is not in it, nor what a predicate skips.
+  `dump` holds what LIBTPU_INIT_ARGS of compiling.py asks for. A VLIW bundle issues in one cycle.
+  Waiting for memory is not counted, and bundles that a predicate skips are.
   """
+  # `17-fused_attention.1-01-final_bundles.txt`; the analyses of the schedule have like names.
   cycles = {}
   for path in dump.glob("*final_bundles.txt"):
     name = re.fullmatch(r"\d+-(.+)-\d+-final_bundles\.txt", path.name)
@@ -195,13 +272,20 @@ def kernel_cycles(dump: pathlib.Path) -> dict[str, int]:
 
 
 def _bundle_cycles(text: str) -> int:
-  """A line is a bundle, `0x1f LB: >> { ... }`; the number of > is the depth of loops around it."""
+  """Counts bundles times trips. A line is a bundle; the number of `>` is the depth of its loops."""
   bundles, trips = [0] * 9, [1] * 9
+
   for line in text.splitlines():
-    found = re.match(r"\s*(?:0x[0-9a-f]+|\d+)\s+(?:[A-Z]{2})?\s*:\s*(>*)", line)
-    if found:
-      depth = len(found[1])
+    # `0x1f LB: >> { ... }`
+    bundle = re.match(r"\s*(?:0x[0-9a-f]+|\d+)\s+(?:[A-Z]{2})?\s*:\s*(>*)", line)
+    if bundle:
+      depth = len(bundle[1])
       bundles[depth] += 1
       if last := re.search(r", (\d+) /\* loop exit test \*/", line):
         trips[depth] = int(last[1])
-  return sum(n * math.prod(trips[1 : depth + 1]) for depth, n in enumerate(bundles))
+
+  # A bundle at some depth runs as often as all loops around it together.
+  total = 0
+  for depth, count in enumerate(bundles):
+    total += count * math.prod(trips[1 : depth + 1])
+  return total

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of several formats share: transformers as the oracle, and what a refusal looks like."""
+"""What the tests of several formats share: transformers as the oracle, and what a refusal looks
+like."""
 
 import functools
 
@@ -7,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from gpt2_jax.convert.weights import Weights, digest, from_model
-from gpt2_jax.pretrained import load_pretrained, open_weights
+from gpt2_jax.convert.pretrained import load_pretrained, open_weights
+from gpt2_jax.convert.weights import Weights, from_model, weights_sha256
 from gpt2_jax.sharding import BATCH, make_mesh
 
 N_VOCAB, N_CTX = 131, 16
@@ -30,14 +31,20 @@ def _logits(path, tokens=TOKENS) -> np.ndarray:
 
 
 def _random_gpt2(n_head=4, K=4, n_layer=2, seed=0, **config):
-  """A transformers GPT-2 whose every tensor is moved off its init: N(0, 0.3^2), gains around 1, no bias of zero."""
+  """A transformers GPT-2 whose every tensor is moved off its init: N(0, 0.3^2), gains around 1, no
+  bias of zero."""
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-  sizes = {"n_embd": n_head * K, "n_head": n_head, "n_layer": n_layer} | {"vocab_size": N_VOCAB, "n_positions": N_CTX}
+  sizes = {"n_embd": n_head * K, "n_head": n_head, "n_layer": n_layer} | {
+    "vocab_size": N_VOCAB,
+    "n_positions": N_CTX,
+  }
   model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes | config)).eval()
   draw = torch.Generator().manual_seed(seed)
   with torch.no_grad():
     for name, parameter in model.named_parameters():
-      parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.3 + (".ln_" in name and "weight" in name))
+      parameter.copy_(
+        torch.randn(parameter.shape, generator=draw) * 0.3 + (".ln_" in name and "weight" in name)
+      )
   return model
 
 
@@ -50,7 +57,7 @@ def _their_logits(model, tokens=TOKENS) -> np.ndarray:
 def _refused(path, message: str) -> None:
   """Reading `path` whole raises one line that has `message` in it."""
   with pytest.raises((ValueError, OSError), match=message) as error:
-    digest(open_weights(str(path)))
+    weights_sha256(open_weights(str(path)))
   assert "\n" not in str(error.value)
 
 
@@ -102,7 +109,8 @@ class Payload:
 
 @pytest.fixture
 def payload(tmp_path):
-  """An object whose pickle makes a file when it is read; fails the test if that file is there at its end."""
+  """An object whose pickle makes a file when it is read; fails the test if that file is there at
+  its end."""
   trap = tmp_path / "the-code-ran"
   yield Payload(trap)
   assert not trap.exists()

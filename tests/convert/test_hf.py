@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import safetensors
 
-from gpt2_jax import pretrained
-from gpt2_jax.convert import hf
-from gpt2_jax.convert.weights import digest
+from gpt2_jax.convert import hf, pretrained
+from gpt2_jax.convert.weights import weights_sha256
 from gpt2_jax.model import ModelConfig
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.tokenizer import Gpt2Bpe, HuggingFace
@@ -53,8 +52,12 @@ def copy(small, tmp_path):
 
 def raw(folder) -> dict:
   """Shape, dtype and bytes of every tensor in a folder's safetensors files, by name."""
-  found = [safetensors.deserialize(file.read_bytes()) for file in sorted(folder.glob("*.safetensors"))]
-  return {name: (x["shape"], x["dtype"], bytes(x["data"])) for tensors in found for name, x in tensors}
+  found = [
+    safetensors.deserialize(file.read_bytes()) for file in sorted(folder.glob("*.safetensors"))
+  ]
+  return {
+    name: (x["shape"], x["dtype"], bytes(x["data"])) for tensors in found for name, x in tensors
+  }
 
 
 def through_ours(source, target, dtype: str = "float32") -> None:
@@ -76,24 +79,27 @@ def test_logits_are_transformers(published, logits, their_logits):
   assert np.abs(logits(folder) - theirs).max() <= 1e-4
 
 
-def test_there_and_back_is_byte_identical(published, their_logits, tmp_path):
+def test_a_round_trip_is_byte_identical(published, their_logits, tmp_path):
   """And transformers loads what was written: the same config, the same logits."""
   model, folder = published
   through_ours(folder, tmp_path / "back")
   assert raw(tmp_path / "back") == raw(folder)
   again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "back").eval()
   np.testing.assert_array_equal(their_logits(again), their_logits(model))
-  kept = "n_embd n_head n_layer n_positions vocab_size activation_function embd_pdrop attn_pdrop resid_pdrop".split()
-  for name in [*kept, "layer_norm_epsilon", "tie_word_embeddings", "n_inner"]:
+  fields = "n_embd n_head n_layer n_positions vocab_size activation_function n_inner".split()
+  fields += "embd_pdrop attn_pdrop resid_pdrop layer_norm_epsilon tie_word_embeddings".split()
+  for name in fields:
     assert getattr(again.config, name) == getattr(model.config, name), name
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_comes_back_byte_for_byte(dtype, random_gpt2, tmp_path):
+def test_half_precision_round_trips_byte_for_byte(dtype, random_gpt2, tmp_path):
   random_gpt2().to(getattr(torch, dtype)).save_pretrained(tmp_path / "theirs")
   through_ours(tmp_path / "theirs", tmp_path / "back", dtype)
   assert raw(tmp_path / "back") == raw(tmp_path / "theirs")
-  assert {kind for _, kind, _ in raw(tmp_path / "back").values()} == {"F16" if dtype == "float16" else "BF16"}
+  assert {kind for _, kind, _ in raw(tmp_path / "back").values()} == {
+    "F16" if dtype == "float16" else "BF16"
+  }
   assert transformers.AutoConfig.from_pretrained(tmp_path / "back").dtype == getattr(torch, dtype)
 
 
@@ -124,13 +130,23 @@ def old_torch_save(tensors: dict, path) -> None:
 
 
 LAYOUTS = {  # what to do with the tensors by their bare names
-  "bare names and masks, as openai-community/gpt2": lambda x, to: save_file(x | masks(2), to / "model.safetensors"),
+  "bare names and masks, as openai-community/gpt2": lambda x, to: save_file(
+    x | masks(2), to / "model.safetensors"
+  ),
   "prefix and masks": lambda x, to: save_file(prefixed(x | masks(2)), to / "model.safetensors"),
-  "an lm_head": lambda x, to: save_file(x | {"lm_head.weight": x["wte.weight"].clone()}, to / "model.safetensors"),
+  "an lm_head": lambda x, to: save_file(
+    x | {"lm_head.weight": x["wte.weight"].clone()}, to / "model.safetensors"
+  ),
   "shards": lambda x, to: in_shards(prefixed(x), f"{to}/model.safetensors", save_file),
-  "bin": lambda x, to: torch.save(prefixed(x) | {"lm_head.weight": x["wte.weight"]}, to / "pytorch_model.bin"),
-  "bin, bare, masks, before torch 1.6": lambda x, to: old_torch_save(x | masks(2), to / "pytorch_model.bin"),
-  "bin in shards": lambda x, to: in_shards(prefixed(x | masks(2)), f"{to}/pytorch_model.bin", torch.save),
+  "bin": lambda x, to: torch.save(
+    prefixed(x) | {"lm_head.weight": x["wte.weight"]}, to / "pytorch_model.bin"
+  ),
+  "bin, bare, masks, before torch 1.6": lambda x, to: old_torch_save(
+    x | masks(2), to / "pytorch_model.bin"
+  ),
+  "bin in shards": lambda x, to: in_shards(
+    prefixed(x | masks(2)), f"{to}/pytorch_model.bin", torch.save
+  ),
 }
 
 
@@ -138,7 +154,9 @@ LAYOUTS = {  # what to do with the tensors by their bare names
 def test_every_layout_is_read(layout, small, copy, tmp_path):
   model, folder = small
   (copy / "model.safetensors").unlink()
-  LAYOUTS[layout]({name: x.detach().clone() for name, x in model.transformer.named_parameters()}, copy)
+  LAYOUTS[layout](
+    {name: x.detach().clone() for name, x in model.transformer.named_parameters()}, copy
+  )
   through_ours(copy, tmp_path / "back")
   assert raw(tmp_path / "back") == raw(folder)
 
@@ -153,7 +171,9 @@ def test_a_large_model_is_written_in_shards(small, their_logits, tmp_path, monke
   assert index["weight_map"] == held and len(set(held.values())) > 2
   assert index["metadata"]["total_size"] == sum(len(x) for _, _, x in raw(folder).values())
   assert raw(tmp_path / "back") == raw(folder)
-  assert digest(pretrained.open_weights(str(tmp_path / "back"))) == digest(pretrained.open_weights(str(folder)))
+  assert weights_sha256(pretrained.open_weights(str(tmp_path / "back"))) == weights_sha256(
+    pretrained.open_weights(str(folder))
+  )
   again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "back").eval()
   np.testing.assert_array_equal(their_logits(again), their_logits(model))
 
@@ -163,7 +183,7 @@ def test_a_model_without_biases_gets_zeros(made, logits, their_logits, tmp_path)
   hf.write(weights, tmp_path / "folder")
   again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "folder").eval()
   assert not any(x.any() for name, x in again.named_parameters() if name.endswith("bias"))
-  assert digest(hf.read(tmp_path / "folder")) == digest(weights)
+  assert weights_sha256(hf.read(tmp_path / "folder")) == weights_sha256(weights)
   np.testing.assert_allclose(logits(tmp_path / "folder"), their_logits(again), atol=1e-5)
 
 
@@ -174,11 +194,20 @@ def test_written_files_are_as_readable_as_any(small, tmp_path):
   assert modes == {(tmp_path / "usual").stat().st_mode & 0o777}
 
 
-@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR is not set: no vocabulary")
+@pytest.mark.skipif(
+  "TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR is not set: no vocabulary"
+)
 def test_transformers_finds_the_tokenizer(made, tmp_path):
-  """A model of GPT-2's vocabulary gets its files; AutoTokenizer, and we, read tiktoken's ids from them."""
-  hf.write(dataclasses.replace(made(ModelConfig(50257, 8, 4, 2, 1)), tokenizer=Gpt2Bpe()), tmp_path / "folder")
-  theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder"), hf.read(tmp_path / "folder").tokenizer
+  """A model of GPT-2's vocabulary gets its files; AutoTokenizer, and we, read tiktoken's ids from
+  them."""
+  hf.write(
+    dataclasses.replace(made(ModelConfig(50257, 8, 4, 2, 1)), tokenizer=Gpt2Bpe()),
+    tmp_path / "folder",
+  )
+  theirs, ours = (
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "folder"),
+    hf.read(tmp_path / "folder").tokenizer,
+  )
   text = "Hello world!  It's 12,345\n\n\tna\u00efve \u65e5\u672c \U0001f600<|endoftext|>d'oh"
   assert theirs(text)["input_ids"] == Gpt2Bpe().encode(text, allow_eot=True)
   assert theirs.decode(theirs(text)["input_ids"]) == text
@@ -196,7 +225,10 @@ def test_transformers_finds_the_tokenizer(made, tmp_path):
     ({"model_type": "llama"}, "holds a model of type 'llama', not gpt2"),
     ({"model_type": ...}, "of type None, not gpt2"),
     ({"n_head": ...}, "says nothing of 'n_head'"),
-    ({"scale_attn_by_inverse_layer_idx": True}, r"departs from GPT-2 \(scale_attn_by_inverse_layer_idx=True\)"),
+    (
+      {"scale_attn_by_inverse_layer_idx": True},
+      r"departs from GPT-2 \(scale_attn_by_inverse_layer_idx=True\)",
+    ),
     ({"scale_attn_weights": False}, "scale_attn_weights=False"),
     ({"add_cross_attention": True}, "add_cross_attention=True"),
     ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
@@ -214,7 +246,10 @@ def test_transformers_finds_the_tokenizer(made, tmp_path):
     ({"n_positions": []}, r"n_ctx is '\[\]'"),
     ({"embd_pdrop": "0.1"}, "config.json is of no GPT-2"),
     ({"resid_pdrop": 1.5}, "resid_pdrop is 1.5; a dropout rate"),
-    ({"vocab_size": 132, "n_positions": 15}, r"wte.weight is \[131, 16\], not \[132, 16\], wpe.weight is \[16, 16\]"),
+    (
+      {"vocab_size": 132, "n_positions": 15},
+      r"wte.weight is \[131, 16\], not \[132, 16\], wpe.weight is \[16, 16\]",
+    ),
     ({"n_layer": 5}, r"missing: h\.2-4\.ln_1\.weight, .*h\.2-4\.mlp\.c_proj\.bias\)"),
     ({"n_layer": 1}, r"extra: .*h\.1\.ln_1\.weight"),
   ],
@@ -238,10 +273,10 @@ def test_all_faults_of_the_names_are_one_message(small, copy, refused):
   tensors["ln_f.weight"] = tensors["ln_f.weight"][:-1].clone()
   tensors["score.weight"] = torch.ones(3)
   save_file(tensors, copy / "model.safetensors")
-  faults = (
-    r"\(missing: h\.0-1\.ln_2\.bias; extra: h\.0-1\.attn\.rotary\.weight, score\.weight; misshapen: ln_f\.weight "
-  )
-  refused(copy, faults + r"is \[15\], not \[16\]\)$")
+  faults = r"\(missing: h\.0-1\.ln_2\.bias; "
+  faults += r"extra: h\.0-1\.attn\.rotary\.weight, score\.weight; "
+  faults += r"misshapen: ln_f\.weight is \[15\], not \[16\]\)$"
+  refused(copy, faults)
 
 
 def test_a_truncated_safetensors_is_one_line_wherever_it_ends(copy, refused):
@@ -271,7 +306,9 @@ def test_code_in_a_pickle_is_not_run(small, copy, payload, refused):
     refused(copy, "pytorch_model.bin is refused: .*a pickle may run code")
 
 
-@pytest.mark.parametrize("found", [[1, 2], {"wte.weight": 3}, {3: torch.ones(1)}, torch.ones(2)], ids=str)
+@pytest.mark.parametrize(
+  "found", [[1, 2], {"wte.weight": 3}, {3: torch.ones(1)}, torch.ones(2)], ids=str
+)
 def test_a_torch_file_of_something_else_is_one_line(found, copy, refused):
   (copy / "model.safetensors").unlink()
   torch.save(found, copy / "pytorch_model.bin")
@@ -288,7 +325,10 @@ def test_a_torch_file_of_something_else_is_one_line(found, copy, refused):
     ({}, "names no files"),
     (["model.safetensors"], "names no files"),
     ({"wte.weight": ".."}, r"\.\. is not there; the checkpoint is not complete"),
-    ({"wte.weight": "gone.safetensors"}, "gone.safetensors is not there; the checkpoint is not complete"),
+    (
+      {"wte.weight": "gone.safetensors"},
+      "gone.safetensors is not there; the checkpoint is not complete",
+    ),
   ],
 )
 def test_an_index_stays_in_its_folder(weight_map, message, copy, refused):
@@ -307,7 +347,9 @@ def test_an_untied_head_is_refused(small, copy, refused):
 
 def test_integers_are_no_weights(small, copy, refused):
   tensors = {name: x.detach().clone() for name, x in small[0].transformer.named_parameters()}
-  save_file(tensors | {"wpe.weight": tensors["wpe.weight"].to(torch.int8)}, copy / "model.safetensors")
+  save_file(
+    tensors | {"wpe.weight": tensors["wpe.weight"].to(torch.int8)}, copy / "model.safetensors"
+  )
   refused(copy, r"no floats of 16 or 32 bits: .*wpe.weight.*I8")
 
 
@@ -321,15 +363,20 @@ def test_tensors_that_are_no_plain_floats_are_one_line(kind, random_gpt2, tmp_pa
   model = random_gpt2()
   model.save_pretrained(tmp_path)
   (tmp_path / "model.safetensors").unlink()
-  tensors = dict(model.transformer.named_parameters())  # which are no bare tensors, and are read all the same
+  tensors = dict(
+    model.transformer.named_parameters()
+  )  # which are no bare tensors, and are read all the same
   torch.save(tensors, tmp_path / "pytorch_model.bin")
-  digest(pretrained.open_weights(str(tmp_path)))
+  weights_sha256(pretrained.open_weights(str(tmp_path)))
   x = tensors["wte.weight"].detach()
   odd = {"sparse": x.to_sparse(), "meta": x.to("meta")}.get(kind)
   torch.save(
-    tensors | {"wte.weight": x.to(getattr(torch, kind)) if odd is None else odd}, tmp_path / "pytorch_model.bin"
+    tensors | {"wte.weight": x.to(getattr(torch, kind)) if odd is None else odd},
+    tmp_path / "pytorch_model.bin",
   )
-  refused(tmp_path, "wte.weight in .*pytorch_model.bin is torch.*; it takes plain floats of 16 or 32 bits")
+  refused(
+    tmp_path, "wte.weight in .*pytorch_model.bin is torch.*; it takes plain floats of 16 or 32 bits"
+  )
 
 
 def test_a_text_ends_as_the_config_says(random_gpt2, tmp_path):
@@ -343,7 +390,9 @@ def test_a_text_ends_as_the_config_says(random_gpt2, tmp_path):
   assert found.eot == 3
   pretrained.save_pretrained(model, found, str(tmp_path / "ours"))
   assert json.loads((tmp_path / "ours" / "config.json").read_text())["eos_token_id"] == 3
-  assert json.loads((tmp_path / "ours" / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
+  assert (
+    json.loads((tmp_path / "ours" / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
+  )
 
 
 def test_numbers_too_large_for_float16_are_refused(random_gpt2, tmp_path):
@@ -351,7 +400,9 @@ def test_numbers_too_large_for_float16_are_refused(random_gpt2, tmp_path):
   model.transformer.wpe.weight.data[0, 0] = 1e6
   model.save_pretrained(tmp_path / "theirs")
   weights = pretrained.open_weights(str(tmp_path / "theirs"))
-  with pytest.raises(ValueError, match="wpe of .* has numbers too large for float16; take bfloat16 or float32"):
+  with pytest.raises(
+    ValueError, match="wpe of .* has numbers too large for float16; take bfloat16 or float32"
+  ):
     pretrained.write(weights, str(tmp_path / "half"), "hf", "float16")
   assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
   pretrained.write(weights, str(tmp_path / "half"), "hf", "bfloat16")

@@ -4,15 +4,18 @@ import numpy as np
 import pytest
 
 from gpt2_jax.convert import llmc
-from gpt2_jax.convert.weights import digest
+from gpt2_jax.convert.weights import weights_sha256
 from gpt2_jax.model import ModelConfig
 from gpt2_jax.tokenizer import Gpt2Bpe
 
 torch = pytest.importorskip("torch")
 
-# In the file's order, each for all layers at once; Conv1D's matrices are turned.
-LAYERS = "ln_1.weight ln_1.bias attn.c_attn.weight attn.c_attn.bias attn.c_proj.weight attn.c_proj.bias".split()
-LAYERS += "ln_2.weight ln_2.bias mlp.c_fc.weight mlp.c_fc.bias mlp.c_proj.weight mlp.c_proj.bias".split()
+# In the file's order, each for all layers at once; Conv1D's matrices are transposed.
+LAYERS = "ln_1.weight ln_1.bias attn.c_attn.weight attn.c_attn.bias".split()
+LAYERS += "attn.c_proj.weight attn.c_proj.bias".split()
+LAYERS += (
+  "ln_2.weight ln_2.bias mlp.c_fc.weight mlp.c_fc.bias mlp.c_proj.weight mlp.c_proj.bias".split()
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +24,8 @@ def theirs(random_gpt2):
 
 
 def as_llmc(model, version: int) -> bytes:
-  """The file that llm.c's train_gpt2.py writes of such a model: version 3 is float32, 5 is bfloat16."""
+  """The file that llm.c's train_gpt2.py writes of such a model: version 3 is float32, 5 is
+  bfloat16."""
   state = {name: x.numpy() for name, x in model.transformer.state_dict().items()}
   dtype = {3: np.float32, 5: ml_dtypes.bfloat16}[version]
   c, rows = model.config, 256
@@ -64,10 +68,10 @@ def test_absent_biases_are_zero(made, tmp_path):
   llmc.write(weights, tmp_path / "ours.bin")
   found = llmc.read(tmp_path / "ours.bin")
   assert found.config.use_bias and not found.read("h.1.mlp.c_fc.b").any()
-  assert digest(found) == digest(weights)
+  assert weights_sha256(found) == weights_sha256(weights)
 
 
-def test_gpt2s_tokens_are_assumed_for_as_many(made, tmp_path):
+def test_gpt2s_tokenizer_is_the_default_for_its_vocabulary_size(made, tmp_path):
   llmc.write(made(ModelConfig(50257, 4, 2, 1, 1)), tmp_path / "ours.bin")
   assert llmc.read(tmp_path / "ours.bin").tokenizer == Gpt2Bpe()
 

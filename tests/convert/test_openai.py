@@ -7,15 +7,17 @@ import shutil
 import numpy as np
 import pytest
 
-from gpt2_jax import pretrained
+from gpt2_jax.convert import pretrained
 from gpt2_jax.convert.vocabulary import write_vocabulary
-from gpt2_jax.convert.weights import digest
+from gpt2_jax.convert.weights import weights_sha256
 from gpt2_jax.tokenizer import Gpt2Bpe
 
 tf = pytest.importorskip("tensorflow")
 
 DATA = os.environ.get("GPT2_JAX_TEST_DATA", "")
-needs_data = pytest.mark.skipif(not DATA, reason="GPT2_JAX_TEST_DATA is not set: no checkpoint of OpenAI's")
+needs_data = pytest.mark.skipif(
+  not DATA, reason="GPT2_JAX_TEST_DATA is not set: no checkpoint of OpenAI's"
+)
 CHECKPOINT = pathlib.Path(DATA) / "checkpoints" / "openai_tf"
 
 
@@ -60,11 +62,15 @@ def test_logits_are_transformers(folder, random_gpt2, logits, their_logits):
   assert np.abs(logits(folder) - their_logits(random_gpt2())).max() <= 1e-4
 
 
-@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR is not set: no vocabulary")
-def test_the_vocabulary_beside_it_is_read(random_gpt2, tmp_path):
+@pytest.mark.skipif(
+  "TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR is not set: no vocabulary"
+)
+def test_the_vocabulary_in_the_folder_is_read(random_gpt2, tmp_path):
   """encoder.json and vocab.bpe are Hugging Face's two files by other names."""
   write(random_gpt2(n_head=1, K=2, n_layer=1, vocab_size=50257), tmp_path / "124M")
-  assert pretrained.open_weights(str(tmp_path / "124M")).tokenizer == Gpt2Bpe(), "without files, by its size"
+  assert pretrained.open_weights(str(tmp_path / "124M")).tokenizer == Gpt2Bpe(), (
+    "without files, by its size"
+  )
   write_vocabulary(Gpt2Bpe(), tmp_path, 16)
   shutil.copy(tmp_path / "vocab.json", tmp_path / "124M" / "encoder.json")
   shutil.copy(tmp_path / "merges.txt", tmp_path / "124M" / "vocab.bpe")
@@ -93,7 +99,7 @@ def test_damaged_files_are_one_line(folder, refused):
   data.write_bytes(flipped)
   refused(folder, "model.ckpt.data-. is damaged")
   data.write_bytes(whole)
-  digest(pretrained.open_weights(str(folder)))
+  weights_sha256(pretrained.open_weights(str(folder)))
   for content in (b"", b"junk" * 50, index.read_bytes()[:-10]):
     index.write_bytes(content)
     refused(folder, "model.ckpt.. is no whole TensorFlow checkpoint; fetch it again")
@@ -109,7 +115,7 @@ def test_damaged_files_are_one_line(folder, refused):
     ({"n_head": 3}, "n_embd of 16 does not divide by n_head of 3"),
   ],
 )
-def test_other_hparams_are_one_line(changes, message, folder, refused):
+def test_invalid_hparams_are_one_line(changes, message, folder, refused):
   hparams = json.loads((folder / "hparams.json").read_text())
   (folder / "hparams.json").write_text(json.dumps(hparams | changes))
   refused(folder, message)
@@ -117,21 +123,35 @@ def test_other_hparams_are_one_line(changes, message, folder, refused):
   refused(folder, "hparams.json says nothing of n_vocab, n_ctx, n_embd")
 
 
-def test_other_names_are_listed(random_gpt2, tmp_path, refused):
+def test_unexpected_names_are_listed(random_gpt2, tmp_path, refused):
   others = {f"model/h{i}/ln_3/g": np.ones(2, np.float32) for i in range(2)}
   write(random_gpt2(), tmp_path / "other", **others)
   refused(tmp_path / "other", r"\(extra: model/h0-1/ln_3/g\)")
 
 
-def test_what_fine_tuning_leaves_is_passed_over(random_gpt2, folder, tmp_path, refused):
-  """An optimizer's variables, and older checkpoints beside the one that the file `checkpoint` names."""
+def test_what_fine_tuning_leaves_is_ignored(random_gpt2, folder, tmp_path, refused):
+  """An optimizer's variables, and older checkpoints beside the one that the file `checkpoint`
+  names."""
   one = np.ones(2, np.float32)
-  write(random_gpt2(), tmp_path / "tuned", **{"model/h0/ln_1/g/Adam": one, "model/wpe/Adam_1": one, "beta1_power": one})
-  assert digest(pretrained.open_weights(str(tmp_path / "tuned"))) == digest(pretrained.open_weights(str(folder)))
+  write(
+    random_gpt2(),
+    tmp_path / "tuned",
+    **{"model/h0/ln_1/g/Adam": one, "model/wpe/Adam_1": one, "beta1_power": one},
+  )
+  assert weights_sha256(pretrained.open_weights(str(tmp_path / "tuned"))) == weights_sha256(
+    pretrained.open_weights(str(folder))
+  )
   for file in list(folder.glob("model.ckpt.*")):
     shutil.copy(file, folder / file.name.replace("model.ckpt", "model-100"))
     file.write_bytes(b"older, and not read")
-  refused(folder, r"has 2 files \*.index; it takes one, model.ckpt.index, or a file `checkpoint` that names one")
+  refused(
+    folder,
+    r"has 2 files \*.index; it takes one, model.ckpt.index, or a file `checkpoint` that names one",
+  )
   for prefix in ("model-100", "/some/where/else/model-100"):
-    (folder / "checkpoint").write_text(f'model_checkpoint_path: "{prefix}"\nall_model_checkpoint_paths: "model.ckpt"\n')
-    assert digest(pretrained.open_weights(str(folder))) == digest(pretrained.open_weights(str(tmp_path / "tuned")))
+    (folder / "checkpoint").write_text(
+      f'model_checkpoint_path: "{prefix}"\nall_model_checkpoint_paths: "model.ckpt"\n'
+    )
+    assert weights_sha256(pretrained.open_weights(str(folder))) == weights_sha256(
+      pretrained.open_weights(str(tmp_path / "tuned"))
+    )

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from gpt2_jax.convert.vocabulary import read_vocabulary, usual_tokenizer, write_vocabulary
+from gpt2_jax.convert.vocabulary import default_tokenizer, read_vocabulary, write_vocabulary
 from gpt2_jax.tokenizer import Characters, Gpt2Bpe, HuggingFace, train_sentencepiece
 
 PIECES = {character: i for i, character in enumerate(["a", "b", "c", "ab", "abc", "<|endoftext|>"])}
@@ -18,7 +18,11 @@ def small():
 
 def test_what_is_written_is_read_again(small, tmp_path):
   texts = [f"line {i} of some text, to learn from\n" * 20 for i in range(20)]
-  for name, tokenizer in {"bpe": small, "chars": Characters("abc"), "sp": train_sentencepiece(texts, 300)}.items():
+  for name, tokenizer in {
+    "bpe": small,
+    "chars": Characters("abc"),
+    "sp": train_sentencepiece(texts, 300),
+  }.items():
     (tmp_path / name).mkdir()
     write_vocabulary(tokenizer, tmp_path / name, 16)
     found = read_vocabulary(tmp_path / name, tokenizer.vocab_size)
@@ -56,8 +60,13 @@ def test_a_vocabulary_and_its_merges(files, head, end, small, tmp_path):
   assert (found.eot, found.vocab_size) == (5, 6)
 
 
-def test_gpt2s_is_usual_for_as_many_tokens(tmp_path):
-  assert [usual_tokenizer(n) for n in (50257, 50304, 50258, 65)] == [Gpt2Bpe(), Gpt2Bpe(), None, None]
+def test_gpt2s_tokenizer_is_the_default_for_its_vocabulary_size(tmp_path):
+  assert [default_tokenizer(n) for n in (50257, 50304, 50258, 65)] == [
+    Gpt2Bpe(),
+    Gpt2Bpe(),
+    None,
+    None,
+  ]
   assert read_vocabulary(tmp_path, 50257) == Gpt2Bpe()
 
 
@@ -74,12 +83,18 @@ def test_gpt2s_is_usual_for_as_many_tokens(tmp_path):
     ({"vocab.json": '{"a": "x"}', "merges.txt": ""}, "is damaged"),
     ({"encoder.json": "{", "vocab.bpe": "a b"}, "is damaged .*encoder.json"),
     ({"gpt2_jax_tokenizer.json": '{"kind": "words"}'}, "is damaged .no tokenizer in"),
-    ({"gpt2_jax_tokenizer.json": '{"kind": "characters", "alphabet": "ba"}'}, "is damaged .an alphabet is sorted"),
+    (
+      {"gpt2_jax_tokenizer.json": '{"kind": "characters", "alphabet": "ba"}'},
+      "is damaged .an alphabet is sorted",
+    ),
     ({"gpt2_jax_tokenizer.json": '{"kind": "sentencepiece", "proto": "AAAA"}'}, "is damaged"),
-    ({"vocab.json": json.dumps(PIECES), "merges.txt": "a b\nab c"}, "has 6 tokens, and the model 5"),
+    (
+      {"vocab.json": json.dumps(PIECES), "merges.txt": "a b\nab c"},
+      "has 6 tokens, and the model 5",
+    ),
   ],
 )
-def test_another_vocabulary_is_one_line(files, message, tmp_path):
+def test_an_invalid_vocabulary_is_one_line(files, message, tmp_path):
   for name, content in files.items():
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
   with pytest.raises(ValueError, match=f"the vocabulary in .*{message}") as error:
@@ -87,15 +102,23 @@ def test_another_vocabulary_is_one_line(files, message, tmp_path):
   assert "\n" not in str(error.value)
 
 
-@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR is not set: no vocabulary")
+@pytest.mark.skipif(
+  "TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR is not set: no vocabulary"
+)
 def test_the_files_of_gpt2_are_openais(tmp_path):
-  """Token for token and merge for merge what tiktoken fetched from OpenAI, in its cache by the hash of the address."""
+  """Token for token and merge for merge what tiktoken fetched from OpenAI, in its cache by the hash
+  of the address."""
   write_vocabulary(Gpt2Bpe(), tmp_path, 1024)
   cache = os.environ["TIKTOKEN_CACHE_DIR"]
   theirs = {}
   for file in os.listdir(cache):
     with open(os.path.join(cache, file), encoding="utf-8") as opened:
       theirs["encoder" if opened.read(1) == "{" else "merges"] = os.path.join(cache, file)
-  with open(theirs["encoder"], encoding="utf-8") as encoder, open(theirs["merges"], encoding="utf-8") as merges:
+  with (
+    open(theirs["encoder"], encoding="utf-8") as encoder,
+    open(theirs["merges"], encoding="utf-8") as merges,
+  ):
     assert json.loads((tmp_path / "vocab.json").read_text("utf-8")) == json.load(encoder)
-    assert (tmp_path / "merges.txt").read_text("utf-8").split("\n")[1:] == merges.read().split("\n")[1:]
+    assert (tmp_path / "merges.txt").read_text("utf-8").split("\n")[1:] == merges.read().split(
+      "\n"
+    )[1:]

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from gpt2_jax.convert import names
-from gpt2_jax.convert.weights import Weights, digest, from_model, rounded, to_model
+from gpt2_jax.convert.weights import Weights, cast_weights, from_model, to_model, weights_sha256
 from gpt2_jax.model import GPT2, ModelConfig, name_of
 from gpt2_jax.sharding import make_mesh
 
-FIVE = ModelConfig(n_vocab=131, n_ctx=16, n_embd=40, n_head=5, n_layer=2)  # heads and vocabulary need padding
+FIVE = ModelConfig(
+  n_vocab=131, n_ctx=16, n_embd=40, n_head=5, n_layer=2
+)  # heads and vocabulary need padding
 MESHES = [(1, 1, 1), (1, 4, 2), (2, 2, 2)]
 
 
@@ -36,7 +38,7 @@ def loaded(five):
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_every_mesh_gives_the_same_logits(sizes, loaded, tokens):
-  from gpt2_jax.certificate import forward
+  from gpt2_jax.convert.parity import forward
 
   tokens_BT = tokens(4, 16, 131)
   expected = forward(loaded[1, 1, 1])(tokens_BT)
@@ -45,7 +47,8 @@ def test_every_mesh_gives_the_same_logits(sizes, loaded, tokens):
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_a_device_holds_its_shards_alone(sizes, loaded):
-  """Of the specs that training has; over (1, 4, 2) no device holds the whole of a matrix or a table."""
+  """Of the specs that training has; over (1, 4, 2) no device holds the whole of a matrix or a
+  table."""
   model = loaded[sizes]
   with jax.set_mesh(mesh_of(sizes)):
     fresh = jax.eval_shape(lambda: GPT2(model.config, jax.random.key(0)))
@@ -65,19 +68,24 @@ def test_a_device_holds_its_shards_alone(sizes, loaded):
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_there_and_back_is_bit_identical(sizes, loaded, five):
+def test_a_round_trip_is_bit_identical(sizes, loaded, five):
   found = from_model(loaded[sizes], None)
   for name, shape in names.shapes(FIVE).items():
     assert found.read(name).shape == shape
     np.testing.assert_array_equal(found.read(name), five.read(name), err_msg=name)
-  assert digest(found) == digest(five)
+  assert weights_sha256(found) == weights_sha256(five)
 
 
 def test_padding_is_zero(loaded, five):
-  model = loaded[2, 2, 2]
-  assert model.wte[...].shape[0] > 131 and not np.asarray(model.wte[...])[131:].any()
-  c_attn = np.asarray(model.h.attn.c_attn.w[...])
-  assert c_attn.shape[2] == 6 * 3 * 8 and c_attn[..., : 5 * 3 * 8].all() and not c_attn[..., 5 * 3 * 8 :].any()
+  leaves = jax.tree_util.tree_leaves_with_path(loaded[2, 2, 2])
+  arrays = {name_of(path): np.asarray(leaf) for path, leaf in leaves}
+  assert arrays["wte"].shape[0] > 131 and not arrays["wte"][131:].any()
+  c_attn = arrays["h.attn.c_attn.w"]
+  assert (
+    c_attn.shape[2] == 6 * 3 * 8
+    and c_attn[..., : 5 * 3 * 8].all()
+    and not c_attn[..., 5 * 3 * 8 :].any()
+  )
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
@@ -95,41 +103,60 @@ def test_each_tensor_is_read_once_the_largest_parameters_first(sizes, five):
 
   to_model(dataclasses.replace(five, read=read), mesh_of(sizes), "float32")
   assert collections.Counter(reads) == collections.Counter(names.shapes(FIVE).keys())
-  of = [name if not name.startswith("h.") else name.replace(f"h.{name.split('.')[1]}.", "h.", 1) for name in reads]
+  of = [
+    name if not name.startswith("h.") else name.replace(f"h.{name.split('.')[1]}.", "h.", 1)
+    for name in reads
+  ]
   order = list(dict.fromkeys(of))
   assert of == sorted(of, key=order.index), "all layers of a parameter, then the next"
-  size = {name: sum(five.read(x).size for x, y in zip(reads, of, strict=True) if y == name) for name in order}
+  size = {
+    name: sum(five.read(x).size for x, y in zip(reads, of, strict=True) if y == name)
+    for name in order
+  }
   sizes_in_order = [size[name] for name in order if name not in ("wte", "wpe")]
   assert sizes_in_order == sorted(sizes_in_order, reverse=True)
-  assert order.index("h.mlp.c_fc.w") < order.index("wte") < order.index("wpe") < order.index("ln_f.b")
+  assert (
+    order.index("h.mlp.c_fc.w") < order.index("wte") < order.index("wpe") < order.index("ln_f.b")
+  )
 
 
-@pytest.mark.parametrize(("zero", "absent"), [(None, None), ("ln_f.g", None), ("h.0.mlp.c_fc.b", "h.0.mlp.c_fc.b")])
-def test_the_digest_is_sha256_of_the_float32_values(zero, absent, five):
+@pytest.mark.parametrize(
+  ("zero", "absent"), [(None, None), ("ln_f.g", None), ("h.0.mlp.c_fc.b", "h.0.mlp.c_fc.b")]
+)
+def test_the_sha256_is_that_of_the_float32_values(zero, absent, five):
   """By a second hand; a bias of zeros counts as none, a gain of zeros counts."""
   sha, read = hashlib.sha256(), lambda name: five.read(name) * np.float32(name != zero)
   for name in sorted(set(names.shapes(FIVE)) - {absent}):
-    sha.update(f"{name} {list(names.shapes(FIVE)[name])}\n".encode() + read(name).astype("<f4").tobytes())
-  assert digest(dataclasses.replace(five, read=read)) == sha.hexdigest()
+    sha.update(
+      f"{name} {list(names.shapes(FIVE)[name])}\n".encode() + read(name).astype("<f4").tobytes()
+    )
+  assert weights_sha256(dataclasses.replace(five, read=read)) == sha.hexdigest()
 
 
-def test_one_changed_value_changes_the_digest(five):
+def test_one_changed_value_changes_the_sha256(five):
   for changed in ("wte", "h.1.attn.c_attn.b", "ln_f.g"):
     other = {changed: np.nextafter(five.read(changed), np.float32(9))}
-    assert digest(dataclasses.replace(five, read=lambda name, o=other: o.get(name, five.read(name)))) != digest(five)
+    assert weights_sha256(
+      dataclasses.replace(five, read=lambda name, o=other: o.get(name, five.read(name)))
+    ) != weights_sha256(five)
   swapped = {"h.0.ln_1.g": "h.1.ln_1.g", "h.1.ln_1.g": "h.0.ln_1.g"}
-  assert digest(dataclasses.replace(five, read=lambda name: five.read(swapped.get(name, name)))) != digest(five)
+  assert weights_sha256(
+    dataclasses.replace(five, read=lambda name: five.read(swapped.get(name, name)))
+  ) != weights_sha256(five)
 
 
 def test_zero_biases_count_as_none(five):
   without = dataclasses.replace(five, config=dataclasses.replace(FIVE, use_bias=False))
-  zeros = dataclasses.replace(five, read=lambda name: five.read(name) * (0.0 if name.endswith(".b") else 1.0))
-  assert digest(without) == digest(zeros) != digest(five)
+  zeros = dataclasses.replace(
+    five, read=lambda name: five.read(name) * (0.0 if name.endswith(".b") else 1.0)
+  )
+  assert weights_sha256(without) == weights_sha256(zeros) != weights_sha256(five)
 
 
-def test_rounded_is_what_a_file_of_that_dtype_holds(five):
+def test_cast_weights_are_what_a_file_of_that_dtype_holds(five):
   torch = pytest.importorskip("torch")
   for dtype in ("float16", "bfloat16"):
     x = five.read("wpe")
     expected = torch.from_numpy(x).to(getattr(torch, dtype)).float().numpy()
-    np.testing.assert_array_equal(rounded(five, dtype).read("wpe").astype(np.float32), expected)
+    cast = cast_weights(five, dtype).read("wpe").astype(np.float32)
+    np.testing.assert_array_equal(cast, expected)

@@ -32,11 +32,18 @@ class ToyTexts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   url_infos = None
 
   def _info(self):
-    features = {"body": tfds.features.Text(), "title": tfds.features.Text(), "stars": tfds.features.Scalar(np.int64)}
+    features = {
+      "body": tfds.features.Text(),
+      "title": tfds.features.Text(),
+      "stars": tfds.features.Scalar(np.int64),
+    }
     return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
   def _split_generators(self, dl_manager):
-    return {"train": self._generate_examples([b"one", b"two"]), "broken": self._generate_examples([b"ab\xff"])}
+    return {
+      "train": self._generate_examples([b"one", b"two"]),
+      "broken": self._generate_examples([b"ab\xff"]),
+    }
 
   def _generate_examples(self, bodies):
     yield from ((i, {"body": body, "title": "t", "stars": 5}) for i, body in enumerate(bodies))
@@ -77,7 +84,8 @@ def test_files_are_read_without_tensorflow(files, tmp_path):
   """In a process of its own, for other tests import it."""
   code = (
     "import sys; from gpt2_jax.data import corpus; "
-    "found = corpus.file_documents(sys.argv[1], data_dir=sys.argv[2]); print(len(found), 'tensorflow' in sys.modules)"
+    "documents = corpus.file_documents(sys.argv[1], data_dir=sys.argv[2]); "
+    "print(len(documents), 'tensorflow' in sys.modules)"
   )
   command = [sys.executable, "-c", code, f"{files}/**/*", str(tmp_path / "prepared")]
   environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
@@ -85,9 +93,29 @@ def test_files_are_read_without_tensorflow(files, tmp_path):
   assert done.stdout.split() == ["3", "False"]
 
 
+def test_tfds_and_the_libraries_of_tokenizers_are_imported_where_they_are_used():
+  """In a process of its own, for other tests import them."""
+  names = ["tensorflow_datasets", "sentencepiece", "tokenizers", "tiktoken"]
+  code = (
+    "import sys, gpt2_jax, gpt2_jax.train; print([n for n in sys.argv[1:] if n in sys.modules])"
+  )
+  environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+  done = subprocess.run(
+    [sys.executable, "-c", code, *names],
+    env=environment,
+    check=True,
+    capture_output=True,
+    text=True,
+  )
+  assert done.stdout == "[]\n"
+
+
 def test_lines_of_jsonl_are_documents(tmp_path):
   texts = ["one\ntwo", "\u2028 three", "four"]
-  lines = [json.dumps({"body": text}, ensure_ascii=False) for text in texts] + ["", json.dumps({"body": ""})]
+  lines = [json.dumps({"body": text}, ensure_ascii=False) for text in texts] + [
+    "",
+    json.dumps({"body": ""}),
+  ]
   (tmp_path / "a.jsonl").write_text("\n".join(lines), "utf-8")
   assert sorted(read(f"{tmp_path}/a.jsonl", tmp_path, text_key="body")) == sorted(texts)
 
@@ -96,7 +124,8 @@ def test_a_changed_file_is_never_served_stale(files, tmp_path):
   before = os.stat(files / "a.txt")
   first = read(f"{files}/a.txt", tmp_path)
   (files / "a.txt").write_bytes(TEXTS["a.txt"].replace("first", "FIRST").encode())
-  os.utime(files / "a.txt", ns=(before.st_atime_ns, before.st_mtime_ns))  # the same size and time, another text
+  # the same size and time, another text
+  os.utime(files / "a.txt", ns=(before.st_atime_ns, before.st_mtime_ns))
   second = read(f"{files}/a.txt", tmp_path)
   assert second[0].startswith("FIRST") and first[0].startswith("first")
   assert first.source != second.source
@@ -104,9 +133,13 @@ def test_a_changed_file_is_never_served_stale(files, tmp_path):
 
 def test_unchanged_files_are_prepared_once(files, tmp_path):
   first = read(f"{files}/**/*", tmp_path)
-  written = {path: path.stat().st_mtime_ns for path in (tmp_path / "prepared").rglob("*") if path.is_file()}
+  written = {
+    path: path.stat().st_mtime_ns for path in (tmp_path / "prepared").rglob("*") if path.is_file()
+  }
   assert read(f"{files}/**/*", tmp_path) == first and written
-  assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "prepared").rglob("*") if path.is_file()}
+  assert written == {
+    path: path.stat().st_mtime_ns for path in (tmp_path / "prepared").rglob("*") if path.is_file()
+  }
 
 
 def test_files_that_are_not_utf8_are_skipped_aloud(files, tmp_path, capsys):
@@ -119,12 +152,19 @@ def test_slices_of_a_split_share_out_the_documents(tmp_path):
   for i in range(20):
     (tmp_path / f"{i:02d}.txt").write_text(f"document {i}")
   whole = list(read(f"{tmp_path}/*.txt", tmp_path))
-  head, tail = (list(read(f"{tmp_path}/*.txt", tmp_path, split=split)) for split in ("train[:90%]", "train[90%:]"))
+  head, tail = (
+    list(read(f"{tmp_path}/*.txt", tmp_path, split=split))
+    for split in ("train[:90%]", "train[90%:]")
+  )
   assert (len(head), len(tail)) == (18, 2) and head + tail == whole
   assert whole != sorted(whole, key=lambda text: int(text.split()[1]))
 
 
-@given(texts=st.lists(st.text(max_size=30), min_size=1, max_size=9).filter(lambda texts: len("".join(texts)) > 1))
+@given(
+  texts=st.lists(st.text(max_size=30), min_size=1, max_size=9).filter(
+    lambda texts: len("".join(texts)) > 1
+  )
+)
 def test_ninety_per_cent_of_the_characters_is_nanogpts_split(texts):
   data = "".join(texts)
   head, tail = (corpus.slice_characters(Texts(texts), bounds) for bounds in (":90%", "90%:"))
@@ -170,7 +210,12 @@ def test_documents_pickle_as_a_folder(files, tmp_path):
 def test_any_prepared_dataset_is_read_by_name(toy_dir):
   documents = corpus.tfds_documents("toy_texts", "train", "body", toy_dir)
   assert sorted(documents) == ["one", "two"]
-  assert documents.source == {"kind": "tfds", "name": "toy_texts/1.0.0", "split": "train", "text_key": "body"}
+  assert documents.source == {
+    "kind": "tfds",
+    "name": "toy_texts/1.0.0",
+    "split": "train",
+    "text_key": "body",
+  }
 
 
 def test_text_that_is_not_utf8_is_named(toy_dir):
@@ -199,7 +244,9 @@ def test_a_dataset_without_random_access_says_how_to_prepare_it(tmp_path):
   ToyTexts(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
   (info,) = tmp_path.rglob("dataset_info.json")
   info.write_text(info.read_text().replace("array_record", "tfrecord"))
-  with pytest.raises(ValueError, match="prepared as tfrecord, .*file_format='array_record'") as error:
+  with pytest.raises(
+    ValueError, match="prepared as tfrecord, .*file_format='array_record'"
+  ) as error:
     corpus.tfds_documents("toy_texts", "train", "body", str(tmp_path))
   one_line(error)
 

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2_jax import tokenizer as tokenizer_lib
-from gpt2_jax.data import token_store
-from gpt2_jax.data.token_store import TokenStore, encode_corpus
+from gpt2_jax.data import tokenize_corpus, zarr_files
+from gpt2_jax.data.token_store import TokenStore
+from gpt2_jax.data.tokenize_corpus import encode_corpus
 from gpt2_jax.tokenizer import Characters
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -26,7 +27,7 @@ SOURCE = {"kind": "list", "version": 1}
 # A job of 12 documents, a part each, that takes long enough to be killed in the middle.
 SLOW_JOB = """
 import sys, time
-from gpt2_jax.data.token_store import encode_corpus
+from gpt2_jax.data.tokenize_corpus import encode_corpus
 from gpt2_jax.tokenizer import Characters
 
 class Slow(list):
@@ -36,16 +37,26 @@ class Slow(list):
 
 if __name__ == "__main__":
   documents = Slow(chr(97 + i) * 5000 for i in range(12))
-  encode_corpus(documents, Characters("abcdefghijkl"), sys.argv[1], {}, processes=2, documents_per_part=1)
+  tokenizer = Characters("abcdefghijkl")
+  encode_corpus(documents, tokenizer, sys.argv[1], {}, processes=2, documents_per_part=1)
 """
 
 
-def write(path: pathlib.Path | str, documents=DOCUMENTS, tokenizer=ALPHABET, source=SOURCE, processes=1, per_part=7):
+def write(
+  path: pathlib.Path | str,
+  documents=DOCUMENTS,
+  tokenizer=ALPHABET,
+  source=SOURCE,
+  processes=1,
+  per_part=7,
+):
   return encode_corpus(documents, tokenizer, str(path), source, processes, per_part)
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
-  return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+  return {
+    str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+  }
 
 
 def one_line(error) -> str:
@@ -59,7 +70,7 @@ def store(tmp_path_factory) -> TokenStore:
 
 
 @pytest.fixture(scope="module")
-def pieces():
+def sentencepiece():
   return tokenizer_lib.train_sentencepiece([" ".join(DOCUMENTS), "a b c d"], 300)
 
 
@@ -69,11 +80,11 @@ def test_the_store_is_the_documents_one_after_another(store):
   np.testing.assert_array_equal(store.read([0], len(store)), [expected])
 
 
-def test_every_document_ends_with_eot(tmp_path, pieces):
+def test_every_document_ends_with_eot(tmp_path, sentencepiece):
   documents = ["a b", "", "c\n"]
-  store = write(tmp_path, documents, pieces, per_part=2)
+  store = write(tmp_path, documents, sentencepiece, per_part=2)
   assert store.read([0], len(store))[0].tolist() == [
-    i for text in documents for i in [*pieces.encode(text), pieces.eot]
+    i for text in documents for i in [*sentencepiece.encode(text), sentencepiece.eot]
   ]
   assert (store.manifest["documents"], store.manifest["bytes"]) == (3, 5)
 
@@ -118,8 +129,8 @@ def test_the_tokenizer_travels_with_the_store(store):
   assert reopened.tokenizer == ALPHABET and reopened.fingerprint == ALPHABET.fingerprint
 
 
-def test_a_long_document_is_encoded_in_pieces(tmp_path, monkeypatch):
-  monkeypatch.setattr(token_store, "SHARD", 4 * token_store.CHUNK)
+def test_a_long_document_is_written_in_shards(tmp_path, monkeypatch):
+  monkeypatch.setattr(zarr_files, "SHARD", 4 * zarr_files.CHUNK)
   text = "abcdefghij" * 10_000
   store = write(tmp_path, [text], per_part=1)
   assert store.read([0], len(store))[0].tolist() == ALPHABET.encode(text)
@@ -127,16 +138,16 @@ def test_a_long_document_is_encoded_in_pieces(tmp_path, monkeypatch):
 
 
 @given(text=st.text("ab \n", max_size=300), size=st.integers(9, 50))
-def test_pieces_are_the_text_and_end_where_a_line_does(text, size):
-  pieces = list(token_store._pieces(text, size, search=8))
-  assert "".join(pieces) == text and all(len(piece) <= size for piece in pieces)
+def test_segments_are_the_text_and_have_their_size(text, size):
+  segments = list(tokenize_corpus._split_long_text(text, size, search=8))
+  assert "".join(segments) == text and all(len(segment) <= size for segment in segments)
 
 
 @pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR is not set")
-def test_pieces_do_not_change_gpt2s_tokens():
+def test_segments_do_not_change_gpt2s_tokens():
   text, gpt2 = pathlib.Path(os.__file__).read_text("utf-8"), tokenizer_lib.Gpt2Bpe()
-  pieces = list(token_store._pieces(text, size=2000, search=1000))
-  assert len(pieces) > 10 and sum(map(gpt2.encode, pieces), []) == gpt2.encode(text)
+  segments = list(tokenize_corpus._split_long_text(text, size=2000, search=1000))
+  assert len(segments) > 10 and sum(map(gpt2.encode, segments), []) == gpt2.encode(text)
 
 
 def test_a_store_on_gs_is_written_and_read_at_random(store, bucket):
@@ -146,7 +157,9 @@ def test_a_store_on_gs_is_written_and_read_at_random(store, bucket):
   }
   remote.verify()
   starts = [0, 7, len(store) - 300, len(store) // 2]
-  np.testing.assert_array_equal(TokenStore.open(remote.path).read(starts, 300), store.read(starts, 300))
+  np.testing.assert_array_equal(
+    TokenStore.open(remote.path).read(starts, 300), store.read(starts, 300)
+  )
   with pytest.raises(FileNotFoundError, match="no token store at gs://bucket/none"):
     TokenStore.open("gs://bucket/none")
 
@@ -156,15 +169,17 @@ def test_a_window_on_gs_costs_its_chunks_not_its_shard(bucket):
   remote.read([0], 10)  # brings the shard's index
   before = bucket.served
   remote.read([200_000], 1025)
-  assert 1025 * 2 <= bucket.served - before <= 2 * (token_store.CHUNK * 2 + 4)
+  assert 1025 * 2 <= bucket.served - before <= 2 * (zarr_files.CHUNK * 2 + 4)
 
 
-def test_a_killed_job_is_never_taken_for_whole_and_continues(tmp_path):
+def test_a_killed_job_is_never_taken_for_complete_and_resumes(tmp_path):
   (tmp_path / "job.py").write_text(SLOW_JOB)
   environment = os.environ | {"PYTHONPATH": str(ROOT)}
   command = [sys.executable, str(tmp_path / "job.py")]
   killed, whole = tmp_path / "killed", tmp_path / "whole"
-  job = subprocess.Popen([*command, str(killed), "0.15"], env=environment, stderr=subprocess.DEVNULL)
+  job = subprocess.Popen(
+    [*command, str(killed), "0.15"], env=environment, stderr=subprocess.DEVNULL
+  )
   while len(list(killed.glob("part-*.json"))) < 3:
     assert job.poll() is None
     time.sleep(0.02)
@@ -173,7 +188,9 @@ def test_a_killed_job_is_never_taken_for_whole_and_continues(tmp_path):
   job.wait()
   psutil.wait_procs(workers, timeout=10)
   assert len(workers) >= 2 and not any(worker.is_running() for worker in workers)
-  with pytest.raises(FileNotFoundError, match=r"half-written: [3-9] of 12 parts; run the same") as error:
+  with pytest.raises(
+    FileNotFoundError, match=r"half-written: [3-9] of 12 parts; run the same"
+  ) as error:
     TokenStore.open(str(killed))
   one_line(error)
 
@@ -181,7 +198,9 @@ def test_a_killed_job_is_never_taken_for_whole_and_continues(tmp_path):
   (killed / "part-00011" / "zarr.json").write_text("half of a pa")
   kept = {path: path.stat().st_mtime_ns for path in killed.glob("part-*.json")}
   for folder in (killed, whole):
-    subprocess.run([*command, str(folder), "0"], env=environment, check=True, stderr=subprocess.DEVNULL)
+    subprocess.run(
+      [*command, str(folder), "0"], env=environment, check=True, stderr=subprocess.DEVNULL
+    )
   assert contents(killed) == contents(whole)
   assert kept == {path: path.stat().st_mtime_ns for path in kept}
 
@@ -193,9 +212,11 @@ def test_ctrl_c_ends_the_workers_too(tmp_path):
     command,
     env=os.environ | {"PYTHONPATH": str(ROOT)},
     stderr=subprocess.DEVNULL,
-    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background hands on SIG_IGN
+    # a suite in the background hands on SIG_IGN
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
-  while len(workers := psutil.Process(job.pid).children(recursive=True)) < 3:  # two, and Python's resource tracker
+  # two, and Python's resource tracker
+  while len(workers := psutil.Process(job.pid).children(recursive=True)) < 3:
     assert job.poll() is None
     time.sleep(0.02)
   time.sleep(1.5)  # they are inside a document
@@ -205,7 +226,7 @@ def test_ctrl_c_ends_the_workers_too(tmp_path):
 
 
 def test_a_worker_that_dies_is_one_line(tmp_path):
-  with pytest.raises(ValueError, match="died .* the same command continues") as error:
+  with pytest.raises(ValueError, match="died .* the same command resumes") as error:
     write(tmp_path, [Deadly()] * 8, processes=2, per_part=1)
   one_line(error)
 
@@ -215,10 +236,13 @@ class Deadly(str):
     return os._exit, (9,)
 
 
-def test_a_whole_store_is_left_as_it_is(store, capsys):
+def test_a_complete_store_is_left_as_it_is(store, capsys):
   before = contents(pathlib.Path(store.path))
   write(pathlib.Path(store.path))
-  assert "is whole already" in capsys.readouterr().err and contents(pathlib.Path(store.path)) == before
+  assert (
+    "is complete already" in capsys.readouterr().err
+    and contents(pathlib.Path(store.path)) == before
+  )
 
 
 @pytest.mark.parametrize(
@@ -249,7 +273,9 @@ def test_damage_is_found_named_and_repaired(store, tmp_path):
   damaged[100] ^= 1
   data.write_bytes(damaged)
   shutil.rmtree(folder / "part-00005" / "c")
-  with pytest.raises(ValueError, match=r"2 of 9 parts are damaged \(part-00003, part-00005\)") as error:
+  with pytest.raises(
+    ValueError, match=r"2 of 9 parts are damaged \(part-00003, part-00005\)"
+  ) as error:
     opened.verify()
   one_line(error)
   with pytest.raises(ValueError, match="is damaged") as error:
@@ -304,7 +330,8 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_five_million_tokens_a_second(tmp_path):
-  """512 windows of 1,025 tokens at random; about 40 million a second on two cores of a 2023 server."""
+  """512 windows of 1,025 tokens at random; about 40 million a second on two cores of a 2023
+  server."""
   store = write(tmp_path, ["abcdefghij" * 100_000] * 10, per_part=2)
   starts = np.random.default_rng(0).integers(0, len(store) - 1025, (4, 512))
   seconds = []

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.decoding.cache import ready
+from gpt2_jax.decoding import Completion, for_inference
 from gpt2_jax.decoding.contrastive import contrastive_search
 from gpt2_jax.model import ModelConfig
 
@@ -15,15 +15,21 @@ LENGTHS = (1, 7, 30, 64, 84)  # 84 + 12 fills the context
 
 @pytest.fixture(scope="module")
 def prompts(tokens):
-  return [row[:length].tolist() for row, length in zip(tokens(len(LENGTHS), 96, 97), LENGTHS, strict=True)]
+  return [
+    row[:length].tolist() for row, length in zip(tokens(len(LENGTHS), 96, 97), LENGTHS, strict=True)
+  ]
 
 
 @pytest.fixture(scope="module")
 def weights(parameters):
-  """Sharp attention, loud positions, small biases and no token that is likely everywhere: what comes next depends on
-  all that came before."""
+  """Sharp attention, loud positions, small biases and no token that is likely everywhere: what
+  comes next depends on all that came before."""
   arrays = parameters(TINY, scale=0.5)
-  scales = {"h.attn.c_attn.w": 4, "wpe": 4, "wte": 2 / np.linalg.norm(arrays["wte"], axis=1, keepdims=True)}
+  scales = {
+    "h.attn.c_attn.w": 4,
+    "wpe": 4,
+    "wte": 2 / np.linalg.norm(arrays["wte"], axis=1, keepdims=True),
+  }
   scales |= {name: 0.3 for name in arrays if name.endswith(".b")} | {"ln_f.b": 0}
   return {name: array * scales.get(name, 1) for name, array in arrays.items()}
 
@@ -31,18 +37,19 @@ def weights(parameters):
 @pytest.fixture(scope="module")
 def decoder(mesh, weights, place):
   with mesh(1, 1, 1):
-    return ready(place(TINY, weights))
+    return for_inference(place(TINY, weights))
 
 
 @pytest.fixture(scope="module")
 def forward(mesh, weights, place):
-  """forward(tokens): probabilities and outputs of ln_f at every position of a list of tokens, float64."""
+  """forward(tokens): probabilities and outputs of ln_f at every position of a list of tokens,
+  float64."""
   with mesh(1, 1, 1):
     model = place(TINY, weights)
 
   @jax.jit
   def both(model, tokens_BT):
-    x_BTD = model.hidden(tokens_BT)[0]
+    x_BTD = model.hidden(model.embed(tokens_BT))[0]
     return jax.nn.softmax(model.head(x_BTD)[..., : TINY.n_vocab]), x_BTD
 
   def forward(tokens):
@@ -63,7 +70,7 @@ def by_the_formula(forward, prompt, k, alpha):
       cosines = [h_D @ other_D / np.sqrt((h_D @ h_D) * (other_D @ other_D)) for other_D in h_TD]
       scores[v] = (1 - alpha) * p_V[v] - alpha * max(cosines)
     tokens.append(max(scores, key=scores.get))
-  return tokens[len(prompt) :]
+  return Completion(tokens[len(prompt) :])
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +86,15 @@ def greedy(forward, prompts):
 def test_it_is_the_formula(decoder, prompts, expected, greedy):
   assert contrastive_search(decoder, prompts, N_NEW) == expected
   assert all(a != b for a, b in zip(expected, greedy, strict=True))
-  assert len({token for row in expected for token in row}) > 20
+  assert len({token for row in expected for token in row.tokens}) > 20
 
 
 @pytest.mark.parametrize("k, alpha", [(2, 0.1), (2, 1.0), (7, 0.6)])
 def test_k_and_alpha_are_the_formula(k, alpha, decoder, forward, prompts, expected):
   found = contrastive_search(decoder, prompts[:3], N_NEW, k, alpha)
-  assert found == [by_the_formula(forward, prompt, k, alpha) for prompt in prompts[:3]] != expected[:3]
+  assert (
+    found == [by_the_formula(forward, prompt, k, alpha) for prompt in prompts[:3]] != expected[:3]
+  )
 
 
 @pytest.mark.parametrize("k, alpha", [(1, 0.6), (4, 0.0)])
@@ -107,8 +116,12 @@ def test_every_mesh_finds_the_same(sizes, mesh, weights, place, prompts, expecte
 
 
 def test_eot_ends_its_row_and_is_left_out(decoder, prompts, expected):
-  for eot in (expected[2][5], expected[0][0], expected[3][-1]):
-    ended = [row[: row.index(eot)] if eot in row else row for row in expected]
+  rows = [row.tokens for row in expected]
+  for eot in (rows[2][5], rows[0][0], rows[3][-1]):
+    ended = [
+      Completion(row[: row.index(eot)], finished=True) if eot in row else Completion(row)
+      for row in rows
+    ]
     assert contrastive_search(decoder, prompts, N_NEW, eot=eot) == ended != expected
 
 

@@ -8,26 +8,32 @@ import numpy as np
 import pytest
 
 from gpt2_jax.decoding import (
+  FrequencyPenalty,
   Greedy,
   History,
   LogitBias,
-  MinNew,
+  MinNewTokens,
   MinP,
   NoRepeatNgram,
-  OccurrencePenalty,
+  PresencePenalty,
   RepetitionPenalty,
   Sample,
   Temperature,
   TopK,
   TopP,
-  Typical,
+  TypicalP,
+  make_sampler,
 )
 
 LOGITS = np.random.default_rng(0).normal(size=40).astype(np.float32) * 2
-PROMPT, NEW = np.split(np.random.default_rng(1).integers(0, 12, 30), [14])  # few different tokens, so that they repeat
+PROMPT, NEW = np.split(
+  np.random.default_rng(1).integers(0, 12, 30), [14]
+)  # few different tokens, so that they repeat
 NEW = np.array([*NEW[2:], *PROMPT[3:5]])
 # Junk before the row begins and after its end, which no filter may read.
-HISTORY = History(jnp.asarray([*range(12, 25), *PROMPT, *NEW, *range(25, 40)], jnp.int32), 13, 27, 43)
+HISTORY = History(
+  jnp.asarray([*range(12, 25), *PROMPT, *NEW, *range(25, 40)], jnp.int32), 13, 27, 43
+)
 
 
 def softmax(x):
@@ -37,7 +43,9 @@ def softmax(x):
 
 @pytest.mark.parametrize("value", [0.2, 1.0, 3.0])
 def test_temperature_divides(value):
-  np.testing.assert_allclose(softmax(Temperature(value)(LOGITS)), softmax(LOGITS.astype(np.float64) / value), atol=1e-6)
+  np.testing.assert_allclose(
+    softmax(Temperature(value)(LOGITS)), softmax(LOGITS.astype(np.float64) / value), atol=1e-6
+  )
 
 
 @pytest.mark.parametrize("k", [1, 3, 39, 40, 1000])
@@ -66,12 +74,12 @@ def test_min_p_keeps_what_is_p_times_as_likely_as_the_likeliest(min_p):
 
 
 @pytest.mark.parametrize("mass", [1e-9, 0.2, 0.7, 0.95, 1.0])
-def test_typical_keeps_the_fewest_of_typical_surprisal(mass):
+def test_typical_p_keeps_the_fewest_of_typical_surprisal(mass):
   p = softmax(LOGITS)
   order = np.argsort(np.abs(-np.log(p) + (p * np.log(p)).sum()))
   count = next(n for n in range(1, 41) if n == 40 or p[order[:n]].sum() >= mass)
   p[order[count:]] = 0
-  np.testing.assert_allclose(softmax(Typical(mass)(LOGITS)), p / p.sum(), atol=1e-7)
+  np.testing.assert_allclose(softmax(TypicalP(mass)(LOGITS)), p / p.sum(), atol=1e-7)
 
 
 @pytest.mark.parametrize("value", [0.5, 1.0, 1.3])
@@ -83,11 +91,18 @@ def test_repetition_penalty_divides_what_occurred(value):
 
 
 @pytest.mark.parametrize("frequency, presence", [(0.0, 0.0), (0.7, 0.0), (0.0, 1.1), (-0.4, 0.3)])
-def test_occurrence_penalty_counts_new_tokens(frequency, presence):
+def test_frequency_and_presence_penalties_count_new_tokens(frequency, presence):
   counts = collections.Counter(NEW.tolist())
   assert set(PROMPT.tolist()) - set(counts), "some tokens of the prompt do not come again"
-  expected = [x - counts[i] * frequency - (counts[i] > 0) * presence for i, x in enumerate(LOGITS.tolist())]
-  np.testing.assert_allclose(OccurrencePenalty(frequency, presence)(LOGITS, HISTORY), expected, atol=1e-6)
+  expected = [
+    x - counts[i] * frequency - (counts[i] > 0) * presence for i, x in enumerate(LOGITS.tolist())
+  ]
+  for filters in (
+    (FrequencyPenalty(frequency), PresencePenalty(presence)),
+    (PresencePenalty(presence), FrequencyPenalty(frequency)),
+  ):
+    found = functools.reduce(lambda logits, f: f(logits, HISTORY), filters, jnp.asarray(LOGITS))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 31])
@@ -98,7 +113,9 @@ def test_no_run_of_n_tokens_comes_twice(n):
   banned = {token for token in range(40) if (*end, token) in runs}
   assert bool(banned) == (n < 31)
   found = np.asarray(NoRepeatNgram(n)(jnp.asarray(LOGITS), HISTORY))
-  np.testing.assert_array_equal(found, np.where(np.isin(np.arange(40), list(banned)), -np.inf, LOGITS))
+  np.testing.assert_array_equal(
+    found, np.where(np.isin(np.arange(40), list(banned)), -np.inf, LOGITS)
+  )
 
 
 def test_no_run_comes_twice_at_the_beginning():
@@ -122,7 +139,7 @@ def test_logit_bias_adds_and_bans():
 @pytest.mark.parametrize("n", [0, 16, 17, 30])
 def test_eot_waits_for_n_new_tokens(n):
   expected = np.where((np.arange(40) == 7) & (len(NEW) < n), -np.inf, LOGITS)
-  np.testing.assert_array_equal(MinNew(n, 7)(LOGITS, HISTORY), expected)
+  np.testing.assert_array_equal(MinNewTokens(n, 7)(LOGITS, HISTORY), expected)
 
 
 @pytest.mark.parametrize(
@@ -132,13 +149,13 @@ def test_eot_waits_for_n_new_tokens(n):
     (TopK(5), "TopK", (5,)),
     (TopP(0.8), "TopP", (0.8,)),
     (MinP(0.05), "MinP", (0.05,)),
-    (Typical(0.6), "Typical", (0.6,)),
+    (TypicalP(0.6), "Typical", (0.6,)),
     (RepetitionPenalty(1.2), "RepetitionPenalty", (1.2,)),
     (NoRepeatNgram(1), "NoRepeatNGram", (1,)),
     (NoRepeatNgram(3), "NoRepeatNGram", (3,)),
     (LogitBias({3: 2.5, 4: -np.inf}), "SequenceBias", ({(3,): 2.5, (4,): -np.inf},)),
-    (MinNew(17, 3), "MinNewTokensLength", (14, 17, 3)),
-    (MinNew(16, 3), "MinNewTokensLength", (14, 16, 3)),
+    (MinNewTokens(17, 3), "MinNewTokensLength", (14, 17, 3)),
+    (MinNewTokens(16, 3), "MinNewTokensLength", (14, 16, 3)),
   ],
   ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -146,7 +163,9 @@ def test_filters_are_those_of_transformers(ours, name, arguments):
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
   processors = transformers.generation.logits_process
-  kind = getattr(processors, name + "LogitsWarper", None) or getattr(processors, name + "LogitsProcessor")
+  kind = getattr(processors, name + "LogitsWarper", None) or getattr(
+    processors, name + "LogitsProcessor"
+  )
   text = torch.tensor([[*PROMPT, *NEW]])
   for seed in range(5):
     logits = np.random.default_rng(seed).normal(size=40).astype(np.float32) * 2
@@ -157,12 +176,13 @@ def test_filters_are_those_of_transformers(ours, name, arguments):
 ALL = (
   LogitBias({3: -np.inf}),
   RepetitionPenalty(1.3),
-  OccurrencePenalty(0.5, 0.5),
+  FrequencyPenalty(0.5),
+  PresencePenalty(0.5),
   NoRepeatNgram(2),
-  MinNew(30, 5),
+  MinNewTokens(30, 5),
   Temperature(1.5),
   TopK(30),
-  Typical(0.95),
+  TypicalP(0.95),
   MinP(0.001),
   TopP(0.95),
 )
@@ -170,7 +190,7 @@ ALL = (
 
 def test_filters_compose_in_any_order():
   """What one has banned, the others leave banned, and none makes NaN of it."""
-  for filters in (ALL, ALL[::-1], ALL[5:] + ALL[:5]):
+  for filters in (ALL, ALL[::-1], ALL[6:] + ALL[:6]):
     left = functools.reduce(lambda logits, f: f(logits, HISTORY), filters, jnp.asarray(LOGITS))
     banned = np.isneginf(left)
     assert not np.isnan(left).any() and banned[[3, 5]].all() and 2 < (~banned).sum() < 30
@@ -180,14 +200,19 @@ def test_filters_compose_in_any_order():
 
 def test_one_token_is_always_left():
   best = LOGITS.argmax()
-  for filters in ((LogitBias(dict.fromkeys(range(40), -np.inf)),), (TopK(1), LogitBias({best: -np.inf}), *ALL)):
+  for filters in (
+    (LogitBias(dict.fromkeys(range(40), -np.inf)),),
+    (TopK(1), LogitBias({best: -np.inf}), *ALL),
+  ):
     for pick in (Greedy(filters), Sample(filters)):
       assert pick(jax.random.key(0), jnp.asarray(LOGITS), HISTORY) == best
 
 
 def counts_of(sampler, n):
   draw = jax.vmap(sampler, (0, None, None))
-  return np.bincount(draw(jax.random.split(jax.random.key(0), n), jnp.asarray(LOGITS), HISTORY), minlength=40)
+  return np.bincount(
+    draw(jax.random.split(jax.random.key(0), n), jnp.asarray(LOGITS), HISTORY), minlength=40
+  )
 
 
 def expect_draws(counts, p):
@@ -210,14 +235,20 @@ def test_draws_follow_the_penalties():
   """No ban, so every token keeps its share."""
   counts = collections.Counter(NEW.tolist())
   logits = np.array([x - counts[i] * 0.5 for i, x in enumerate(LOGITS.tolist())])
-  expect_draws(counts_of(Sample((OccurrencePenalty(frequency=0.5), Temperature(2.0))), 4000), softmax(logits / 2))
+  expect_draws(
+    counts_of(Sample((FrequencyPenalty(0.5), Temperature(2.0))), 4000),
+    softmax(logits / 2),
+  )
 
 
 def test_greedy_takes_the_likeliest():
   assert Greedy()(jax.random.key(0), jnp.asarray(LOGITS)) == LOGITS.argmax()
   assert Sample((TopK(1),))(jax.random.key(0), jnp.asarray(LOGITS)) == LOGITS.argmax()
   second = np.argsort(LOGITS)[-2]
-  assert Greedy((LogitBias({LOGITS.argmax(): -np.inf}),))(jax.random.key(0), jnp.asarray(LOGITS)) == second
+  assert (
+    Greedy((LogitBias({LOGITS.argmax(): -np.inf}),))(jax.random.key(0), jnp.asarray(LOGITS))
+    == second
+  )
 
 
 @pytest.mark.parametrize(
@@ -229,11 +260,11 @@ def test_greedy_takes_the_likeliest():
     (lambda: TopP(0.0), r"top-p of 0.0 is not in \(0, 1\]"),
     (lambda: TopP(1.1), "top-p of 1.1"),
     (lambda: MinP(0.0), r"min-p of 0.0 is not in \(0, 1\]"),
-    (lambda: Typical(1.5), "typical-p of 1.5"),
+    (lambda: TypicalP(1.5), "typical-p of 1.5"),
     (lambda: RepetitionPenalty(0.0), r"repetition penalty of 0.0 is not in \(0, 1e9\]"),
     (lambda: RepetitionPenalty(float("inf")), "repetition penalty of inf"),
-    (lambda: OccurrencePenalty(presence=float("nan")), "at most 1e9 either way"),
-    (lambda: OccurrencePenalty(1e39), "at most 1e9 either way"),
+    (lambda: PresencePenalty(float("nan")), "presence penalty of nan: at most 1e9 either way"),
+    (lambda: FrequencyPenalty(1e39), r"frequency penalty of 1e\+39: at most 1e9 either way"),
     (lambda: LogitBias({4: 1e39}), "a bias is within 1e9 or is -inf"),
     (lambda: Sample((TopK(3), 5)), "5 is no filter"),
     (lambda: Greedy(Sample()), "is no filter"),
@@ -241,7 +272,7 @@ def test_greedy_takes_the_likeliest():
     (lambda: LogitBias({3: float("inf")}), "bias of inf for token 3"),
     (lambda: LogitBias({3: float("nan")}), "bias of nan for token 3"),
     (lambda: LogitBias({-1: 0.0}), "for token -1"),
-    (lambda: MinNew(-1, 0), "at least -1 new tokens"),
+    (lambda: MinNewTokens(-1, 0), "at least -1 new tokens"),
   ],
 )
 def test_samplers_refuse_what_cannot_be(make, rule):
@@ -252,3 +283,36 @@ def test_samplers_refuse_what_cannot_be(make, rule):
 def test_one_filter_or_a_list_will_do():
   assert Sample(TopK(3)) == Sample([TopK(3)]) == Sample((TopK(3),))
   assert hash(Greedy([TopK(3)])) == hash(Greedy(TopK(3)))
+
+
+def test_keywords_make_filters_in_their_order():
+  """Penalties, temperature, what is kept; a keyword that is None leaves its filter out."""
+  assert make_sampler() == Sample() and make_sampler(greedy=True) == Greedy()
+  assert make_sampler(top_k=40, temperature=0.8) == Sample((Temperature(0.8), TopK(40)))
+  everything = make_sampler(
+    greedy=True,
+    typical_p=0.7,
+    min_p=0.1,
+    top_p=0.9,
+    top_k=40,
+    temperature=0.8,
+    no_repeat_ngram=3,
+    repetition_penalty=1.2,
+    presence_penalty=0.5,
+    frequency_penalty=0.25,
+  )
+  assert everything == Greedy(
+    (
+      FrequencyPenalty(0.25),
+      PresencePenalty(0.5),
+      RepetitionPenalty(1.2),
+      NoRepeatNgram(3),
+      Temperature(0.8),
+      TopK(40),
+      TopP(0.9),
+      MinP(0.1),
+      TypicalP(0.7),
+    )
+  )
+  with pytest.raises(ValueError, match=r"temperature of 0 is not above 0; greedy=True"):
+    make_sampler(temperature=0)

@@ -11,7 +11,8 @@ import tensorflow_datasets as tfds
 
 @pytest.fixture
 def prepare(tmp_path):
-  """prepare(name, split, **arguments) -> data_dir: a dataset by TFDS's own code for it, from a file at hand.
+  """prepare(name, split, **arguments) -> data_dir: a dataset by TFDS's own code for it, from a file
+  at hand.
 
   `arguments` are those of the builder's `_generate_examples`; or `examples`, what that would yield.
   """
@@ -31,7 +32,8 @@ def prepare(tmp_path):
 
 @pytest.fixture(scope="session")
 def harness_task():
-  """harness_task(path, rows, solved=()): lm-evaluation-harness's own task of that YAML file on these rows.
+  """harness_task(path, rows, solved=()): lm-evaluation-harness's own task of that YAML file on
+  these rows.
 
   The rows have the fields that its dataset has; `solved` are those of the training set.
   """
@@ -46,13 +48,19 @@ def harness_task():
       super().__init__(config=config)
 
     def download(self, *_, **__) -> None:
-      self.dataset = {name: datasets.Dataset.from_list(list(rows)) for name, rows in self.splits.items()}
+      self.dataset = {
+        name: datasets.Dataset.from_list(list(rows)) for name, rows in self.splits.items()
+      }
 
   def made(path: str, rows: Iterable[dict], solved: Iterable[dict] = ()):
     config = load_yaml(pathlib.Path(task.__file__).parents[1] / "tasks" / path, resolve_func=True)
     scored = config.get("test_split") or config.get("validation_split") or "test"
-    splits = {scored: rows} | ({config["training_split"]: solved or rows} if config.get("training_split") else {})
-    splits |= {name: rows for key in ("validation_split", "test_split") if (name := config.get(key))}
+    splits = {scored: rows} | (
+      {config["training_split"]: solved or rows} if config.get("training_split") else {}
+    )
+    splits |= {
+      name: rows for key in ("validation_split", "test_split") if (name := config.get(key))
+    }
     return Local(config | {"task": path}, splits)
 
   return made

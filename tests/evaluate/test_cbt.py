@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Children's Book Test: its file, its de-tokenizer, and what is asked."""
+"""The Children's Book Test: its file, its de-tokenizer, and its requests."""
 
 import pytest
 
@@ -14,12 +14,14 @@ CONTEXT = [f"Line {i} is told ." for i in range(1, 20)] + ["`` I wo n't , '' she
 QUESTION = "-LRB- The XXXXX 's tail was red . -RRB-"
 
 
-def block(question: str = QUESTION, answer: str = "cat", candidates=CANDIDATES, context=CONTEXT) -> str:
+def block(
+  question: str = QUESTION, answer: str = "cat", candidates=CANDIDATES, context=CONTEXT
+) -> str:
   lines = [f"{i} {sentence} " for i, sentence in enumerate(context, 1)]
   return "\n".join([*lines, f"21 {question}\t{answer}\t\t{'|'.join(candidates)}"]) + "\n\n"
 
 
-def load(tmp_path, text: str) -> sources.Rows:
+def load(tmp_path, text: str) -> sources.DatasetRows:
   path = tmp_path / "cbt" / "cbtest_CN_valid_2000ex.txt"
   path.parent.mkdir()
   path.write_text(text, "utf-8")
@@ -28,17 +30,28 @@ def load(tmp_path, text: str) -> sources.Rows:
 
 def test_a_question_is_twenty_sentences_one_with_a_blank_and_ten_candidates(tmp_path):
   rows = load(tmp_path, block() + block("He saw XXXXX ", "yak"))
-  assert rows[0] == {"sentences": CONTEXT, "question": QUESTION, "candidates": CANDIDATES, "label": 3}
+  assert rows[0] == {
+    "sentences": CONTEXT,
+    "question": QUESTION,
+    "candidates": CANDIDATES,
+    "label": 3,
+  }
   assert rows[1]["question"] == "He saw XXXXX" and rows[1]["label"] == 9 and len(rows) == 2
 
 
 def test_each_candidate_is_scored_with_the_rest_of_the_sentence(tmp_path):
   [row] = load(tmp_path, block())
-  told = " ".join(f"Line {i} is told." for i in range(1, 20))
+  detokenized = " ".join(f"Line {i} is told." for i in range(1, 20))
   paper, raw = (TASKS["cbt_cn", protocol].requests(row) for protocol in ("paper", "raw"))
   assert len(paper) == len(raw) == 10
-  assert paper[3].context == f'{told} "I won\'t," she said. (The' and paper[3].continuation == " cat's tail was red.)"
-  assert raw[3].context == f"{' '.join(CONTEXT)} -LRB- The" and raw[3].continuation == " cat 's tail was red . -RRB-"
+  assert (
+    paper[3].context == f'{detokenized} "I won\'t," she said. (The'
+    and paper[3].continuation == " cat's tail was red.)"
+  )
+  assert (
+    raw[3].context == f"{' '.join(CONTEXT)} -LRB- The"
+    and raw[3].continuation == " cat 's tail was red . -RRB-"
+  )
   for requests in (paper, raw):
     assert {request.context for request in requests} == {requests[0].context}
     assert [request.continuation.split("'")[0].strip() for request in requests] == CANDIDATES
@@ -47,30 +60,52 @@ def test_each_candidate_is_scored_with_the_rest_of_the_sentence(tmp_path):
 def test_a_word_that_opens_a_quotation_has_no_space_before_it(tmp_path):
   [row] = load(tmp_path, block("`` XXXXX ! '' he called to the XXXXX ."))
   request = TASKS["cbt_cn", "paper"].requests(row)[0]
-  assert request.context.endswith(' she said. "') and request.continuation == 'fox!" he called to the fox.'
+  assert (
+    request.context.endswith(' she said. "')
+    and request.continuation == 'fox!" he called to the fox.'
+  )
 
 
 def test_the_right_one_must_be_the_likeliest_and_of_a_tie_the_first(tmp_path):
   [row] = load(tmp_path, block())
   for task in TASKS.values():
-    for nats, correct in (({3: 1.0}, 1), ({4: 1.0}, 0), ({3: 1.0, 4: 1.0}, 1), ({2: 1.0, 3: 1.0}, 0)):
+    for nats, correct in (
+      ({3: 1.0}, 1),
+      ({4: 1.0}, 0),
+      ({3: 1.0, 4: 1.0}, 1),
+      ({2: 1.0, 3: 1.0}, 0),
+    ):
       answers = [Likelihood(nats.get(i, 9.0), 1, False, False) for i in range(10)]
       assert task.sums(row, answers) == {"correct": correct}
 
 
 def test_an_example_is_the_passage_filled_in(tmp_path):
   [row] = load(tmp_path, block())
-  assert TASKS["cbt_cn", "raw"].example(row) == " ".join([*CONTEXT, QUESTION.replace("XXXXX", "cat")])
+  assert TASKS["cbt_cn", "raw"].example(row) == " ".join(
+    [*CONTEXT, QUESTION.replace("XXXXX", "cat")]
+  )
   assert TASKS["cbt_cn", "paper"].example(row).endswith("she said. (The cat's tail was red.)")
 
 
 @pytest.mark.parametrize(
   ("tokens", "text"),
   [
-    ("`` Do n't , '' said he ; `` I 'm -LRB- nearly -RRB- there ! ''", '"Don\'t," said he; "I\'m (nearly) there!"'),
-    ("She 'd gone , they 'll go , we 've been , you 're off .", "She'd gone, they'll go, we've been, you're off."),
-    ("The boys ' hats and Tom 's cost $ 5 : a lot ...", "The boys' hats and Tom's cost $5: a lot..."),
-    ("` Yes , ' he said -- and CAN NOT go -LSB- now -RSB- ?", "'Yes,' he said -- and CANNOT go [now]?"),
+    (
+      "`` Do n't , '' said he ; `` I 'm -LRB- nearly -RRB- there ! ''",
+      '"Don\'t," said he; "I\'m (nearly) there!"',
+    ),
+    (
+      "She 'd gone , they 'll go , we 've been , you 're off .",
+      "She'd gone, they'll go, we've been, you're off.",
+    ),
+    (
+      "The boys ' hats and Tom 's cost $ 5 : a lot ...",
+      "The boys' hats and Tom's cost $5: a lot...",
+    ),
+    (
+      "` Yes , ' he said -- and CAN NOT go -LSB- now -RSB- ?",
+      "'Yes,' he said -- and CANNOT go [now]?",
+    ),
     ("I 'm gon na try , gim me that , 't was 'T IS .", "I'm gonna try, gimme that, 'twas 'TIS."),
     ("WO N'T IT 'S A well-known one , o'clock 'em", "WON'T IT'S A well-known one, o'clock 'em"),
     ("", ""),
@@ -87,8 +122,14 @@ def test_detokenized_by_hand(tokens, text):
     (block(candidates=CANDIDATES[:9]), ":21 is malformed: it has 9 candidates, not 10"),
     (block(candidates=[*CANDIDATES[:9], ""]), ":21 is malformed: it has 9 candidates, not 10"),
     (block("No blank here ."), ":21 is malformed: its question has no blank XXXXX"),
-    (block(context=CONTEXT[:19]), ":20 is malformed: it begins with '21', where line 20 of 21 is due"),
-    (block() + block(context=CONTEXT[5:]), ":38 is malformed: it begins with '21', where line 16 of 21 is due"),
+    (
+      block(context=CONTEXT[:19]),
+      ":20 is malformed: it begins with '21', where line 20 of 21 is due",
+    ),
+    (
+      block() + block(context=CONTEXT[5:]),
+      ":38 is malformed: it begins with '21', where line 16 of 21 is due",
+    ),
     (block().split("\t")[0], ":21 is malformed: it has no answer and candidates"),
     (block()[:64], "2000ex.txt ends after line 4 of a question's 21"),
   ],

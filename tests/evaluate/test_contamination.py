@@ -5,15 +5,31 @@ import numpy as np
 import pytest
 
 from gpt2_jax.evaluate import contamination
-from gpt2_jax.evaluate.contamination import Bloom, N, build, count, ngrams, overlap, read_overlap, texts, write_overlap
+from gpt2_jax.evaluate.contamination import (
+  NGRAM_WORDS,
+  BloomFilter,
+  build_filter,
+  count_ngrams,
+  hash_ngrams,
+  measure_overlap,
+  read_overlap,
+  request_texts,
+  write_overlap,
+)
 from gpt2_jax.evaluate.sources import Source
-from gpt2_jax.evaluate.task import Continuation, NextWords, Passage, Prompt, Task
+from gpt2_jax.evaluate.task import (
+  GenerateUntil,
+  Loglikelihood,
+  NextWords,
+  RollingLoglikelihood,
+  Task,
+)
 
 ALPHABET = "a b c d e f g h i j".split()
 
 
-def hashes(text: str, n: int = N) -> list[int]:
-  return [int(x) for block in ngrams(text, n) for x in block]
+def hashes(text: str, n: int = NGRAM_WORDS) -> list[int]:
+  return [int(x) for block in hash_ngrams(text, n) for x in block]
 
 
 def random_words(rng, n: int) -> list[str]:
@@ -30,7 +46,7 @@ def test_only_lower_cased_words_of_letters_and_digits_count():
 @pytest.mark.parametrize(("words", "n"), [(0, 0), (7, 0), (8, 1), (10, 3)])
 def test_a_text_of_w_words_has_w_minus_7_ngrams(words, n):
   text = " ".join(ALPHABET[:words])
-  assert len(hashes(text)) == count([text]) == n
+  assert len(hashes(text)) == count_ngrams([text]) == n
 
 
 @pytest.mark.parametrize("n", [1, 3, 8])
@@ -44,7 +60,9 @@ def test_hashes_are_equal_where_ngrams_are(n):
 
 @pytest.mark.parametrize("block", [1, 2, 5, 64])
 def test_blocks_change_nothing(monkeypatch, block):
-  text = " ".join(random_words(np.random.default_rng(0), 100)) + "  averyverylongword, and a last one"
+  text = (
+    " ".join(random_words(np.random.default_rng(0), 100)) + "  averyverylongword, and a last one"
+  )
   whole = hashes(text)
   monkeypatch.setattr(contamination, "BLOCK", block)
   assert hashes(text) == whole
@@ -52,31 +70,33 @@ def test_blocks_change_nothing(monkeypatch, block):
 
 @pytest.mark.parametrize(("rate", "k", "bits"), [(1e-8, 27, 38.34), (0.01, 7, 9.59)])
 def test_the_size_is_the_formula_s(rate, k, bits):
-  bloom = Bloom.sized(10_000, rate)
+  bloom = BloomFilter.with_capacity(10_000, rate)
   assert bloom.k == k and 8 * bloom.bits.size / 10_000 == pytest.approx(bits, rel=1e-3)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.01, 0.001])
 def test_false_positives_are_as_rare_as_asked_for_and_negatives_true(rate):
   rng, n, tries = np.random.default_rng(1), 20_000, 500_000
-  bloom, held = Bloom.sized(n, rate), rng.integers(0, 1 << 64, n, np.uint64)
+  bloom, held = BloomFilter.with_capacity(n, rate), rng.integers(0, 1 << 64, n, np.uint64)
   for part in np.split(held, 4):
     bloom.add(part)
-  assert bloom.has(held).all()
-  share = bloom.has(rng.integers(0, 1 << 64, tries, np.uint64)).mean()
+  assert bloom.contains(held).all()
+  share = bloom.contains(rng.integers(0, 1 << 64, tries, np.uint64)).mean()
   error = 4 * math.sqrt(rate / tries)  # four standard deviations, for the draws
-  assert share == pytest.approx(bloom.rate, rel=0.03, abs=error)
-  assert bloom.rate == pytest.approx(rate, rel=0.1)  # k is a whole number, and so near the best only
+  assert share == pytest.approx(bloom.false_positive_rate, rel=0.03, abs=error)
+  assert bloom.false_positive_rate == pytest.approx(
+    rate, rel=0.1
+  )  # k is a whole number, and so near the best only
 
 
 def test_a_filter_that_is_too_small_says_so():
-  bloom = Bloom.sized(100, 0.01)
+  bloom = BloomFilter.with_capacity(100, 0.01)
   bloom.add(np.random.default_rng(0).integers(0, 1 << 64, 1000, np.uint64))
-  assert bloom.rate > 0.9
+  assert bloom.false_positive_rate > 0.9
 
 
 def test_the_overlap_of_items_by_hand():
-  bloom = build(["A b, c d e f g h i", "x x x x x x x"], expected=10)
+  bloom = build_filter(["A b, c d e f g h i", "x x x x x x x"], expected=10)
   items = [
     ["a b c d e f g h x"],  # of 2, the first
     ["b c d e f g h i", "a b c d e f g h", "a b c d e f g h"],  # 2 different ones, both
@@ -84,18 +104,24 @@ def test_the_overlap_of_items_by_hand():
     ["i x x x x x x x"],  # would cross documents
     ["b c d e", "f g h i"],  # would cross texts
   ]
-  found = overlap(items, bloom)
-  assert found.ngrams.tolist() == [2, 2, 0, 1, 0] and found.found.tolist() == [1, 2, 0, 0, 0]
+  found = measure_overlap(items, bloom)
+  assert found.ngrams.tolist() == [2, 2, 0, 1, 0] and found.in_corpus.tolist() == [1, 2, 0, 0, 0]
   assert found.share == 3 / 5
-  assert math.isnan(overlap([["short"]], bloom).share) and math.isnan(overlap([], bloom).share)
+  assert math.isnan(measure_overlap([["short"]], bloom).share) and math.isnan(
+    measure_overlap([], bloom).share
+  )
 
 
 def test_a_filter_is_read_as_it_was_written(tmp_path):
-  bloom = build([" ".join(ALPHABET)], 3, n=3, source={"kind": "files"})
+  bloom = build_filter([" ".join(ALPHABET)], 3, n=3, source={"kind": "files"})
   bloom.save(str(tmp_path / "filter"))
-  again = Bloom.load(str(tmp_path / "filter"))
-  assert (again.bits == bloom.bits).all() and (again.k, again.n, again.source) == (bloom.k, 3, {"kind": "files"})
-  assert again.has(np.array(hashes("h i j", 3), np.uint64)).all()
+  again = BloomFilter.load(str(tmp_path / "filter"))
+  assert (again.bits == bloom.bits).all() and (again.k, again.n, again.source) == (
+    bloom.k,
+    3,
+    {"kind": "files"},
+  )
+  assert again.contains(np.array(hashes("h i j", 3), np.uint64)).all()
   with pytest.raises(FileExistsError, match="another name"):
     bloom.save(str(tmp_path / "filter"))
 
@@ -105,10 +131,10 @@ def test_a_filter_is_read_as_it_was_written(tmp_path):
 )
 def test_a_damaged_filter_is_refused(tmp_path, damage):
   path = tmp_path / "filter"
-  Bloom.sized(100).save(str(path))
+  BloomFilter.with_capacity(100).save(str(path))
   path.write_bytes(damage(path.read_bytes()))
   with pytest.raises(ValueError, match="no filter"):
-    Bloom.load(str(path))
+    BloomFilter.load(str(path))
 
 
 def task(*requests) -> Task:
@@ -117,13 +143,15 @@ def task(*requests) -> Task:
 
 
 def test_an_item_is_all_that_is_read_of_it():
-  asked = task(Continuation("a ", "b"), Passage("c"), Prompt("d", 5), NextWords("e", 2))
-  assert texts(asked, {}) == ["a b", "c", "d", "e"]
+  item_task = task(
+    Loglikelihood("a ", "b"), RollingLoglikelihood("c"), GenerateUntil("d", 5), NextWords("e", 2)
+  )
+  assert request_texts(item_task, {}) == ["a b", "c", "d", "e"]
 
 
 def test_an_overlap_is_read_as_it_was_written(tmp_path):
-  bloom = build([" ".join(ALPHABET)], 3, source={"kind": "files"})
-  found = overlap([[" ".join(ALPHABET)], ["x"]], bloom)
+  bloom = build_filter([" ".join(ALPHABET)], 3, source={"kind": "files"})
+  found = measure_overlap([[" ".join(ALPHABET)], ["x"]], bloom)
   write_overlap(str(tmp_path / "o.json"), found, bloom, task(), "abc")
   content = read_overlap(str(tmp_path / "o.json"))
   assert content == {
@@ -131,7 +159,7 @@ def test_an_overlap_is_read_as_it_was_written(tmp_path):
     "protocol": "plain",
     "fingerprint": "abc",
     "n": 8,
-    "rate": bloom.rate,
+    "rate": bloom.false_positive_rate,
     "corpus": {"kind": "files"},
     "ngrams": [3, 0],
     "found": [3, 0],
@@ -139,7 +167,14 @@ def test_an_overlap_is_read_as_it_was_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "content", ["", "[]", "3", '{"task": "x"}', '{"task":1,"fingerprint":1,"n":8,"rate":0,"ngrams":[1],"found":[]}']
+  "content",
+  [
+    "",
+    "[]",
+    "3",
+    '{"task": "x"}',
+    '{"task":1,"fingerprint":1,"n":8,"rate":0,"ngrams":[1],"found":[]}',
+  ],
 )
 def test_what_is_no_overlap_is_refused(tmp_path, content):
   (tmp_path / "o.json").write_text(content)

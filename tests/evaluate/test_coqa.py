@@ -5,7 +5,7 @@ import pytest
 
 from gpt2_jax.evaluate.sources import decoded
 from gpt2_jax.evaluate.task import Generated
-from gpt2_jax.evaluate.tasks.coqa import TASKS, against_people, f1, normalized, read
+from gpt2_jax.evaluate.tasks.coqa import TASKS, f1, f1_of_references, normalized, read
 
 [TASK] = TASKS
 
@@ -16,7 +16,10 @@ def turns(*texts: str, first: int = 1) -> list[dict]:
 
 def story(**changes) -> dict:
   people = {"0": turns("white", "in a barn"), "1": turns("White cat", "barn")}
-  made = {"story": "Cotton was a white cat.\nShe lived in a barn.", "questions": turns("What color?", "Where?")}
+  made = {
+    "story": "Cotton was a white cat.\nShe lived in a barn.",
+    "questions": turns("What color?", "Where?"),
+  }
   return made | {"answers": turns("white", "in the barn"), "additional_answers": people} | changes
 
 
@@ -67,23 +70,32 @@ def test_normalization_is_squad_s():
 
 
 def test_several_references_are_left_out_in_turn():
-  assert against_people("b", ["b"]) == 1
-  assert against_people("b", ["b", "c"]) == 1 / 2  # without "b" nothing is right
-  assert against_people("b", ["b", "b", "c"]) == 1
-  assert against_people("b", ["b", "c", "d", "e"]) == 3 / 4
+  assert f1_of_references("b", ["b"]) == 1
+  assert f1_of_references("b", ["b", "c"]) == 1 / 2  # without "b" nothing is right
+  assert f1_of_references("b", ["b", "b", "c"]) == 1
+  assert f1_of_references("b", ["b", "c", "d", "e"]) == 3 / 4
 
 
 def test_a_story_is_one_item_and_its_questions_count(published):
   [row] = read(published(story()))
   sums = TASK.sums(row, answers(" white", "barn"))
-  assert sums == {"f1": pytest.approx(1 + (1 + 1 + 2 / 3) / 3), "questions": 2}  # "in barn" twice, and "barn"
+  # "in barn" twice, and "barn"
+  assert sums == {"f1": pytest.approx(1 + (1 + 1 + 2 / 3) / 3), "questions": 2}
   metric = TASK.metrics["f1"]
   assert metric.value({"f1": 1.5, "questions": 2}) == 75
 
 
 def test_tfds_gives_the_same_rows_with_one_answer_each(published):
-  record = {"source": b"mctest", "story": story()["story"].encode(), "questions": [b"What color?", b"Where?"]}
-  record["answers"] = {"input_text": [b"white", b"in the barn"], "answer_start": [1, 2], "answer_end": [3, 4]}
+  record = {
+    "source": b"mctest",
+    "story": story()["story"].encode(),
+    "questions": [b"What color?", b"Where?"],
+  }
+  record["answers"] = {
+    "input_text": [b"white", b"in the barn"],
+    "answer_start": [1, 2],
+    "answer_end": [3, 4],
+  }
   [row] = read(published(story(additional_answers={})))
   assert TASK.source.row(decoded(record)) == row
   assert row["answers"] == [["white"], ["in the barn"]]

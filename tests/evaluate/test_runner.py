@@ -10,44 +10,63 @@ from gpt2_jax.evaluate import runner
 from gpt2_jax.evaluate.metric import mean
 from gpt2_jax.evaluate.scorers import Scorer
 from gpt2_jax.evaluate.sources import Source
-from gpt2_jax.evaluate.task import Continuation, Generated, NextWords, Passage, Prompt, Task
-from gpt2_jax.evaluate.tasks import coqa, questions, summarization, translation
+from gpt2_jax.evaluate.task import (
+  Generated,
+  GenerateUntil,
+  Loglikelihood,
+  NextWords,
+  RollingLoglikelihood,
+  Task,
+)
+from gpt2_jax.evaluate.tasks import coqa, natural_questions, summarization, translation
 from gpt2_jax.model import ModelConfig
 from gpt2_jax.tokenizer import Characters
 
 NOWHERE = Source("toy", ("toy.txt",), lambda path: iter(()), "https://example.org")
 ROWS = [{"words": "a b c", "label": "A"}, {"words": "", "label": "B"}, {"words": "d", "label": "C"}]
 MANY = [{"words": f"w{i}", "label": f"L{i}"} for i in range(9)]
-CHARACTERS = Characters("".join(sorted("\n " + string.ascii_letters + string.digits + string.punctuation)))
-TINY = ModelConfig(n_vocab=CHARACTERS.vocab_size, n_ctx=384, n_embd=16, n_head=2, n_layer=1, dtype="float32")
-GENERATION = [*coqa.TASKS, *summarization.TASKS, *translation.TASKS, *questions.TASKS]
+CHARACTERS = Characters(
+  "".join(sorted("\n " + string.ascii_letters + string.digits + string.punctuation))
+)
+TINY = ModelConfig(
+  n_vocab=CHARACTERS.vocab_size, n_ctx=384, n_embd=16, n_head=2, n_layer=1, dtype="float32"
+)
+GENERATION = [*coqa.TASKS, *summarization.TASKS, *translation.TASKS, *natural_questions.TASKS]
 
 
 class Echo:
   """Answers each request with its own text; what lacks an x was cut."""
 
-  def answers(self, requests, joined=False):
-    self.requests, self.joined = list(requests), joined
-    return [Generated(request.text, 1.0, len(request.text), "x" not in request.text) for request in requests]
+  def answers(self, requests, contiguous=False):
+    self.requests, self.contiguous = list(requests), contiguous
+    return [
+      Generated(request.text, 1.0, len(request.text), "x" not in request.text)
+      for request in requests
+    ]
 
 
 def toy(**changes) -> Task:
   """Each word of a row is a prompt; counts what was answered."""
-  about = {
+  fields = {
     "name": "toy",
     "protocol": "count",
-    "about": "",
+    "description": "",
     "source": NOWHERE,
-    "requests": lambda row: [Prompt(f"{word}:{row['label']}", 1) for word in row["words"].split()],
-    "sums": lambda row, answers: {"texts": len(answers), "own": sum(row["label"] in a.text for a in answers)},
+    "requests": lambda row: [
+      GenerateUntil(f"{word}:{row['label']}", 1) for word in row["words"].split()
+    ],
+    "sums": lambda row, answers: {
+      "texts": len(answers),
+      "own": sum(row["label"] in a.text for a in answers),
+    },
     "metrics": {"own": mean("own", over="texts")},
     "example": lambda row: f"{row['words']}={row['label']}",
     "separator": "; ",
   }
-  return Task(**about | changes)
+  return Task(**fields | changes)
 
 
-def asked(task: Task, rows, shots: int, seed: int = 0, pool=None) -> list[str]:
+def request_texts(task: Task, rows, shots: int, seed: int = 0, pool=None) -> list[str]:
   scorer = Echo()
   runner.run(task, rows, scorer, shots, seed, pool)
   return [request.text for request in scorer.requests]
@@ -72,16 +91,16 @@ def test_one_truncated_request_marks_the_item():
   assert runner.run(toy(), rows, Echo())["truncated"].tolist() == [1, 0]
 
 
-def test_joined_is_passed_on():
-  for joined in (True, False):
+def test_contiguous_is_passed_on():
+  for contiguous in (True, False):
     scorer = Echo()
-    runner.run(toy(joined=joined), ROWS, scorer)
-    assert scorer.joined == joined
+    runner.run(toy(contiguous=contiguous), ROWS, scorer)
+    assert scorer.contiguous == contiguous
 
 
 def test_examples_are_other_rows_each_once():
   for shots in (1, 4, 8):
-    for i, text in enumerate(asked(toy(), MANY, shots)):
+    for i, text in enumerate(request_texts(toy(), MANY, shots)):
       *examples, own = text.split("; ")
       assert own == f"w{i}:L{i}"
       drawn = [int(example.partition("=L")[2]) for example in examples]
@@ -90,37 +109,49 @@ def test_examples_are_other_rows_each_once():
 
 
 def test_the_first_of_many_rows_have_the_examples_that_they_have_among_all():
-  assert asked(toy(), MANY[:3], 4, pool=MANY) == asked(toy(), MANY, 4)[:3]
+  assert request_texts(toy(), MANY[:3], 4, pool=MANY) == request_texts(toy(), MANY, 4)[:3]
 
 
 def test_all_requests_of_an_item_have_the_same_examples():
-  first, second, third, fourth = (text.rpartition("; ")[0] for text in asked(toy(), ROWS, 2))
+  first, second, third, fourth = (
+    text.rpartition("; ")[0] for text in request_texts(toy(), ROWS, 2)
+  )
   assert first == second == third != fourth
 
 
 def test_examples_are_drawn_by_the_seed_and_the_item():
-  assert asked(toy(), MANY, 3, seed=1) == asked(toy(), MANY, 3, seed=1) != asked(toy(), MANY, 3, seed=2)
-  assert len({text.rpartition("; ")[0] for text in asked(toy(), MANY, 3)}) > 6
-  drawn = collections.Counter(text.partition("=")[0] for seed in range(200) for text in asked(toy(), MANY, 1, seed))
-  assert min(drawn.values()) > 150 and max(drawn.values()) < 250  # each of 9 rows about 200 times; sigma 13
+  assert (
+    request_texts(toy(), MANY, 3, seed=1)
+    == request_texts(toy(), MANY, 3, seed=1)
+    != request_texts(toy(), MANY, 3, seed=2)
+  )
+  assert len({text.rpartition("; ")[0] for text in request_texts(toy(), MANY, 3)}) > 6
+  drawn = collections.Counter(
+    text.partition("=")[0] for seed in range(200) for text in request_texts(toy(), MANY, 1, seed)
+  )
+  assert (
+    min(drawn.values()) > 150 and max(drawn.values()) < 250
+  )  # each of 9 rows about 200 times; sigma 13
 
 
 def test_examples_come_from_the_pool_where_there_is_one():
   pool = [{"words": "p", "label": "P"}, {"words": "q", "label": "Q"}]
-  for text in asked(toy(), MANY, 2, pool=pool):
+  for text in request_texts(toy(), MANY, 2, pool=pool):
     assert sorted(text.split("; ")[:2]) == ["p=P", "q=Q"]
-  few = asked(toy(), MANY, 2, pool=pool * 10)
-  assert asked(toy(), MANY[:4], 2, pool=pool * 10) == few[:4]  # fewer items are the same items
+  few = request_texts(toy(), MANY, 2, pool=pool * 10)
+  assert (
+    request_texts(toy(), MANY[:4], 2, pool=pool * 10) == few[:4]
+  )  # fewer items are the same items
 
 
 def test_examples_stand_before_contexts_of_every_kind():
-  for request in (Continuation("c", "x"), NextWords("c", 2), Continuation("", "x")):
+  for request in (Loglikelihood("c", "x"), NextWords("c", 2), Loglikelihood("", "x")):
     task = toy(requests=lambda row, request=request: [request])
     [first, *_] = [runner._requests(task, ROWS, i, 1, 0, None)[0] for i in range(3)]
     assert first.context in (f"=B; {request.context}", f"d=C; {request.context}")
     assert type(first) is type(request) and getattr(first, "continuation", "x") == "x"
-  with pytest.raises(ValueError, match="a passage has no context"):
-    runner.run(toy(requests=lambda row: [Passage("x")]), ROWS, Echo(), shots=1)
+  with pytest.raises(ValueError, match="a rolling log-likelihood has no context"):
+    runner.run(toy(requests=lambda row: [RollingLoglikelihood("x")]), ROWS, Echo(), shots=1)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +159,18 @@ def test_examples_stand_before_contexts_of_every_kind():
   [
     ({}, [], {}, "toy: there are no rows"),
     ({}, [*ROWS, {"words": "a"}], {}, "toy: row 3 is malformed: it has no 'label'"),
-    ({"requests": lambda row: [Prompt("", 1)]}, ROWS, {}, "toy: row 0 has nothing to score: its prompt is empty"),
-    ({"requests": lambda row: [Continuation("c", row["words"])]}, ROWS, {}, "row 1 has nothing to score: its contin"),
+    (
+      {"requests": lambda row: [GenerateUntil("", 1)]},
+      ROWS,
+      {},
+      "toy: row 0 has nothing to score: its prompt is empty",
+    ),
+    (
+      {"requests": lambda row: [Loglikelihood("c", row["words"])]},
+      ROWS,
+      {},
+      "row 1 has nothing to score: its contin",
+    ),
     (
       {"sums": lambda row, answers: {"own": 1 / len(row["none"])}},
       ROWS,
@@ -138,8 +179,18 @@ def test_examples_stand_before_contexts_of_every_kind():
     ),
     ({"example": None}, ROWS, {"shots": 1}, "toy takes no examples"),
     ({}, ROWS, {"shots": 3}, "toy: 3 examples are asked for, and there are 2 rows to draw from"),
-    ({}, ROWS, {"shots": 2, "pool": [dict(ROWS[0])]}, "2 examples are asked for, and there are 1 rows"),
-    ({}, ROWS, {"shots": 1, "pool": [{"words": "w"}]}, "toy: example 0 is malformed: it has no 'label'"),
+    (
+      {},
+      ROWS,
+      {"shots": 2, "pool": [dict(ROWS[0])]},
+      "2 examples are asked for, and there are 1 rows",
+    ),
+    (
+      {},
+      ROWS,
+      {"shots": 1, "pool": [{"words": "w"}]},
+      "toy: example 0 is malformed: it has no 'label'",
+    ),
   ],
 )
 def test_what_cannot_be_scored_is_refused_and_never_dropped(changes, rows, more, problem):
@@ -151,13 +202,26 @@ def test_what_cannot_be_scored_is_refused_and_never_dropped(changes, rows, more,
 
 
 def rows_of(task: Task) -> list[dict]:
-  pairs = [("What is it", "A cat."), ("Who", "Nobody at all."), ("Where was the cat that they saw", "At home")]
+  pairs = [
+    ("What is it", "A cat."),
+    ("Who", "Nobody at all."),
+    ("Where was the cat that they saw", "At home"),
+  ]
   match task.name:
     case "coqa":
-      questions, answers = [question for question, _ in pairs], [[answer, answer.lower()] for _, answer in pairs]
-      return [{"story": "A story. " * 3, "questions": questions[:n], "answers": answers[:n]} for n in (1, 2, 3)]
+      questions, answers = (
+        [question for question, _ in pairs],
+        [[answer, answer.lower()] for _, answer in pairs],
+      )
+      return [
+        {"story": "A story. " * 3, "questions": questions[:n], "answers": answers[:n]}
+        for n in (1, 2, 3)
+      ]
     case "cnn_dailymail":
-      return [{"article": f"{a} {q}. It ended. The end. No." * 2, "highlights": f"{a}\nIt ends."} for q, a in pairs]
+      return [
+        {"article": f"{a} {q}. It ended. The end. No." * 2, "highlights": f"{a}\nIt ends."}
+        for q, a in pairs
+      ]
     case "natural_questions":
       return [{"question": question, "answers": [answer]} for question, answer in pairs]
   return [{"en": english, "fr": french} for english, french in pairs]
@@ -172,15 +236,20 @@ def solved_by(task: Task, row: dict, text: str) -> dict:
       return row | {"highlights": "\n".join(summarization.sentences(text)[:3])}
     case "natural_questions":
       return row | {"answers": [text]}
-  clean = translation.first_line if task.protocol == "first_line" else translation.first_sentence
+  clean = translation.cut_at_line if task.protocol == "first_line" else translation.cut_at_sentence
   return row | {task.name[-2:]: clean(text)}
 
 
 @pytest.fixture(scope="module")
 def model(mesh, parameters, place):
-  """What it writes depends on all that came before: sharp attention, loud positions, no character likely everywhere."""
+  """What it writes depends on all that came before: sharp attention, loud positions, no character
+  likely everywhere."""
   arrays = parameters(TINY, scale=0.5)
-  scales = {"h.attn.c_attn.w": 4, "wpe": 4, "wte": 4 / np.linalg.norm(arrays["wte"], axis=1, keepdims=True)}
+  scales = {
+    "h.attn.c_attn.w": 4,
+    "wpe": 4,
+    "wte": 4 / np.linalg.norm(arrays["wte"], axis=1, keepdims=True),
+  }
   scales |= {name: 0.3 for name in arrays if name.endswith(".b")} | {"ln_f.b": 0}
   with mesh(1, 1, 1):
     return place(TINY, {name: array * scales.get(name, 1) for name, array in arrays.items()})
@@ -193,18 +262,25 @@ def test_what_the_model_writes_is_what_is_scored(model, task):
   items = runner.run(task, rows, scorer)
   assert items["items"].tolist() == [1, 1, 1]
   assert 0 <= metric.value(runner.totals(items)) < 100
-  written = [answer.text for answer in scorer.answers([request for row in rows for request in task.requests(row)])]
+  written = [
+    answer.text
+    for answer in scorer.answers([request for row in rows for request in task.requests(row)])
+  ]
   if not written:
     return
-  asked = task.requests(rows[-1])
-  if asked[-1].top_k == 1:
-    assert written[-1] == complete(model, CHARACTERS, asked[-1].text, asked[-1].n_new, stop=asked[-1].stop)
+  requests = task.requests(rows[-1])
+  if requests[-1].top_k == 1:
+    assert written[-1] == complete(
+      model, CHARACTERS, requests[-1].text, requests[-1].n_new, stop=requests[-1].stop, greedy=True
+    )
   items = runner.run(task, [*rows[:-1], solved_by(task, rows[-1], written[-1])], scorer)
   score = metric.value({key: values[-1] for key, values in items.items()})
-  assert score == pytest.approx(100 / len(asked))  # full marks for the one that is right
+  assert score == pytest.approx(100 / len(requests))  # full marks for the one that is right
 
 
-@pytest.mark.parametrize("task", [coqa.TASKS[0], questions.TASKS[0]], ids=lambda task: task.name)
+@pytest.mark.parametrize(
+  "task", [coqa.TASKS[0], natural_questions.TASKS[0]], ids=lambda task: task.name
+)
 def test_neither_the_order_of_rows_nor_the_batch_changes_a_greedy_item(model, task):
   rows, order = rows_of(task), [2, 0, 1]
   items = runner.run(task, rows, Scorer(model, CHARACTERS, batch_size=8))
@@ -214,7 +290,7 @@ def test_neither_the_order_of_rows_nor_the_batch_changes_a_greedy_item(model, ta
 
 
 def test_too_long_a_few_shot_context_is_cut_and_counted(model):
-  task = questions.TASKS[0]
+  task = natural_questions.TASKS[0]
   rows, scorer = rows_of(task), Scorer(model, CHARACTERS, batch_size=8)
   pool = [{"question": "q" * 100, "answers": ["a" * 50]}] * 3
   assert runner.run(task, rows, scorer, shots=1, pool=pool)["truncated"].tolist() == [0, 0, 0]

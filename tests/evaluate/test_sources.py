@@ -15,7 +15,9 @@ def row_of(record: dict) -> dict:
   return {"text": record["text"].upper()}
 
 
-TOY = Source("toy", ("a*.jsonl", "b.jsonl"), lambda path: json_lines(path, row_of), "https://toy.example")
+TOY = Source(
+  "toy", ("a*.jsonl", "b.jsonl"), lambda path: json_lines(path, row_of), "https://toy.example"
+)
 
 
 def write(path, *texts: str):
@@ -45,7 +47,9 @@ def test_files_are_read_in_the_order_of_their_patterns_then_of_their_names(folde
   found = [row["text"] for row in sources.load(TOY, str(folder))]
   assert found == ["FIRST", "SECOND", "THIRD", "A3", "A5", "A7", "A9", "LAST"]
   assert len(rows) == 4 and rows[-1] == {"text": "LAST"}
-  assert rows.origin == ", ".join(str(folder / "toy" / name) for name in ("a1.jsonl", "a2.jsonl", "b.jsonl"))
+  assert rows.origin == ", ".join(
+    str(folder / "toy" / name) for name in ("a1.jsonl", "a2.jsonl", "b.jsonl")
+  )
 
 
 def test_the_folder_itself_or_one_file_may_be_named(folder):
@@ -65,7 +69,7 @@ def test_a_file_that_is_not_there_is_never_passed_over(folder):
 def test_the_fingerprint_is_of_the_rows_and_of_their_order(folder):
   before = sources.load(TOY, str(folder))
   assert sources.load(TOY, str(folder / "toy")).fingerprint == before.fingerprint
-  assert sources.Rows(before.rows[::-1], "").fingerprint != before.fingerprint
+  assert sources.DatasetRows(before.rows[::-1], "").fingerprint != before.fingerprint
   write(folder / "toy" / "b.jsonl", "lasT ")
   assert sources.load(TOY, str(folder)).fingerprint != before.fingerprint
 
@@ -117,21 +121,30 @@ def examples(*texts: str):
 def test_where_no_file_lies_tfds_is_read_and_a_file_comes_first(folder, prepare):
   tfds_dir = prepare("lambada", "test", examples("one", "two"))
   rows = sources.load(PASSAGES, str(folder), tfds_dir)
-  assert sorted(row["text"] for row in rows) == ["ONE", "TWO"] and rows.origin == "TFDS lambada, test"
+  assert (
+    sorted(row["text"] for row in rows) == ["ONE", "TWO"] and rows.origin == "TFDS lambada, test"
+  )
   for name in ("a.jsonl", "b.jsonl"):
     write(folder / "passages" / name, name)
-  assert [row["text"] for row in sources.load(PASSAGES, str(folder), tfds_dir)] == ["A.JSONL", "B.JSONL"]
+  assert [row["text"] for row in sources.load(PASSAGES, str(folder), tfds_dir)] == [
+    "A.JSONL",
+    "B.JSONL",
+  ]
 
 
 def test_a_set_in_neither_place_says_how_to_get_it_from_both(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"https://toy.example.*--data.*download_and_prepare\(\)") as error:
+  with pytest.raises(
+    FileNotFoundError, match=r"https://toy.example.*--data.*download_and_prepare\(\)"
+  ) as error:
     sources.load(PASSAGES, None, str(tmp_path))
   one_line(error)
 
 
 def test_a_malformed_record_of_tfds_is_named(prepare):
   strange = dataclasses.replace(PASSAGES, row=lambda record: row_of({"text": record["story"]}))
-  with pytest.raises(ValueError, match="record 0 of TFDS lambada is malformed: it has no 'story'") as error:
+  with pytest.raises(
+    ValueError, match="record 0 of TFDS lambada is malformed: it has no 'story'"
+  ) as error:
     sources.load(strange, None, prepare("lambada", "test", examples("one")))
   one_line(error)
 
@@ -144,5 +157,10 @@ def test_records_become_plain_values():
     "nested": {"on": np.bool_(True), "ids": np.arange(2), "parts": [b"c"]},
   }
   found = sources.decoded(record)
-  expected = {"text": "é", "label": 1, "texts": ["a", "b"], "nested": {"on": True, "ids": [0, 1], "parts": ["c"]}}
+  expected = {
+    "text": "é",
+    "label": 1,
+    "texts": ["a", "b"],
+    "nested": {"on": True, "ids": [0, 1], "parts": ["c"]},
+  }
   assert found == expected and json.loads(json.dumps(found)) == expected

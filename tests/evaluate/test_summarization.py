@@ -40,14 +40,20 @@ def answer(text: str, truncated: bool = False) -> list[Generated]:
   [
     ("One. Two! Three? Four", ["One.", "Two!", "Three?", "Four"]),
     ("It cost 3.5 million. 7 died.", ["It cost 3.5 million.", "7 died."]),
-    ('He said "Go." "Why?" she asked. (Yes.) End', ['He said "Go."', '"Why?" she asked.', "(Yes.)", "End"]),
+    (
+      'He said "Go." "Why?" she asked. (Yes.) End',
+      ['He said "Go."', '"Why?" she asked.', "(Yes.)", "End"],
+    ),
     (
       "Mr. Smith met Dr. J. Jones of the U.S. Senate. Fine.",
       ["Mr. Smith met Dr. J. Jones of the U.S. Senate.", "Fine."],
     ),
     ("no capital. so one. e.g. this", ["no capital. so one. e.g. this"]),
     ("a line\n\n another. Third ", ["a line", "another.", "Third"]),
-    ("Il dit : « Oui. » Était-ce vrai ? « Non ! »", ["Il dit : « Oui. »", "Était-ce vrai ?", "« Non ! »"]),
+    (
+      "Il dit : « Oui. » Était-ce vrai ? « Non ! »",
+      ["Il dit : « Oui. »", "Était-ce vrai ?", "« Non ! »"],
+    ),
     (" \n", []),
   ],
 )
@@ -56,7 +62,11 @@ def test_sentences_by_rule(text, expected):
 
 
 def test_sentences_lose_nothing_but_white_space():
-  text = " ".join(np.random.default_rng(0).choice(["Mr.", "A", "end.", "he", "?", '"Yes."', "\n", "7", "J."], 2000))
+  text = " ".join(
+    np.random.default_rng(0).choice(
+      ["Mr.", "A", "end.", "he", "?", '"Yes."', "\n", "7", "J."], 2000
+    )
+  )
   assert "".join(sentences(text)).replace(" ", "") == "".join(text.split())
 
 
@@ -65,7 +75,9 @@ def test_the_prompt_has_the_article_and_the_hint():
   assert with_hint.text == ROW["article"] + "\nTL;DR:"
   assert without.text == ROW["article"]
   assert (
-    (with_hint.n_new, with_hint.top_k, with_hint.stop) == (without.n_new, without.top_k, without.stop) == (100, 2, ())
+    (with_hint.n_new, with_hint.top_k, with_hint.stop)
+    == (without.n_new, without.top_k, without.stop)
+    == (100, 2, ())
   )
   assert TLDR.example(ROW) == with_hint.text + " First line. The end."
   assert LEAD.requests(ROW) == RANDOM.requests(ROW) == []
@@ -91,11 +103,14 @@ def test_three_sentences_of_what_is_written_are_the_summary():
 
 
 def test_rouge_of_a_hand_computed_case():
-  # Words match in 3 of 4 and 3 of 6; bigrams in 1 of 3 and 1 of 5; each sentence shares its words in order.
-  found = rouge(["The cats ran.", "Home"], "Dogs slept.\nHome, a cat ran.")
-  assert found["rouge1"] == pytest.approx(2 * 3 / (4 + 6))
-  assert found["rouge2"] == pytest.approx(2 * 1 / (3 + 5))
-  assert found["rougeL"] == pytest.approx(2 * 3 / (4 + 6))  # as one line, home after ran, it were 2
+  # Words match in 3 of 4 and 3 of 6; bigrams in 1 of 3 and 1 of 5; each sentence shares its words
+  # in order.
+  scores = rouge(["The cats ran.", "Home"], "Dogs slept.\nHome, a cat ran.")
+  assert scores["rouge1"] == pytest.approx(2 * 3 / (4 + 6))
+  assert scores["rouge2"] == pytest.approx(2 * 1 / (3 + 5))
+  assert scores["rougeL"] == pytest.approx(
+    2 * 3 / (4 + 6)
+  )  # as one line, home after ran, it were 2
   assert RougeScorer(["rougeL"], True).score("Dogs slept. Home, a cat ran.", "The cats ran. Home")[
     "rougeL"
   ].fmeasure == pytest.approx(2 * 2 / (4 + 6))
@@ -104,7 +119,10 @@ def test_rouge_of_a_hand_computed_case():
 def test_baselines_take_sentences_of_the_article():
   article = sentences(ROW["article"])
   assert len(article) == 4
-  for task, choices in ((LEAD, [article[:3]]), (RANDOM, [article[:i] + article[i + 1 :] for i in range(4)])):
+  for task, choices in (
+    (LEAD, [article[:3]]),
+    (RANDOM, [article[:i] + article[i + 1 :] for i in range(4)]),
+  ):
     sums = task.sums(ROW, [])
     assert {key: sums[key] for key in ("rouge1", "rouge2", "rougeL")} in [
       rouge(choice, ROW["highlights"]) for choice in choices
@@ -112,7 +130,10 @@ def test_baselines_take_sentences_of_the_article():
     assert task.sums(ROW, []) == sums  # drawn by the article alone
   articles = [ROW["article"] + " End" * i for i in range(20)]
   drawn = [summarization._random({"article": article}, []) for article in articles]
-  assert all(found == sorted(found, key=article.index) for found, article in zip(drawn, articles, strict=True))
+  assert all(
+    lines == sorted(lines, key=article.index)
+    for lines, article in zip(drawn, articles, strict=True)
+  )
   assert len(set(map(tuple, drawn))) > 3
   short = ROW | {"article": "Just one."}
   assert RANDOM.sums(short, []) == LEAD.sums(short, [])
@@ -120,7 +141,12 @@ def test_baselines_take_sentences_of_the_article():
 
 def test_the_mean_of_the_three_is_the_first_metric():
   assert next(iter(METRICS)) == "rouge_mean"
-  sums = {"rouge1": np.array([3.0]), "rouge2": np.array([0.0]), "rougeL": np.array([1.5]), "items": np.array([5.0])}
+  sums = {
+    "rouge1": np.array([3.0]),
+    "rouge2": np.array([0.0]),
+    "rougeL": np.array([1.5]),
+    "items": np.array([5.0]),
+  }
   assert METRICS["rouge_mean"].value(sums) == pytest.approx([30])
   assert METRICS["rougeL"].value(sums) == pytest.approx([30])
 
@@ -149,7 +175,10 @@ def test_a_missing_or_malformed_story_is_refused(tmp_path):
     list(read(path))
   story = tmp_path / "cnn" / "stories" / f"{hashlib.sha1(b'http://a.example/1').hexdigest()}.story"
   story.parent.mkdir(parents=True)
-  for text, problem in (("A line\n", "highlights are empty"), ("@highlight\n\nx\n", "article is empty")):
+  for text, problem in (
+    ("A line\n", "highlights are empty"),
+    ("@highlight\n\nx\n", "article is empty"),
+  ):
     story.write_text(text)
     with pytest.raises(ValueError, match=rf"\.story is malformed: its {problem}"):
       list(read(path))

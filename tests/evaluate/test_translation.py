@@ -9,7 +9,15 @@ import sacrebleu
 from gpt2_jax.evaluate.sources import decoded
 from gpt2_jax.evaluate.task import Generated
 from gpt2_jax.evaluate.tasks import translation
-from gpt2_jax.evaluate.tasks.translation import KEYS, TASKS, bleu, first_line, first_sentence, read, statistics
+from gpt2_jax.evaluate.tasks.translation import (
+  KEYS,
+  TASKS,
+  bleu,
+  bleu_statistics,
+  cut_at_line,
+  cut_at_sentence,
+  read,
+)
 
 EN_FR, EN_FR_LINE, FR_EN, FR_EN_LINE = TASKS
 ROW = {"en": "The cat sat.", "fr": "Le chat s'est assis."}
@@ -17,7 +25,7 @@ WORDS = ("le", "chat", "noir", "s'est", "assis", "ici,", "3.5", "Où ?", "l'eau.
 
 
 def totals(pairs) -> dict[str, np.ndarray]:
-  sums = [statistics(*pair) for pair in pairs]
+  sums = [bleu_statistics(*pair) for pair in pairs]
   return {key: np.array([item[key] for item in sums]).sum() for key in KEYS}
 
 
@@ -31,26 +39,29 @@ def test_bleu_from_sums_is_sacrebleu_s(longest):
   for count in (1, 2, 3, 10, 50) * 8:
     translations, references = texts(rng, count, longest), texts(rng, count, longest)
     expected = sacrebleu.corpus_bleu(translations, [references]).score
-    assert float(bleu(totals(zip(translations, references, strict=True)))) == pytest.approx(expected, abs=1e-9)
+    assert float(bleu(totals(zip(translations, references, strict=True)))) == pytest.approx(
+      expected, abs=1e-9
+    )
     zeros += expected == 0
   assert zeros < 40 or longest == 2  # most cases say something
 
 
 def test_orders_without_a_match_are_smoothed():
-  # 3 of 4 words and 1 of 3 pairs match; of triples and fours none: they count 1/2 and 1/4 of a match; no penalty.
+  # 3 of 4 words and 1 of 3 pairs match; of triples and fours none: they count 1/2 and 1/4 of a
+  # match; no penalty.
   expected = 100 * (3 / 4 * 1 / 3 * (1 / 2) / 2 * (1 / 4) / 1) ** (1 / 4)
   assert float(bleu(totals([("a b x d", "a b c d")]))) == pytest.approx(expected)
 
 
 def test_bleu_of_many_resamples_at_once_is_that_of_each():
   rng = np.random.default_rng(0)
-  items = [statistics(a, b) for a, b in zip(texts(rng, 6, 8), texts(rng, 6, 8), strict=True)]
+  items = [bleu_statistics(a, b) for a, b in zip(texts(rng, 6, 8), texts(rng, 6, 8), strict=True)]
   counts_RN = rng.integers(0, 3, (2, 5, 6))
   sums = {key: counts_RN @ np.array([item[key] for item in items]) for key in KEYS}
-  found = bleu(sums)
-  assert found.shape == (2, 5) and np.isfinite(found).all()
+  scores = bleu(sums)
+  assert scores.shape == (2, 5) and np.isfinite(scores).all()
   for at in itertools.product(range(2), range(5)):
-    assert found[at] == bleu({key: values[at] for key, values in sums.items()})
+    assert scores[at] == bleu({key: values[at] for key, values in sums.items()})
 
 
 def test_the_prompt_ends_in_an_equals_sign_and_examples_are_solved():
@@ -58,18 +69,18 @@ def test_the_prompt_ends_in_an_equals_sign_and_examples_are_solved():
     (EN_FR, "The cat sat. =", "The cat sat. = Le chat s'est assis."),
     (FR_EN, "Le chat s'est assis. =", "Le chat s'est assis. = The cat sat."),
   ):
-    [asked] = task.requests(ROW)
-    assert (asked.text, asked.stop, asked.top_k, task.separator) == (prompt, ("\n",), 1, "\n")
+    [request] = task.requests(ROW)
+    assert (request.text, request.stop, request.top_k, task.separator) == (prompt, ("\n",), 1, "\n")
     assert task.example(ROW) == solved
 
 
 def test_the_first_sentence_or_line_is_the_translation():
   text = " M. Dupont vient. Il mange. \n Encore"
-  assert first_sentence(text) == "M. Dupont vient."
-  assert first_line(text) == "M. Dupont vient. Il mange."
-  assert first_sentence(" \n") == first_line("") == ""
+  assert cut_at_sentence(text) == "M. Dupont vient."
+  assert cut_at_line(text) == "M. Dupont vient. Il mange."
+  assert cut_at_sentence(" \n") == cut_at_line("") == ""
   answers = [Generated(" Le chat s'est assis. Le chat dort.", 1.0, 1, False)]
-  assert EN_FR.sums(ROW, answers) == statistics(ROW["fr"], ROW["fr"])
+  assert EN_FR.sums(ROW, answers) == bleu_statistics(ROW["fr"], ROW["fr"])
   assert EN_FR_LINE.sums(ROW, answers)["length"] == 9
   assert FR_EN.sums(ROW, [Generated(" The cat sat.", 1.0, 1, False)])["matches4"] == 1
   assert EN_FR.sums(ROW, [Generated("", 0.0, 0, False)])["length"] == 0
@@ -81,12 +92,18 @@ def test_parallel_lines_and_sgm_and_tfds_give_the_same_rows(tmp_path):
   for language in ("en", "fr"):
     lines = [row[language] for row in expected]
     (tmp_path / f"newstest2014.{language}").write_text("\n".join(lines) + "\n")
-    segments = "\n".join(f'<seg id="{i}"> {line.replace("&", "&amp;")}</seg>' for i, line in enumerate(lines, 1))
+    segments = "\n".join(
+      f'<seg id="{i}"> {line.replace("&", "&amp;")}</seg>' for i, line in enumerate(lines, 1)
+    )
     name = "src.en" if language == "en" else "ref.fr"
-    (tmp_path / f"newstest2014-fren-{name}.sgm").write_text(f'<refset>\n<doc docid="1">\n{segments}\n</doc></refset>\n')
+    (tmp_path / f"newstest2014-fren-{name}.sgm").write_text(
+      f'<refset>\n<doc docid="1">\n{segments}\n</doc></refset>\n'
+    )
   assert list(read(tmp_path / "newstest2014.en")) == expected
   assert list(read(tmp_path / "newstest2014-fren-src.en.sgm")) == expected
-  assert EN_FR.source.row(decoded({language: text.encode() for language, text in ROW.items()})) == ROW
+  assert (
+    EN_FR.source.row(decoded({language: text.encode() for language, text in ROW.items()})) == ROW
+  )
 
 
 def test_files_that_are_not_parallel_are_refused(tmp_path):

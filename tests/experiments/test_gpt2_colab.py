@@ -8,8 +8,8 @@ import string
 
 import pytest
 
+from gpt2_jax.convert.pretrained import save_pretrained
 from gpt2_jax.model import ModelConfig
-from gpt2_jax.pretrained import save_pretrained
 from gpt2_jax.tokenizer import Characters
 
 nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
@@ -20,30 +20,38 @@ ROOT = pathlib.Path(__file__).parents[2]
 def executed(mesh, parameters, place, tmp_path_factory):
   """The notebook after a run from its first cell to its last."""
   alphabet = "".join(sorted(string.ascii_letters + string.digits + " .,\n"))
-  config = ModelConfig(n_vocab=len(alphabet), n_ctx=128, n_embd=16, n_head=4, n_layer=2, dtype="float32")
+  config = ModelConfig(
+    n_vocab=len(alphabet), n_ctx=128, n_embd=16, n_head=4, n_layer=2, dtype="float32"
+  )
   path = tmp_path_factory.mktemp("notebook") / "tiny"
   with mesh(1, 1, 1):
     save_pretrained(place(config, parameters(config)), Characters(alphabet), str(path))
   book = nbformat.read(ROOT / "experiments" / "gpt2_colab.ipynb", as_version=4)
   assert not any(cell.get("outputs") for cell in book.cells), "the notebook is kept without outputs"
-  environment = os.environ | {"GPT2_CHECKPOINT": str(path), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+  environment = os.environ | {
+    "GPT2_CHECKPOINT": str(path),
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+  }
   nbclient.NotebookClient(book, timeout=300, kernel_name="python3").execute(env=environment)
   return book
 
 
 def texts(book) -> str:
-  return "".join(output.get("text", "") for cell in book.cells for output in cell.get("outputs", []))
+  return "".join(
+    output.get("text", "") for cell in book.cells for output in cell.get("outputs", [])
+  )
 
 
-def test_it_runs_and_says_what_it_found(executed):
+def test_it_runs_and_prints_its_results(executed):
   text = texts(executed)
   assert "In a shocking finding, scientists discovered" in text
   assert "nats a token, perplexity" in text
   assert "verdict         the same model" in text and "weights         identical" in text
 
 
-def test_it_draws(executed):
-  """A picture of surprise and one of attention, neither of them blank."""
+def test_it_plots(executed):
+  """A plot of the loss of each token and one of attention, neither of them blank."""
   data = [output.get("data", {}) for cell in executed.cells for output in cell.get("outputs", [])]
   pictures = [base64.b64decode(found["image/png"]) for found in data if "image/png" in found]
   assert len(pictures) == 2 and all(len(picture) > 5000 for picture in pictures)

@@ -11,7 +11,9 @@ from gpt2_jax.tokenizer import Characters
 from launch.console import Console, Settings
 
 ALPHABET = "".join(sorted(string.ascii_lowercase + " .\n/"))
-CONFIG = ModelConfig(n_vocab=len(ALPHABET), n_ctx=64, n_embd=16, n_head=4, n_layer=2, dtype="float32")
+CONFIG = ModelConfig(
+  n_vocab=len(ALPHABET), n_ctx=64, n_embd=16, n_head=4, n_layer=2, dtype="float32"
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,8 @@ def model(mesh, parameters, place):
 
 @pytest.fixture
 def say(model):
-  """say(*lines): what a session with these lines writes, and the Console after it; an exception stands for its key."""
+  """say(*lines): what a session with these lines writes, and the Console after it; an exception
+  stands for its key."""
 
   def run(*lines):
     typed, written = iter(lines), []
@@ -49,14 +52,21 @@ def say(model):
 def test_a_line_is_continued_as_complete_does(say, model):
   text, console = say("once upon", "/set seed 3", "once upon")
   for prompt, seed in (("once upon", 0), ("once upon", 3)):
-    added = complete(model, Characters(ALPHABET), prompt, 10, Sample((Temperature(1.0),)), seed)
+    added = complete(
+      model, Characters(ALPHABET), prompt, 10, Sample((Temperature(1.0),)), seed=seed
+    )
     assert prompt + added + "\n" in text
     assert (prompt, added) in console.texts
 
 
 def test_settings_change_and_are_shown(say):
   text, console = say(
-    "/set top_k 3", "/set greedy true", "/set stop a\\nb", "/settings", "/set top_k none", "/set n_new 4"
+    "/set top_k 3",
+    "/set greedy true",
+    "/set stop a\\nb",
+    "/settings",
+    "/set top_k none",
+    "/set n_new 4",
   )
   assert console.settings == Settings(n_new=4, greedy=True, stop=("a\nb",))
   assert "top_k        3 " in text

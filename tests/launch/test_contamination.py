@@ -39,7 +39,11 @@ def test_a_filter_serves_again_and_tells_items_apart(folders):
   assert "of 3 items 1 have one of them, 1 have none, 1 have fewer than 8 words" in line
   found = contamination.read_overlap(f"{folders}/overlap.json")
   rows = sources.load(tasks.get("text").source, str(folders))
-  assert (found["ngrams"], found["found"], found["fingerprint"]) == ([5, 1, 0], [5, 0, 0], rows.fingerprint)
+  assert (found["ngrams"], found["found"], found["fingerprint"]) == (
+    [5, 1, 0],
+    [5, 0, 0],
+    rows.fingerprint,
+  )
   (folders / "corpus" / "0.txt").unlink()
   assert run(*flags)[:2] == (0, line)  # the corpus is not needed any more
   code, _, err = run(*flags, *corpus)

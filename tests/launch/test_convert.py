@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command as it is typed. What each format refuses stands in tests/convert; here, how that looks from outside."""
+"""The command as it is typed. What each format refuses stands in tests/convert; here, how that
+looks from outside."""
 
 import json
 import os
@@ -11,9 +12,8 @@ import sys
 import numpy as np
 import pytest
 
-from gpt2_jax import pretrained
-from gpt2_jax.convert import llmc
-from gpt2_jax.convert.weights import digest, from_model
+from gpt2_jax.convert import llmc, pretrained
+from gpt2_jax.convert.weights import from_model, weights_sha256
 from gpt2_jax.model import ModelConfig
 from gpt2_jax.tokenizer import Characters
 
@@ -39,18 +39,27 @@ for flags in json.loads(sys.argv.pop()):
 
 
 def environment() -> dict[str, str]:
-  usual = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHONPATH", "HF_"))}
+  usual = {
+    key: value for key, value in os.environ.items() if not key.startswith(("PYTHONPATH", "HF_"))
+  }
   return usual | {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
 
 
 def run(*flags: str, cwd: pathlib.Path = ROOT) -> tuple[int, str, str]:
   job = subprocess.run(
-    [sys.executable, SCRIPT, *flags], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=100
+    [sys.executable, SCRIPT, *flags],
+    cwd=cwd,
+    env=environment(),
+    capture_output=True,
+    text=True,
+    timeout=100,
   )
   return job.returncode, job.stdout, job.stderr
 
 
-def run_many(lines: list[list[str]], cwd: pathlib.Path, first: str = "") -> list[tuple[int, str, str]]:
+def run_many(
+  lines: list[list[str]], cwd: pathlib.Path, first: str = ""
+) -> list[tuple[int, str, str]]:
   """Exit status, stdout and stderr of each command line; `first` is code that goes before them."""
   job = subprocess.run(
     [sys.executable, "-c", first + MANY, json.dumps(lines)],
@@ -82,9 +91,9 @@ def tree(path: pathlib.Path) -> list[str]:
   return sorted(str(file.relative_to(path)) for file in path.rglob("*"))
 
 
-def test_converting_proves_what_it_wrote(folder, weights, tmp_path):
+def test_converting_verifies_what_it_wrote(folder, weights, tmp_path):
   """Also to a folder called gpt2, which as a name would be the Hub's."""
-  sha256 = digest(weights)
+  sha256 = weights_sha256(weights)
   code, out, err = run("--from=theirs", "--to=gpt2", cwd=tmp_path)
   assert (code, err) == (0, "")
   assert out.splitlines() == [
@@ -96,49 +105,63 @@ def test_converting_proves_what_it_wrote(folder, weights, tmp_path):
   again += [["--from=theirs", "--to=half", "--dtype=bfloat16"], ["--from=half", "--to=whole"]]
   for code, out, err in run_many(again, tmp_path):
     assert (code, err) == (0, "") and "read back, the same" in out
-  assert digest(pretrained.open_weights(str(tmp_path / "new/orbax"))) == sha256
-  assert digest(llmc.read(tmp_path / "new/llmc")) == sha256
-  assert digest(pretrained.open_weights(str(tmp_path / "whole"))) != sha256
+  assert weights_sha256(pretrained.open_weights(str(tmp_path / "new/orbax"))) == sha256
+  assert weights_sha256(llmc.read(tmp_path / "new/llmc")) == sha256
+  assert weights_sha256(pretrained.open_weights(str(tmp_path / "whole"))) != sha256
 
 
 # A disk that keeps other bytes than it was given.
 BAD_DISK = """
-from gpt2_jax.convert import hf
-save = hf.save_file
-hf.save_file = lambda tensors, *args, **kwargs: save({k: x * 1.0001 for k, x in tensors.items()}, *args, **kwargs)
+import safetensors.numpy
+save = safetensors.numpy.save_file
+def save_other_bytes(tensors, *args, **kwargs):
+  save({k: x * 1.0001 for k, x in tensors.items()}, *args, **kwargs)
+safetensors.numpy.save_file = save_other_bytes
 """
 
 
-def test_what_reads_back_otherwise_is_an_error(folder, tmp_path):
+def test_other_weights_on_read_back_are_an_error(folder, tmp_path):
   [(code, out, err)] = run_many([["--from=theirs", "--to=to"]], tmp_path, BAD_DISK)
   assert (code, out, err.count("\n")) == (2, "", 1)
   assert err.startswith("error: to was written, but reads back as other weights")
 
 
-def test_a_certificate(folder, weights, tmp_path):
+def test_parity_is_printed_and_written(folder, weights, tmp_path):
   """Status 0 and the file where they are one model, status 1 and the file where they are not."""
   moved = np.array(weights.read("h.1.mlp.c_fc.w"))
   moved[0, 0] += 1e-2
   other = {"h.1.mlp.c_fc.w": moved}
-  changed = type(weights)(weights.config, lambda name: other.get(name, weights.read(name)), LETTERS, "a test")
+  changed = type(weights)(
+    weights.config, lambda name: other.get(name, weights.read(name)), LETTERS, "a test"
+  )
   pretrained.write(changed, str(tmp_path / "changed"), "hf")
   pretrained.write(weights, str(tmp_path / "model.bin"), "llmc")
   (tmp_path / "text").write_text("Some text of two windows, or so.")
   code, out, err = run("--verify=theirs", "--against=changed", cwd=tmp_path)
   assert (code, err) == (1, "") and "verdict         NOT the same model" in out
-  found = json.loads((tmp_path / "certificate.json").read_text())
-  assert not found["same_model"] and found["a"]["sha256"] == digest(weights) != found["b"]["sha256"]
+  found = json.loads((tmp_path / "parity.json").read_text())
+  assert not found["same_model"]
+  assert found["a"]["sha256"] == weights_sha256(weights) != found["b"]["sha256"]
   lines = [
     ["--verify=theirs", "--against=model.bin", "--text=text", "--out=text.json"],
     ["--verify=theirs", "--against=changed", "--tolerance=10", "--out=loose.json"],
     ["--verify=theirs", "--against=model.bin"],
   ]
   same, loose, taken = run_many(lines, tmp_path)
-  assert same[0] == 0 and "verdict         the same model" in same[1] and "written to text.json" in same[1]
+  assert (
+    same[0] == 0
+    and "verdict         the same model" in same[1]
+    and "written to text.json" in same[1]
+  )
   found = json.loads((tmp_path / "text.json").read_text())
-  assert found["same_weights"] and found["max_abs_logit_difference"] == 0 and found["a"]["tokens"] == 31
+  assert (
+    found["same_weights"] and found["max_abs_logit_difference"] == 0 and found["a"]["tokens"] == 31
+  )
   assert loose[0] == 0 and not json.loads((tmp_path / "loose.json").read_text())["same_weights"]
-  assert taken[0] == 2 and taken[2] == "error: certificate.json is there already; take another --out, or move it away\n"
+  assert (
+    taken[0] == 2
+    and taken[2] == "error: parity.json is there already; take another --out, or move it away\n"
+  )
 
 
 class Payload:
@@ -162,7 +185,9 @@ def test_code_in_a_pickle_is_not_run(folder, tmp_path):
     pickle.dump(Payload(tmp_path / "the-code-ran"), file)
   (tmp_path / "theirs.pt").write_bytes((folder / "pytorch_model.bin").read_bytes())
   before = tree(tmp_path)
-  for code, out, err in run_many([[f"--from={name}", "--to=to"] for name in ("theirs", "theirs.pt")], tmp_path):
+  for code, out, err in run_many(
+    [[f"--from={name}", "--to=to"] for name in ("theirs", "theirs.pt")], tmp_path
+  ):
     assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: ")
   assert tree(tmp_path) == before
 
@@ -227,11 +252,12 @@ CASES = [
 ]
 
 
-def test_what_cannot_be_is_one_line_status_2_and_nothing_written(damaged, tmp_path):
+def test_invalid_input_is_one_line_and_status_2_and_writes_nothing(damaged, tmp_path):
   pytest.importorskip("torch")  # for nanoGPT's case
   before = tree(tmp_path)
   lines = [
-    flags if any(x.startswith(("--to", "--verify")) for x in flags) else [*flags, "--to=to"] for flags, _ in CASES
+    flags if any(x.startswith(("--to", "--verify")) for x in flags) else [*flags, "--to=to"]
+    for flags, _ in CASES
   ]
   for (flags, message), (code, out, err) in zip(CASES, run_many(lines, tmp_path), strict=True):
     assert (code, out, err.count("\n")) == (2, "", 1), (flags, err)

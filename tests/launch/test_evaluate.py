@@ -14,12 +14,22 @@ import pytest
 import tokenizers
 
 import gpt2_jax
-from gpt2_jax.evaluate.sweep import COMPUTED
+from gpt2_jax.evaluate.sweep.compute import COMPUTED
 
 ROOT = pathlib.Path(__file__).parents[2]
-WORDS = "the cat sat on a mat while many birds sang over old green hills and no one heard them".split()
-TASKS = ("lambada:last_word", "lambada:last_piece", "ptb", "text", "blimp_wh_island", "blimp_passive_1::1")
-KNOBS = ("--config.resamples=100", "--config.batch_size=128", "--config.limit=60")  # one batch, one shape to compile
+WORDS = (
+  "the cat sat on a mat while many birds sang over old green hills and no one heard them".split()
+)
+TASKS = (
+  "lambada:last_word",
+  "lambada:last_piece",
+  "ptb",
+  "text",
+  "blimp_wh_island",
+  "blimp_passive_1::1",
+)
+# one batch, one shape to compile
+KNOBS = ("--config.resamples=100", "--config.batch_size=128", "--config.limit=60")
 
 
 def tokenizer() -> gpt2_jax.HuggingFace:
@@ -27,8 +37,14 @@ def tokenizer() -> gpt2_jax.HuggingFace:
   made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   made.decoder = tokenizers.decoders.ByteLevel()
   alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-  options = {"special_tokens": ["<|endoftext|>"], "initial_alphabet": alphabet, "show_progress": False}
-  made.train_from_iterator([" ".join(WORDS)] * 9, tokenizers.trainers.BpeTrainer(vocab_size=290, **options))
+  options = {
+    "special_tokens": ["<|endoftext|>"],
+    "initial_alphabet": alphabet,
+    "show_progress": False,
+  }
+  made.train_from_iterator(
+    [" ".join(WORDS)] * 9, tokenizers.trainers.BpeTrainer(vocab_size=290, **options)
+  )
   return gpt2_jax.HuggingFace(made.to_str())
 
 
@@ -38,7 +54,9 @@ def folder(tmp_path_factory, mesh, parameters, place):
   folder, ours = tmp_path_factory.mktemp("zero_shot"), tokenizer()
   with mesh(1, 1, 1):
     for seed, (name, width) in enumerate({"one": 16, "two": 16, "wide": 32}.items()):
-      config = gpt2_jax.ModelConfig(ours.vocab_size, n_ctx=64, n_embd=width, n_head=2, n_layer=1, dtype="float32")
+      config = gpt2_jax.ModelConfig(
+        ours.vocab_size, n_ctx=64, n_embd=width, n_head=2, n_layer=1, dtype="float32"
+      )
       model = place(config, parameters(config, seed=seed))
       gpt2_jax.save_pretrained(model, ours, str(folder / name))
   sentences = [" ".join(WORDS[i * i % 7 : i * i % 7 + 4 + i % 9]) for i in range(60)]
@@ -59,7 +77,10 @@ def write(folder, name: str, lines) -> None:
 
 def start(*flags: str) -> subprocess.Popen:
   cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
-  cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
+  cache |= {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+  }
   command = [sys.executable, str(ROOT / "launch" / "evaluate.py"), *flags]
   return subprocess.Popen(
     command,
@@ -67,7 +88,8 @@ def start(*flags: str) -> subprocess.Popen:
     stdout=subprocess.PIPE,
     text=True,
     env=os.environ | cache,
-    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background hands on SIG_IGN
+    # a suite in the background hands on SIG_IGN
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
 
 
@@ -85,18 +107,26 @@ def sweep(folder, out, tasks=TASKS, models=("one", "two", "wide")) -> list[str]:
 
 def computed(out) -> list[str]:
   path = pathlib.Path(out) / COMPUTED
-  return [json.loads(line)["cell"] for line in path.read_text().splitlines()] if path.exists() else []
+  return (
+    [json.loads(line)["cell"] for line in path.read_text().splitlines()] if path.exists() else []
+  )
 
 
 def times(out) -> dict[str, int]:
   return {path.name: path.stat().st_mtime_ns for path in (out / "cells").glob("*.json")}
 
 
-def test_a_sweep_killed_and_interrupted_ends_in_the_same_table_and_computes_no_cell_twice(folder, tmp_path):
+def test_a_sweep_killed_and_interrupted_ends_in_the_same_table_and_computes_no_cell_twice(
+  folder, tmp_path
+):
   out, err = run(*sweep(folder, tmp_path / "whole"))
   assert err.count("] computed ") == 18 and out == (tmp_path / "whole" / "table.md").read_text()
   killed = tmp_path / "killed"
-  for cells, number, status in ((4, signal.SIGKILL, -9), (9, signal.SIGKILL, -9), (13, signal.SIGINT, 130)):
+  for cells, number, status in (
+    (4, signal.SIGKILL, -9),
+    (9, signal.SIGKILL, -9),
+    (13, signal.SIGINT, 130),
+  ):
     process = start(*sweep(folder, killed))
     while len(computed(killed)) < cells:
       assert process.poll() is None, process.communicate()[1]
@@ -108,7 +138,9 @@ def test_a_sweep_killed_and_interrupted_ends_in_the_same_table_and_computes_no_c
   before = times(killed)
   _, err = run(*sweep(folder, killed))
   assert err.count("] kept ") == len(before) >= 13 and err.count("] computed ") == 18 - len(before)
-  assert len(computed(killed)) == len(set(computed(killed))) and times(killed).items() >= before.items()
+  assert (
+    len(computed(killed)) == len(set(computed(killed))) and times(killed).items() >= before.items()
+  )
   for name in ("table.md", "results.jsonl"):
     assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
   assert len(list((killed / "plots").glob("*.parameters.png"))) == 6
@@ -116,13 +148,21 @@ def test_a_sweep_killed_and_interrupted_ends_in_the_same_table_and_computes_no_c
 
 def test_a_cell_that_fails_and_a_dataset_that_is_left_out_are_said(folder, tmp_path):
   write(folder, "blimp/passive_2.jsonl", ['{"sentence_good": "a cat"}'])
-  asked = sweep(folder, tmp_path, ["blimp_passive_2", "copa", "text"], ["one"])
-  out, err = run(*asked, "--skip_missing", status=1)
-  assert "failed blimp_passive_2" in err and "passive_2.jsonl:1" in err and len(computed(tmp_path)) == 1
-  assert "- copa:lm_eval:0: not run: copa: " in out and "- blimp_passive_2:lm_eval:0: failed: " in out
+  flags = sweep(folder, tmp_path, ["blimp_passive_2", "copa", "text"], ["one"])
+  out, err = run(*flags, "--skip_missing", status=1)
+  assert (
+    "failed blimp_passive_2" in err and "passive_2.jsonl:1" in err and len(computed(tmp_path)) == 1
+  )
+  assert (
+    "- copa:lm_eval:0: not run: copa: " in out and "- blimp_passive_2:lm_eval:0: failed: " in out
+  )
 
 
 def test_missing_datasets_are_one_line(folder, tmp_path):
   out, err = run(*sweep(folder, tmp_path, ["ptb", "copa", "piqa"]), status=2)
-  assert not out and "error: datasets that are not there: 2 (copa: " in err.splitlines()[-1] and "| piqa: " in err
+  assert (
+    not out
+    and "error: datasets that are not there: 2 (copa: " in err.splitlines()[-1]
+    and "| piqa: " in err
+  )
   assert "Traceback" not in err and not computed(tmp_path)

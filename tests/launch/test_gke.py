@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GKE manifest and the SkyPilot task: what a cluster would be told, and that no flag of training changes it."""
+"""The GKE manifest and the SkyPilot task: what they ask for, and that no flag of training changes
+it."""
 
 import json
 import os
@@ -11,15 +12,24 @@ import sys
 import pytest
 import yaml
 
+from gpt2_jax import chips
+
 ROOT = pathlib.Path(__file__).parents[2]
 RUN = ["--name=gpt2-xl", "--image=registry/gpt2_jax", "--workdir=gs://bucket/run"]
-NASTY = ["--a='$(id)' \"x\" `id`", "--b=line\n  replicas: 9\nEND_OF_MANIFEST\n", "--c=${NAME} {{}} #: é😀", "--d="]
+NASTY = [
+  "--a='$(id)' \"x\" `id`",
+  "--b=line\n  replicas: 9\nEND_OF_MANIFEST\n",
+  "--c=${NAME} {{}} #: é😀",
+  "--d=",
+]
 FLAGS = ["--config=configs/gpt2.py:1542M", *NASTY]
 
 
 def gke(*arguments: str, status: int = 0, **environment) -> tuple[str, str]:
   command = [sys.executable, ROOT / "launch" / "gke.py", *arguments]
-  done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=60)
+  done = subprocess.run(
+    command, capture_output=True, text=True, env=os.environ | environment, timeout=60
+  )
   assert done.returncode == status, done.stderr
   return done.stdout, done.stderr
 
@@ -32,7 +42,9 @@ def dry_run(*arguments: str) -> tuple[dict, list[list[str]]]:
   assert shlex.split(apply)[:3] == ["kubectl", "apply", "--filename=-"]
   manifest, commands = rest.split("\nEND_OF_MANIFEST\n", 1)
   echo = 'kubectl() { printf "%s\\0" kubectl "$@" END; }; xpk() { printf "%s\\0" xpk "$@" END; }\n'
-  shown = subprocess.run(["bash"], input=echo + commands, text=True, capture_output=True, check=True).stdout
+  shown = subprocess.run(
+    ["bash"], input=echo + commands, text=True, capture_output=True, check=True
+  ).stdout
   return yaml.safe_load(manifest), [command.split("\0") for command in shown.split("\0END\0")[:-1]]
 
 
@@ -71,11 +83,15 @@ def test_flags_of_training_arrive_as_they_were_given():
   assert shlex.split(command.removeprefix("--command=")) == container["command"] + container["args"]
 
 
-def test_a_lost_host_restarts_all_and_input_that_cannot_be_does_not():
+def test_a_lost_host_restarts_all_and_bad_input_does_not():
   manifest, _ = dry_run("--topology=v5e:8x8", "--restarts=7")
   job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
   (rule,) = job["podFailurePolicy"]["rules"]
-  assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [2] and job["backoffLimit"] == 0
+  assert (
+    rule["action"] == "FailJob"
+    and rule["onExitCodes"]["values"] == [2]
+    and job["backoffLimit"] == 0
+  )
   assert job["template"]["spec"]["restartPolicy"] == "Never"  # which podFailurePolicy asks for
   assert rule["onExitCodes"]["containerName"] == job["template"]["spec"]["containers"][0]["name"]
   assert manifest["spec"]["failurePolicy"]["maxRestarts"] == 7
@@ -88,7 +104,9 @@ def test_kubectl_gets_the_manifest_of_the_dry_run(tmp_path):
   kubectl.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/arguments\ncat >{tmp_path}/manifest\n')
   kubectl.chmod(0o755)
   out, _ = gke(*RUN, "--topology=v5e:8x8", "--", *FLAGS, PATH=f"{tmp_path}:{os.environ['PATH']}")
-  assert (tmp_path / "arguments").read_text() == "apply --filename=-\n" and "kubectl delete jobset gpt2-xl" in out
+  assert (
+    tmp_path / "arguments"
+  ).read_text() == "apply --filename=-\n" and "kubectl delete jobset gpt2-xl" in out
   assert yaml.safe_load((tmp_path / "manifest").read_text()) == dry_run("--topology=v5e:8x8")[0]
 
 
@@ -105,7 +123,7 @@ def test_kubectl_gets_the_manifest_of_the_dry_run(tmp_path):
     (["--topology=v5e:8x8", "--"], "--config"),
   ],
 )
-def test_input_that_cannot_be_is_one_line_and_status_2(arguments, message):
+def test_bad_input_is_one_line_and_status_2(arguments, message):
   _, err = gke(*RUN, *arguments, *([] if "--" in arguments else ["--", *FLAGS]), status=2)
   assert message in err and len(err.splitlines()) == 1
 
@@ -113,15 +131,26 @@ def test_input_that_cannot_be_is_one_line_and_status_2(arguments, message):
 def test_the_skypilot_task_trains_with_the_same_command(tmp_path):
   task = yaml.safe_load((ROOT / "launch" / "skypilot.yaml").read_text())
   assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
-  assert task["resources"]["accelerators"] == "tpu-v5litepod-64"
+  v5e = chips.TPUS["v5e"]
+  assert task["resources"]["accelerators"] == f"tpu-{chips.accelerator_type('v5e', 64)}"
+  assert task["resources"]["accelerator_args"] == {"runtime_version": v5e.runtime_version}
   (tmp_path / "launch").mkdir()
   (tmp_path / "launch" / "worker.sh").write_text('printf "%s\\0" "$@"')
-  environment = task["envs"] | {"WORKDIR": "gs://bucket/a run", "DATA": "gs://bucket"} | {"PATH": os.environ["PATH"]}
+  environment = (
+    task["envs"]
+    | {"WORKDIR": "gs://bucket/a run", "DATA": "gs://bucket"}
+    | {"PATH": os.environ["PATH"]}
+  )
   ran = {}
   for part in ("setup", "run"):
-    done = subprocess.run(["bash", "-c", task[part]], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+      ["bash", "-c", task[part]], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     ran[part] = done.stdout.split("\0")[:-1]
   flags = ["--workdir=gs://bucket/a run", "--config=configs/gpt2.py:1542M"]
-  flags += ["--config.data.train=gs://bucket/train", "--config.data.validation=gs://bucket/validation"]
+  flags += [
+    "--config.data.train=gs://bucket/train",
+    "--config.data.validation=gs://bucket/validation",
+  ]
   assert ran == {"setup": ["install"], "run": ["run", *flags]}
   assert json.dumps(task)  # plain values only

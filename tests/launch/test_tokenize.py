@@ -15,7 +15,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = str(ROOT / "launch" / "tokenize.py")
 
 
-def start(*flags: str, cwd: pathlib.Path = ROOT, script: tuple[str, ...] = (SCRIPT,)) -> subprocess.Popen:
+def start(
+  *flags: str, cwd: pathlib.Path = ROOT, script: tuple[str, ...] = (SCRIPT,)
+) -> subprocess.Popen:
   environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
   pipe = subprocess.PIPE
   return subprocess.Popen(
@@ -43,11 +45,14 @@ def manifest(path: pathlib.Path) -> dict:
 
 
 @pytest.mark.parametrize(
-  ("cwd", "script"), [(ROOT, (SCRIPT,)), (ROOT / "launch", ("tokenize.py",)), (ROOT, ("-m", "launch.tokenize"))]
+  ("cwd", "script"),
+  [(ROOT, (SCRIPT,)), (ROOT / "launch", ("tokenize.py",)), (ROOT, ("-m", "launch.tokenize"))],
 )
 def test_it_starts_from_anywhere_with_workers(corpus, tmp_path, cwd, script):
   learn = [f"--tokenizer={tmp_path}/t.json", "--train_tokenizer=characters"]
-  code, out, err = run(*corpus, *learn, f"--out={tmp_path}/store", "--processes=2", cwd=cwd, script=script)
+  code, out, err = run(
+    *corpus, *learn, f"--out={tmp_path}/store", "--processes=2", cwd=cwd, script=script
+  )
   assert code == 0, err
   store = TokenStore.open(str(tmp_path / "store"))
   assert f"{len(store):,} tokens of 40 documents" in out and "Traceback" not in err
@@ -57,8 +62,13 @@ def test_it_starts_from_anywhere_with_workers(corpus, tmp_path, cwd, script):
 def test_one_command_learns_a_tokenizer_and_the_next_one_uses_it(corpus, tmp_path):
   tokenizer = f"--tokenizer={tmp_path}/t.model"
   learn = [tokenizer, "--train_tokenizer=sentencepiece", "--vocab_size=300"]
-  assert run(*corpus, *learn, "--split=train[:90%]", f"--out={tmp_path}/train", "--processes=1")[0] == 0
-  assert run(*corpus, tokenizer, "--split=train[90%:]", f"--out={tmp_path}/valid", "--processes=1")[0] == 0
+  assert (
+    run(*corpus, *learn, "--split=train[:90%]", f"--out={tmp_path}/train", "--processes=1")[0] == 0
+  )
+  assert (
+    run(*corpus, tokenizer, "--split=train[90%:]", f"--out={tmp_path}/valid", "--processes=1")[0]
+    == 0
+  )
   train, valid = (TokenStore.open(str(tmp_path / name)) for name in ("train", "valid"))
   assert (train.manifest["documents"], valid.manifest["documents"]) == (36, 4)
   assert train.fingerprint == valid.fingerprint and train.tokenizer.vocab_size == 300
@@ -83,7 +93,9 @@ def test_a_killed_job_started_again_gives_the_same_store(corpus, tmp_path):
 
 def test_another_tokenizers_file_is_not_overwritten(corpus, tmp_path):
   (tmp_path / "t.json").write_text("mine")
-  code, _, err = run(*corpus, f"--tokenizer={tmp_path}/t.json", "--train_tokenizer=characters", f"--out={tmp_path}/x")
+  code, _, err = run(
+    *corpus, f"--tokenizer={tmp_path}/t.json", "--train_tokenizer=characters", f"--out={tmp_path}/x"
+  )
   assert code == 2 and "t.json is another tokenizer already" in err.splitlines()[-1]
   assert (tmp_path / "t.json").read_text() == "mine" and not (tmp_path / "x").exists()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""launch/tpu_vm.sh and worker.sh against a stand-in gcloud (stand_in.py), whose workers run what is sent to them."""
+"""launch/tpu_vm.sh and worker.sh against a fake gcloud (fakes.py): its workers run what is sent."""
 
 import json
 import os
@@ -21,28 +21,41 @@ TRAIN = [*MACHINE, "--topology=v5e-16", "--workdir=gs://bucket/run"]
 FLAGS = ["--", "--config=configs/gpt2.py:117M"]
 
 
-class Box:
-  """A folder with a stand-in gcloud, and what came of it."""
+class FakeCloud:
+  """A folder with a fake gcloud, its machine, and a log of the calls."""
 
   def __init__(self, path: pathlib.Path, tree: pathlib.Path):
     self.path, self.script = path, tree / "launch" / "tpu_vm.sh"
     for folder, names in (("local", ["gcloud", "ssh-add"]), ("remote", ["python3", "hostname"])):
       (path / folder).mkdir()
       for name in names:
-        text = (pathlib.Path(__file__).parent / "stand_in.py").read_text()
-        (path / folder / name).write_text(text.replace("#!/usr/bin/env python3", f"#!{sys.executable} -IS"))
+        text = (pathlib.Path(__file__).parent / "fakes.py").read_text()
+        (path / folder / name).write_text(
+          text.replace("#!/usr/bin/env python3", f"#!{sys.executable} -IS")
+        )
         (path / folder / name).chmod(0o755)
 
   def start(self, *arguments: str, **scenario) -> subprocess.Popen:
-    (self.path / "scenario.json").write_text(json.dumps({"workers": 1, "train": [[200, "done"]]} | scenario))
-    environment = os.environ | {"STAND_IN": str(self.path), "PATH": f"{self.path}/local:{os.environ['PATH']}"}
-    environment |= {"HOME": str(self.path), "GPT2_JAX_POLL": "0.02", "GPT2_JAX_PATIENCE": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, "text": True}
+    (self.path / "scenario.json").write_text(
+      json.dumps({"workers": 1, "train": [[200, "done"]]} | scenario)
+    )
+    environment = os.environ | {
+      "FAKE_CLOUD": str(self.path),
+      "PATH": f"{self.path}/local:{os.environ['PATH']}",
+    }
+    environment |= {"HOME": str(self.path), "GPT2_JAX_POLL": "0.02", "GPT2_JAX_EXIT_TIMEOUT": "1"}
+    pipes = {
+      "stdout": subprocess.PIPE,
+      "stderr": subprocess.PIPE,
+      "stdin": subprocess.DEVNULL,
+      "text": True,
+    }
     return subprocess.Popen(
       ["bash", self.script, *arguments],
       env=environment,
       start_new_session=True,
-      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background hands on SIG_IGN
+      # A suite that runs in the background passes SIG_IGN on.
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
       **pipes,
     )
 
@@ -65,7 +78,12 @@ class Box:
 
   def place(self, labels: dict):
     """A machine that is there already."""
-    machine = {"type": "v5litepod-16", "nodes": ["gpt2-jax-test"], "states": ["ACTIVE"], "lost": False}
+    machine = {
+      "type": "v5litepod-16",
+      "nodes": ["gpt2-jax-test"],
+      "states": ["ACTIVE"],
+      "lost": False,
+    }
     (self.path / "machine.json").write_text(json.dumps(machine | {"labels": labels}))
 
   @property
@@ -77,11 +95,15 @@ class Box:
 def tree(tmp_path_factory):
   """A checkout with one change that is not committed and one file that git does not know."""
   root = tmp_path_factory.mktemp("tree")
-  (root / "launch").mkdir()
-  for name in ("tpu_vm.sh", "worker.sh"):
-    shutil.copy(ROOT / "launch" / name, root / "launch" / name)
+  for name in ("launch/tpu_vm.sh", "launch/worker.sh", "gpt2_jax/chips.py"):
+    (root / name).parent.mkdir(exist_ok=True)
+    shutil.copy(ROOT / name, root / name)
   (root / "change").write_text("old")
-  for command in ("init --quiet", "add .", "-c user.name=a -c user.email=a@b commit --quiet --message=tree"):
+  for command in (
+    "init --quiet",
+    "add .",
+    "-c user.name=a -c user.email=a@b commit --quiet --message=tree",
+  ):
     subprocess.run(["git", "-C", root, *command.split()], check=True)
   (root / "change").write_text("new")
   (root / "unknown").write_text("")
@@ -89,9 +111,9 @@ def tree(tmp_path_factory):
 
 
 @pytest.fixture
-def box(tmp_path, tree):
-  box = Box(tmp_path, tree)
-  yield box
+def cloud(tmp_path, tree):
+  cloud = FakeCloud(tmp_path, tree)
+  yield cloud
   end = time.monotonic() + 5
   while (left := processes_of(tmp_path)) and time.monotonic() < end:
     time.sleep(0.05)
@@ -101,27 +123,44 @@ def box(tmp_path, tree):
 
 
 def processes_of(path: pathlib.Path) -> list[psutil.Process]:
-  """Those that were started, however indirectly, with this folder as their stand-in."""
-  found = psutil.process_iter(["environ"])
-  return [process for process in found if (process.info["environ"] or {}).get("STAND_IN") == str(path)]
+  """Those that were started, however indirectly, with this folder as their fake cloud."""
+  processes = []
+  for process in psutil.process_iter(["environ"]):
+    if (process.info["environ"] or {}).get("FAKE_CLOUD") == str(path):
+      processes.append(process)
+  return processes
 
 
-def test_one_command_asks_waits_installs_trains_follows_and_deletes(box):
-  out, err = box.run("train", *TRAIN, "--spot", *FLAGS, workers=2)
-  verbs = [call[3] for call in box.calls()]
-  assert [verb for i, verb in enumerate(verbs) if verb != verbs[i - 1]][1:4] == ["create", "describe", "scp"]
-  create = box.calls("create")[0]
-  for flag in ("--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"):
+def test_one_command_asks_waits_installs_trains_follows_and_deletes(cloud):
+  out, err = cloud.run("train", *TRAIN, "--spot", *FLAGS, workers=2)
+  verbs = [call[3] for call in cloud.calls()]
+  assert [verb for i, verb in enumerate(verbs) if verb != verbs[i - 1]][1:4] == [
+    "create",
+    "describe",
+    "scp",
+  ]
+  create = cloud.calls("create")[0]
+  for flag in (
+    "--accelerator-type=v5litepod-16",
+    "--runtime-version=v2-alpha-tpuv5-lite",
+    "--spot",
+  ):
     assert flag in create
-  for state in ("WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE", "training is done", "is deleted"):
+  for state in (
+    "WAITING_FOR_RESOURCES",
+    "PROVISIONING",
+    "ACTIVE",
+    "training is done",
+    "is deleted",
+  ):
     assert state in err
   assert "loss 3.0" in out
-  assert [len(box.trained(f"gpt2-jax-test-w-{w}")) for w in range(2)] == [1, 1]
-  assert not box.there
+  assert [len(cloud.trained(f"gpt2-jax-test-w-{w}")) for w in range(2)] == [1, 1]
+  assert not cloud.there
 
 
-def test_flags_arrive_as_they_were_given_and_run_nothing_and_the_tree_has_its_changes(box):
-  mark = box.path / "mark"
+def test_flags_arrive_as_they_were_given_and_run_nothing_and_the_tree_has_its_changes(cloud):
+  mark = cloud.path / "mark"
   nasty = [
     f"--a=$(touch {mark})",
     f"--b=`touch {mark}`",
@@ -130,172 +169,219 @@ def test_flags_arrive_as_they_were_given_and_run_nothing_and_the_tree_has_its_ch
     "--e=line\nline\n",
   ]
   nasty += ['--f="quoted" \\ $HOME *', "--g=", "", "--h=é~#!", "--spot"]
-  _, err = box.run("train", *TRAIN, "--keep", *FLAGS, *nasty)
-  assert box.trained() == [["launch/train.py", "--workdir=gs://bucket/run", FLAGS[1], *nasty]]
-  assert not mark.exists() and "--spot" not in box.calls("create")[0]
-  tree = box.path / "workers" / "gpt2-jax-test-w-0" / "gpt2_jax"
+  _, err = cloud.run("train", *TRAIN, "--keep", *FLAGS, *nasty)
+  assert cloud.trained() == [["launch/train.py", "--workdir=gs://bucket/run", FLAGS[1], *nasty]]
+  assert not mark.exists() and "--spot" not in cloud.calls("create")[0]
+  tree = cloud.path / "workers" / "gpt2-jax-test-w-0" / "gpt2_jax"
   assert (tree / "change").read_text() == "new" and not (tree / "unknown").exists()
   assert "1 untracked files stay here" in err
-  assert box.there and "to delete it: launch/tpu_vm.sh down" in err
+  assert cloud.there and "to delete it: launch/tpu_vm.sh down" in err
 
 
-def test_a_preempted_machine_is_replaced_and_training_goes_on_with_the_same_flags(box):
-  _, err = box.run("train", *TRAIN, "--spot", *FLAGS, train=[[100, "preempted"], [300, "done"]], workers=2)
-  assert len(box.calls("create")) == len(box.calls("delete")) == 2
-  first, second = box.trained()
-  assert first == second and "newest checkpoint (step 100)" in err and "training is done" in err
-  assert not box.there
+def test_a_preempted_machine_is_replaced_and_training_resumes_with_the_same_flags(cloud):
+  _, err = cloud.run(
+    "train", *TRAIN, "--spot", *FLAGS, train=[[100, "preempted"], [300, "done"]], workers=2
+  )
+  assert len(cloud.calls("create")) == len(cloud.calls("delete")) == 2
+  first, second = cloud.trained()
+  assert (
+    first == second
+    and "resuming from the newest checkpoint (step 100)" in err
+    and "training is done" in err
+  )
+  assert not cloud.there
 
 
-def test_preemption_without_progress_has_a_limit(box):
-  _, err = box.run("train", *TRAIN, "--retries=1", *FLAGS, train=[[0, "preempted"]], status=1)
-  assert len(box.trained()) == 2 and "without a checkpoint after step 0; gave up" in err
-  assert not box.there
+def test_preemption_without_progress_has_a_limit(cloud):
+  _, err = cloud.run("train", *TRAIN, "--retries=1", *FLAGS, train=[[0, "preempted"]], status=1)
+  assert len(cloud.trained()) == 2 and "without a checkpoint after step 0; gave up" in err
+  assert not cloud.there
 
 
-def test_a_lost_host_starts_the_same_command_again_on_the_same_machine(box):
-  train = [[100, 75], [200, 1], [300, "done"]]  # each with a newer checkpoint, so none counts against --retries
-  _, err = box.run("train", *TRAIN, "--retries=1", *FLAGS, train=train)
-  assert len(box.calls("create")) == len(box.calls("scp")) == 1 and len(box.trained()) == 3
-  assert "ended 75" in err and not box.there
+def test_a_lost_host_starts_the_same_command_again_on_the_same_machine(cloud):
+  # Each with a newer checkpoint, so none counts against --retries.
+  train = [[100, 75], [200, 1], [300, "done"]]
+  _, err = cloud.run("train", *TRAIN, "--retries=1", *FLAGS, train=train)
+  assert len(cloud.calls("create")) == len(cloud.calls("scp")) == 1 and len(cloud.trained()) == 3
+  assert "ended 75" in err and not cloud.there
 
 
-def test_a_quota_refusal_says_which_and_is_not_tried_again(box):
-  limit = "Quota limit 'TPUV5sLitepodPerProjectPerZoneForTPUAPI' has been exceeded. Limit: 0 in zone us-west4-a."
-  _, err = box.run("up", *TRAIN, create=[f"RESOURCE_EXHAUSTED: {limit}"], status=3)
+def test_a_quota_refusal_says_which_and_is_not_retried(cloud):
+  limit = "Quota limit 'TPUV5sLitepodPerProjectPerZoneForTPUAPI' has been exceeded."
+  limit += " Limit: 0 in zone us-west4-a."
+  _, err = cloud.run("up", *TRAIN, create=[f"RESOURCE_EXHAUSTED: {limit}"], status=3)
   assert limit in err and "iam-admin/quotas?project=my-project" in err
-  assert len(box.calls("create")) == 1
+  assert len(cloud.calls("create")) == 1
 
 
-def test_a_request_that_fails_for_quota_later_is_deleted_too(box):
-  failure = "Quota 'TPUV5sPreemptibleLitepodPerProjectPerRegionForTPUAPI' exhausted. Limit 32 in region us-west4"
-  _, err = box.run("up", *TRAIN, states=[["PROVISIONING", "FAILED"]], failure=failure, status=3)
-  assert failure in err and not box.there
+def test_a_request_that_fails_for_quota_later_is_deleted_too(cloud):
+  failure = "Quota 'TPUV5sPreemptibleLitepodPerProjectPerRegionForTPUAPI' exhausted."
+  failure += " Limit 32 in region us-west4"
+  _, err = cloud.run("up", *TRAIN, states=[["PROVISIONING", "FAILED"]], failure=failure, status=3)
+  assert failure in err and not cloud.there
 
 
-def test_want_of_capacity_is_tried_again_and_other_refusals_are_not(box):
+def test_no_capacity_is_retried_and_other_refusals_are_not(cloud):
   failed = [["PROVISIONING", "FAILED"], ["PROVISIONING", "ACTIVE"]]
-  box.run("up", *TRAIN, states=failed, failure="There is no more capacity in the zone", create=["UNAVAILABLE", "ok"])
-  assert len(box.calls("create")) == 3 and box.there
-  box.run("down", *MACHINE)
-  _, err = box.run("up", *TRAIN, create=["PERMISSION_DENIED: Cloud TPU API has not been used"], status=1)
-  assert "PERMISSION_DENIED" in err and len(box.calls("create")) == 4
+  cloud.run(
+    "up",
+    *TRAIN,
+    states=failed,
+    failure="There is no more capacity in the zone",
+    create=["UNAVAILABLE", "ok"],
+  )
+  assert len(cloud.calls("create")) == 3 and cloud.there
+  cloud.run("down", *MACHINE)
+  _, err = cloud.run(
+    "up", *TRAIN, create=["PERMISSION_DENIED: Cloud TPU API has not been used"], status=1
+  )
+  assert "PERMISSION_DENIED" in err and len(cloud.calls("create")) == 4
 
 
-def test_a_quota_of_requests_a_minute_is_waited_for(box):
-  busy = "RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Create node requests' and limit 'per minute'"
-  box.run("up", *TRAIN, create=[busy, "ok"])
-  assert len(box.calls("create")) == 2 and box.there
+def test_a_quota_of_requests_a_minute_is_waited_for(cloud):
+  busy = "RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Create node requests'"
+  busy += " and limit 'per minute'"
+  cloud.run("up", *TRAIN, create=[busy, "ok"])
+  assert len(cloud.calls("create")) == 2 and cloud.there
 
 
-def test_a_key_that_the_agent_lacks_is_said_before_the_machine_is_asked_for(box):
-  (box.path / "agent").write_text("256 SHA256:other other (RSA)")
-  _, err = box.run("train", *TRAIN, *FLAGS, status=2)
-  assert f"ssh-add {box.path}/.ssh/google_compute_engine" in err and not box.calls()
+def test_a_key_that_the_agent_lacks_is_said_before_the_machine_is_asked_for(cloud):
+  (cloud.path / "agent").write_text("256 SHA256:other other (RSA)")
+  _, err = cloud.run("train", *TRAIN, *FLAGS, status=2)
+  assert f"ssh-add {cloud.path}/.ssh/google_compute_engine" in err and not cloud.calls()
 
 
-def test_one_worker_that_cannot_install_is_named_tried_once_more_and_then_all_ends(box):
+def test_a_worker_that_cannot_install_is_named_and_retried_once_and_then_all_ends(cloud):
   bad = "gpt2-jax-test-w-1"
-  _, err = box.run("train", *TRAIN, *FLAGS, install_fails=[[bad]], workers=2, status=1)
-  assert f"@worker {bad} install failed at: python3 -m uv pip install" in err and "no space left" in err
-  assert len(box.calls("scp")) == 2 and not box.trained() and not box.there
+  _, err = cloud.run("train", *TRAIN, *FLAGS, install_fails=[[bad]], workers=2, status=1)
+  assert (
+    f"@worker {bad} install failed at: python3 -m uv pip install" in err and "no space left" in err
+  )
+  assert len(cloud.calls("scp")) == 2 and not cloud.trained() and not cloud.there
 
 
-def test_one_failed_install_is_not_the_end(box):
-  box.run("train", *TRAIN, *FLAGS, install_fails=[["gpt2-jax-test-w-0"], []])
-  assert len(box.calls("scp")) == 2 and len(box.trained()) == 1
+def test_one_failed_install_is_not_the_end(cloud):
+  cloud.run("train", *TRAIN, *FLAGS, install_fails=[["gpt2-jax-test-w-0"], []])
+  assert len(cloud.calls("scp")) == 2 and len(cloud.trained()) == 1
 
 
-def test_input_that_training_refuses_is_not_tried_again(box):
-  out, err = box.run("train", *TRAIN, *FLAGS, train=[[0, 2]], status=2)
+def test_input_that_training_refuses_is_not_retried(cloud):
+  out, err = cloud.run("train", *TRAIN, *FLAGS, train=[[0, 2]], status=2)
   assert "error: status 2 it is" in out and "refused its input" in err
-  assert len(box.trained()) == 1 and not box.there
+  assert len(cloud.trained()) == 1 and not cloud.there
 
 
-def test_workers_that_hang_after_one_was_lost_are_stopped_and_all_start_again(box):
+def test_workers_that_hang_after_one_was_lost_are_stopped_and_all_start_again(cloud):
   hangs = {"train-gpt2-jax-test-w-1": [[0, "hangs"], [0, "done"]]}
-  _, err = box.run("train", *TRAIN, *FLAGS, train=[[100, 75], [200, "done"]], workers=2, **hangs)
+  _, err = cloud.run("train", *TRAIN, *FLAGS, train=[[100, 75], [200, "done"]], workers=2, **hangs)
   assert "without the others: @worker gpt2-jax-test-w-1 running" in err
-  assert [len(box.trained(f"gpt2-jax-test-w-{w}")) for w in range(2)] == [2, 2]
+  assert [len(cloud.trained(f"gpt2-jax-test-w-{w}")) for w in range(2)] == [2, 2]
 
 
-def test_slices_are_one_request_and_every_worker_of_each_trains(box):
-  box.run("train", *TRAIN, "--slices=2", *FLAGS, workers=2)
-  assert {"--node-count=2", "--node-prefix=gpt2-jax-test"} < set(box.calls("create")[0])
-  assert all(len(box.trained(f"gpt2-jax-test-{node}-w-{w}")) == 1 for node in range(2) for w in range(2))
+def test_slices_are_one_request_and_every_worker_of_each_trains(cloud):
+  cloud.run("train", *TRAIN, "--slices=2", *FLAGS, workers=2)
+  assert {"--node-count=2", "--node-prefix=gpt2-jax-test"} < set(cloud.calls("create")[0])
+  assert all(
+    len(cloud.trained(f"gpt2-jax-test-{node}-w-{w}")) == 1 for node in range(2) for w in range(2)
+  )
 
 
-def test_ctrl_c_leaves_all_in_place_and_the_same_command_follows_again_until_stopped(box):
-  process = box.start("train", *TRAIN, *FLAGS, train=[[100, "SIGTERM"]])
-  wait_for(lambda: len(box.trained()) == 1 and any("follow" in call[-1] for call in box.calls("ssh")))
+def test_ctrl_c_leaves_all_in_place_and_the_same_command_follows_again_until_stopped(cloud):
+  process = cloud.start("train", *TRAIN, *FLAGS, train=[[100, "SIGTERM"]])
+  wait_for(
+    lambda: len(cloud.trained()) == 1 and any("follow" in call[-1] for call in cloud.calls("ssh"))
+  )
   os.killpg(process.pid, signal.SIGINT)
   _, err = process.communicate(timeout=20)
-  assert process.returncode == 130 and box.there
-  assert "19.20 USD an hour" in err and "tpu_vm.sh down --project=my-project --zone=us-west4-a --name=test" in err
+  assert process.returncode == 130 and cloud.there
+  assert (
+    "19.20 USD an hour" in err
+    and "tpu_vm.sh down --project=my-project --zone=us-west4-a --name=test" in err
+  )
 
-  copies = len(box.calls("scp"))
-  process = box.start("train", *TRAIN, *FLAGS, train=[[100, "SIGTERM"]])
-  calls = len(box.calls("ssh"))
-  wait_for(lambda: any("follow" in call[-1] for call in box.calls("ssh")[calls:]))
-  out, err = box.run("status", *MACHINE, train=[[100, "SIGTERM"]])
+  copies = len(cloud.calls("scp"))
+  process = cloud.start("train", *TRAIN, *FLAGS, train=[[100, "SIGTERM"]])
+  calls = len(cloud.calls("ssh"))
+  wait_for(lambda: any("follow" in call[-1] for call in cloud.calls("ssh")[calls:]))
+  out, err = cloud.run("status", *MACHINE, train=[[100, "SIGTERM"]])
   assert (
     re.findall("^@worker .* running$", out, re.M)
     and "19.20 USD" in err
-    and len(box.trained()) == 1
-    and len(box.calls("scp")) == copies
+    and len(cloud.trained()) == 1
+    and len(cloud.calls("scp")) == copies
   )
-  _, err = box.run("run", *TRAIN, *FLAGS, "--config.seed=1", status=2)
+  _, err = cloud.run("run", *TRAIN, *FLAGS, "--config.seed=1", status=2)
   assert "other flags" in err
-  out, _ = box.run("stop", *MACHINE)
-  assert out.count("asked 75") == 1
+  out, _ = cloud.run("stop", *MACHINE)
+  assert out.count("stopped 75") == 1
   _, err = process.communicate(timeout=20)
-  assert process.returncode == 0 and box.there and "stopped as asked" in err
-  box.run("down", *MACHINE)
+  assert process.returncode == 0 and cloud.there and "stopped as asked" in err
+  cloud.run("down", *MACHINE)
 
 
-def test_down_twice_is_down_once_and_only_what_the_script_made(box):
-  box.place(labels={"gpt2_jax": "tpu_vm"})
-  box.run("down", *MACHINE)
-  _, err = box.run("down", *MACHINE)
-  assert "there is no gpt2-jax-test" in err and len(box.calls("delete")) == 1
-  box.place(labels={})
-  _, err = box.run("down", *MACHINE, status=2)
-  assert "not made by this script" in err and box.there
+def test_down_twice_is_down_once_and_only_what_the_script_made(cloud):
+  cloud.place(labels={"gpt2_jax": "tpu_vm"})
+  cloud.run("down", *MACHINE)
+  _, err = cloud.run("down", *MACHINE)
+  assert "there is no gpt2-jax-test" in err and len(cloud.calls("delete")) == 1
+  cloud.place(labels={})
+  _, err = cloud.run("down", *MACHINE, status=2)
+  assert "not made by this script" in err and cloud.there
 
 
-def test_a_machine_of_another_kind_is_not_taken(box):
-  box.place(labels={"gpt2_jax": "tpu_vm"})
-  _, err = box.run("train", *MACHINE, "--topology=v5e-64", "--workdir=gs://bucket/run", *FLAGS, status=2)
-  assert "1 of v5litepod-16, not 1 of v5litepod-64" in err and box.there
+def test_a_machine_of_another_type_is_not_used(cloud):
+  cloud.place(labels={"gpt2_jax": "tpu_vm"})
+  _, err = cloud.run(
+    "train", *MACHINE, "--topology=v5e-64", "--workdir=gs://bucket/run", *FLAGS, status=2
+  )
+  assert "1 of v5litepod-16, not 1 of v5litepod-64" in err and cloud.there
 
 
-def test_a_queue_that_does_not_move_has_a_limit_and_leaves_no_request(box):
-  _, err = box.run("up", *TRAIN, "--wait_hours=0", states=[["WAITING_FOR_RESOURCES"]], status=1)
-  assert "still WAITING_FOR_RESOURCES after 0 hours" in err and not box.there
+def test_a_queue_that_does_not_move_has_a_limit_and_leaves_no_request(cloud):
+  _, err = cloud.run("up", *TRAIN, "--wait_hours=0", states=[["WAITING_FOR_RESOURCES"]], status=1)
+  assert "still WAITING_FOR_RESOURCES after 0 hours" in err and not cloud.there
 
 
 @pytest.mark.parametrize("verb", ["train", "up", "run", "logs", "status", "stop", "down"])
-def test_a_dry_run_calls_nothing_and_prints_what_a_shell_accepts(box, verb):
+def test_a_dry_run_calls_nothing_and_prints_what_a_shell_accepts(cloud, verb):
   training = [*TRAIN, *FLAGS, "--a=b c'd\n$(e)"] if verb in ("train", "run") else TRAIN
-  out, _ = box.run(verb, "--dry-run", *training)
-  assert not box.calls() and "gcloud" in out
+  out, _ = cloud.run(verb, "--dry-run", *training)
+  assert not cloud.calls() and "gcloud" in out
   subprocess.run(["bash", "-n"], input=out, text=True, check=True)
 
 
-def test_the_dry_run_prints_the_calls_that_are_made(box):
+def test_the_dry_run_prints_the_calls_that_are_made(cloud):
   command = ["train", *TRAIN, "--spot", "--slices=2", *FLAGS, "--a=b c'd\n$(e)"]
-  out, _ = box.run(*command, "--x=y")
-  made = [["gcloud", *call] for call in box.calls()]
-  out, _ = box.run(command[0], "--dry-run", *command[1:], "--x=y")
-  shown = [shlex.split(line.replace("$'", "'"))[:5] for line in out.splitlines() if line.startswith("gcloud")]
+  out, _ = cloud.run(*command, "--x=y")
+  made = [["gcloud", *call] for call in cloud.calls()]
+  out, _ = cloud.run(command[0], "--dry-run", *command[1:], "--x=y")
+  shown = [
+    shlex.split(line.replace("$'", "'"))[:5]
+    for line in out.splitlines()
+    if line.startswith("gcloud")
+  ]
   assert {tuple(call[:5]) for call in shown} <= {tuple(call[:5]) for call in made}
-  script = out.replace("until [", "while false && [").replace("/tmp/gpt2_jax.tar.gz", f"{box.path}/tree.tar.gz")
+  script = out.replace("until [", "while false && [").replace(
+    "/tmp/gpt2_jax.tar.gz", f"{cloud.path}/tree.tar.gz"
+  )
   script = re.sub("^git.*$", "", script, flags=re.M)
-  (box.path / "local" / "gcloud").write_text('#!/bin/bash\nprintf "%s\\0" "$@" END >>"$STAND_IN/pasted"\n')
-  environment = os.environ | {"STAND_IN": str(box.path), "PATH": f"{box.path}/local:{os.environ['PATH']}"}
+  (cloud.path / "local" / "gcloud").write_text(
+    '#!/bin/bash\nprintf "%s\\0" "$@" END >>"$FAKE_CLOUD/pasted"\n'
+  )
+  environment = os.environ | {
+    "FAKE_CLOUD": str(cloud.path),
+    "PATH": f"{cloud.path}/local:{os.environ['PATH']}",
+  }
   subprocess.run(["bash"], input=script, text=True, check=True, env=environment)
-  pasted = (box.path / "pasted").read_text().replace(f"{box.path}/tree.tar.gz", "").split("\0END\0")[:-1]
-  made = {"\0".join(re.sub(r"^/.*/gpt2_jax.tar.gz$", "", word) for word in call[1:]) for call in made}
+  pasted = (
+    (cloud.path / "pasted")
+    .read_text()
+    .replace(f"{cloud.path}/tree.tar.gz", "")
+    .split("\0END\0")[:-1]
+  )
+  made = {
+    "\0".join(re.sub(r"^/.*/gpt2_jax.tar.gz$", "", word) for word in call[1:]) for call in made
+  }
   assert len(pasted) == 7 and set(pasted) <= made
 
 
@@ -304,13 +390,13 @@ def test_the_dry_run_prints_the_calls_that_are_made(box):
   [
     ([], "say what to do"),
     (["fly"], "no verb fly"),
-    (["up", "--projct=x"], "--projct=x is no flag"),
-    (["up", "--project=My Project"], "is no project id"),
-    (["up", *MACHINE, "--zone=us-west4"], "is no zone"),
+    (["up", "--projct=x"], "--projct=x is not a flag"),
+    (["up", "--project=My Project"], "is not a project id"),
+    (["up", *MACHINE, "--zone=us-west4"], "is not a zone"),
     (["up", *MACHINE, "--topology=v5e-63"], "comes in 1, 4, 8, 16, 32, 64, 128 or 256 chips"),
     (["up", *MACHINE, "--topology=v4-4"], "multiples of 8 cores"),
     (["up", *MACHINE, "--topology=v4:2x4x8"], "not the default shape"),
-    (["up", *MACHINE, "--topology=h100-8"], "--topology='h100-8' is none"),
+    (["up", *MACHINE, "--topology=h100-8"], "--topology='h100-8' is not a topology"),
     (["up", *MACHINE, "--name=x;id"], "--name='x;id'"),
     (["up", *TRAIN, "--slices=0"], "--slices='0'"),
     (["up", *TRAIN, *FLAGS], "only train and run take flags"),
@@ -320,9 +406,9 @@ def test_the_dry_run_prints_the_calls_that_are_made(box):
     (["train", *TRAIN, *FLAGS, "--workdir=gs://b/c"], "before the --"),
   ],
 )
-def test_input_that_cannot_be_is_one_line_and_status_2(box, arguments, message):
-  _, err = box.run(*arguments, status=2)
-  assert message in err and len(err.splitlines()) == 1 and not box.calls()
+def test_bad_input_is_one_line_and_status_2(cloud, arguments, message):
+  _, err = cloud.run(*arguments, status=2)
+  assert message in err and len(err.splitlines()) == 1 and not cloud.calls()
 
 
 @pytest.mark.parametrize(
@@ -335,23 +421,30 @@ def test_input_that_cannot_be_is_one_line_and_status_2(box, arguments, message):
     ("v6e-64", "v6e-64", "v2-alpha-tpuv6e", "172.80"),
   ],
 )
-def test_topologies_are_named_as_google_names_them(box, topology, accelerator, runtime, usd):
-  out, _ = box.run("up", "--dry-run", *MACHINE, f"--topology={topology}")
+def test_topologies_are_named_as_google_names_them(cloud, topology, accelerator, runtime, usd):
+  out, _ = cloud.run("up", "--dry-run", *MACHINE, f"--topology={topology}")
   assert {f"--accelerator-type={accelerator}", f"--runtime-version={runtime}"} < set(out.split())
   assert f"{usd} USD an hour" in out
 
 
-def test_a_container_passes_sigterm_on_and_says_that_it_wants_to_go_on(box):
-  (box.path / "scenario.json").write_text(json.dumps({"train": [[100, "SIGTERM"]]}))
-  home = box.path / "pod-w-0"
+def test_a_container_passes_sigterm_on_and_its_status_asks_to_be_started_again(cloud):
+  (cloud.path / "scenario.json").write_text(json.dumps({"train": [[100, "SIGTERM"]]}))
+  home = cloud.path / "pod-w-0"
   (home / "gpt2_jax_env" / "bin").mkdir(parents=True)
-  shutil.copy(box.path / "remote" / "python3", home / "gpt2_jax_env" / "bin" / "python")
-  environment = os.environ | {"HOME": str(home), "STAND_IN": str(box.path), "GPT2_JAX_POLL": "0.02"}
+  shutil.copy(cloud.path / "remote" / "python3", home / "gpt2_jax_env" / "bin" / "python")
+  environment = os.environ | {
+    "HOME": str(home),
+    "FAKE_CLOUD": str(cloud.path),
+    "GPT2_JAX_POLL": "0.02",
+  }
   command = ["bash", ROOT / "launch" / "worker.sh", "run", "--workdir=gs://b/run", "--x=a b"]
   process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-  wait_for(lambda: box.trained("pod-w-0") == [["launch/train.py", "--workdir=gs://b/run", "--x=a b"]])
+  wait_for(
+    lambda: cloud.trained("pod-w-0") == [["launch/train.py", "--workdir=gs://b/run", "--x=a b"]]
+  )
   heard = [process.pid]
-  if pathlib.Path("/proc/1/comm").read_text().strip() == "systemd":  # which signals them all when a machine shuts down
+  # systemd signals all processes when a machine shuts down.
+  if pathlib.Path("/proc/1/comm").read_text().strip() == "systemd":
     heard.append(int((home / "gpt2_jax_state" / "pid").read_text()))
   for pid in heard:
     os.kill(pid, signal.SIGTERM)

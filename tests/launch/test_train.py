@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real processes: killed, asked to stop, given what they cannot use. And what sample.py says afterwards."""
+"""Real processes: killed and resumed, stopped by a signal, given bad input; then sampled from."""
 
 import json
 import os
@@ -22,7 +22,11 @@ def data(tmp_path_factory):
   folder = tmp_path_factory.mktemp("data")
   (folder / "text.txt").write_text("".join(chr(97 + (i * i + i // 7) % 23) for i in range(9000)))
   run(
-    "tokenize", f"--files={folder}/text.txt", "--train_tokenizer=characters", *stores(folder), f"--out={folder}/train"
+    "tokenize",
+    f"--files={folder}/text.txt",
+    "--train_tokenizer=characters",
+    *stores(folder),
+    f"--out={folder}/train",
   )
   run("tokenize", f"--files={folder}/text.txt", *stores(folder), f"--out={folder}/validation")
   return folder
@@ -39,7 +43,9 @@ def environment() -> dict:
 
 def start(script: str, *flags: str) -> subprocess.Popen:
   command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), *flags]
-  return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
+  return subprocess.Popen(
+    command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+  )
 
 
 def run(script: str, *flags: str, status: int = 0) -> tuple[str, str]:
@@ -56,9 +62,17 @@ def flags_for(data, workdir) -> list[str]:
     f"--config.data.train={data}/train",
     f"--config.data.validation={data}/validation",
     f"--config.data.tokenizer={data}/characters.json",
-    *"--config.model.n_vocab=23 --config.model.n_ctx=8 --config.model.n_embd=8 --config.model.n_head=2".split(),
-    *f"--config.model.n_layer=1 --config.steps={STEPS} --config.steps_per_call=10 --config.batch_size=2".split(),
-    *"--config.save_every=300 --config.eval_every=2000 --config.log_every=1".split(),
+    "--config.model.n_vocab=23",
+    "--config.model.n_ctx=8",
+    "--config.model.n_embd=8",
+    "--config.model.n_head=2",
+    "--config.model.n_layer=1",
+    f"--config.steps={STEPS}",
+    "--config.steps_per_call=10",
+    "--config.batch_size=2",
+    "--config.save_every=300",
+    "--config.eval_every=2000",
+    "--config.log_every=1",
   ]
 
 
@@ -95,7 +109,7 @@ def test_five_kills_change_no_bit_of_the_losses(data, whole, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_step_and_the_next_start_goes_on(data, whole, tmp_path, number):
+def test_a_signal_saves_the_step_and_the_next_start_resumes(data, whole, tmp_path, number):
   process = start("train", *flags_for(data, tmp_path))
   wait_for_step(tmp_path, 500, process)
   process.send_signal(number)
@@ -108,19 +122,27 @@ def test_a_signal_saves_the_step_and_the_next_start_goes_on(data, whole, tmp_pat
 
 
 def test_sampling_is_seeded_and_continues_the_prompt(whole):
-  ask = ("sample", f"--model={whole}", "--prompt=abc", "--n_new=4", "--samples=2")
-  texts = [run(*ask, f"--seed={seed}")[0] for seed in (1, 1, 2)]
+  command = ("sample", f"--model={whole}", "--prompt=abc", "--n_new=4", "--samples=2")
+  texts = [run(*command, f"--seed={seed}")[0] for seed in (1, 1, 2)]
   assert texts[0] == texts[1] != texts[2]
   assert [len(line) for line in texts[0].splitlines() if line.startswith("abc")] == [7, 7]
-  greedy = [run(*ask, "--greedy", f"--seed={seed}")[0] for seed in (1, 2)]
+  greedy = [run(*command, "--greedy", f"--seed={seed}")[0] for seed in (1, 2)]
   assert greedy[0] == greedy[1]
 
 
 @pytest.mark.parametrize(
   "script, flags, message",
   [
-    ("train", ["--config={root}/configs/gpt2.py:118M", "--workdir={tmp}"], "unknown size '118M'; did you mean '117M'?"),
-    ("train", ["--config={root}/configs/demo.py", "--workdir={tmp}", "--config.data.tokenizer=no.model"], "no.model"),
+    (
+      "train",
+      ["--config={root}/configs/gpt2.py:118M", "--workdir={tmp}"],
+      "unknown size '118M'; did you mean '117M'?",
+    ),
+    (
+      "train",
+      ["--config={root}/configs/demo.py", "--workdir={tmp}", "--config.data.tokenizer=no.model"],
+      "no.model",
+    ),
     (
       "train",
       ["--config={root}/configs/gpt2.py", "--workdir={tmp}", "--config.lerning_rate=1"],
@@ -128,7 +150,11 @@ def test_sampling_is_seeded_and_continues_the_prompt(whole):
     ),
     ("train", ["--config={root}/configs/gpt3.py", "--workdir={tmp}"], "gpt3.py"),
     ("train", ["--workdir={tmp}"], "--config"),
-    ("train", ["--config={root}/configs/gpt2.py", "--workdir={tmp}", "--config.steps=many"], "many"),
+    (
+      "train",
+      ["--config={root}/configs/gpt2.py", "--workdir={tmp}", "--config.steps=many"],
+      "many",
+    ),
     ("train", ["--config={root}/configs/gpt2.py", "--workdir={tmp}", "--wrokdir=x"], "wrokdir"),
     ("sample", ["--model={tmp}"], "is no GPT-2 checkpoint"),
     ("sample", ["--model={tmp}", "extra"], "'extra' is no flag"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The TPU's own compiler, on a TPU that is not there: what a step sends over the links, and whether it fits."""
+"""The TPU's own compiler, without a TPU: which collectives a step has, and whether it fits."""
 
 import collections
 import importlib.util
@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from configs import gpt2
-from gpt2_jax.attention import KERNELS as ATTENTION
-from gpt2_jax.chips import GIB, topology
+from gpt2_jax.chips import GIB, parse_topology
+from gpt2_jax.kernels.choose import KERNELS as ATTENTION
 from gpt2_jax.plan import report, search
 from gpt2_jax.plan.compiling import Compiled, DoesNotFit, compile_step, open_topology
-from gpt2_jax.plan.estimate import KERNELS, MEMORY, PRODUCTS, _whole, estimate
+from gpt2_jax.plan.estimate import KERNELS, MATMULS, MEMORY_BOUND, _full_bytes, estimate
 from gpt2_jax.plan.program import Instruction
 from gpt2_jax.sharding import make_mesh
 
@@ -22,7 +22,8 @@ if importlib.util.find_spec("libtpu") is None:
   pytest.skip("could not import libtpu", allow_module_level=True)
 
 WIDTH, VOCABULARY, LAYERS = 512, 1024, 2
-PARAMETERS = 12 * LAYERS * WIDTH**2 + VOCABULARY * WIDTH  # matrices; biases and norms are less than 1 % of them
+# Matrices; biases and norms are less than 1 % of them.
+PARAMETERS = 12 * LAYERS * WIDTH**2 + VOCABULARY * WIDTH
 POSITIONS = 256 * WIDTH  # wpe, which `model` does not split
 
 
@@ -37,91 +38,111 @@ def config_for(mesh: tuple[int, int, int], **knobs):
 @pytest.fixture(scope="module")
 def small() -> Compiled:
   """Every axis of the mesh above 1; a plan is of one step, however many a call has."""
-  return compile_step(config_for((2, 2, 2), steps_per_call=3), topology("v5e:2x4"))
+  return compile_step(config_for((2, 2, 2), steps_per_call=3), parse_topology("v5e:2x4"))
 
 
 @pytest.fixture(scope="module")
 def slices() -> Compiled:
-  return compile_step(config_for((2, 4, 1), microbatches=2), topology("v5e:2x2", slices=2))
+  return compile_step(config_for((2, 4, 1), microbatches=2), parse_topology("v5e:2x2", slices=2))
 
 
 def axes_by_kind(compiled: Compiled, at_least: float = 4096) -> dict[str, set[str]]:
   """For each kind of collective the axes over which it moves arrays of some size."""
-  found = collections.defaultdict(set)
-  for one in estimate(compiled).collectives:
-    if one.bytes >= at_least:
-      found[one.kind].add(one.axes)
-  return found
+  axes = collections.defaultdict(set)
+  for collective in estimate(compiled).collectives:
+    if collective.bytes >= at_least:
+      axes[collective.kind].add(collective.axes)
+  return axes
 
 
 def test_each_axis_of_the_mesh_has_its_own_collectives(small):
-  """What splits parameters gathers and scatters, what splits rows or columns reduces, and nothing is shuffled.
+  """What splits parameters gathers and scatters, what splits rows or columns reduces, and nothing
+  is shuffled.
 
-  An activation that was gathered where the partitioner saw no other way ("involuntary full rematerialization") would
-  be an all-gather over an axis that splits the batch, `replica`, which no parameter is split over.
+  An activation that was gathered where the partitioner saw no other way ("involuntary full
+  rematerialization") would be an all-gather over an axis that splits the batch, `replica`, which no
+  parameter is split over.
   """
-  found = axes_by_kind(small)
-  assert "data" in found["all-gather"] and "data" in found["reduce-scatter"]
-  assert {"replica", "model"} <= found["all-reduce"]
-  assert not found["all-to-all"]
-  assert not [axes for kind in ("all-gather", "reduce-scatter") for axes in found[kind] if "replica" in axes]
-  carried = [x for one, _ in small.program.executed() if (x := small.program.collective(one))]
-  gathered = [x.shape for x in carried if "gather" in x.opcode]
-  assert gathered and not [shape for shape in gathered if "[4,256," in shape], "an activation, [B, T, ...]"
-  largest = 4 * max(4 * WIDTH**2, VOCABULARY * WIDTH)  # one layer's widest matrix, or the table, in float32
-  assert all(one.bytes <= largest for one in estimate(small).collectives if one.kind == "all-gather")
+  axes = axes_by_kind(small)
+  assert "data" in axes["all-gather"] and "data" in axes["reduce-scatter"]
+  assert {"replica", "model"} <= axes["all-reduce"]
+  assert not axes["all-to-all"]
+  assert not [name for name in axes["all-gather"] | axes["reduce-scatter"] if "replica" in name]
+  collectives = [small.program.collective(x) for x, _ in small.program.executed()]
+  gathered = [x.shape for x in collectives if x and "gather" in x.opcode]
+  assert gathered and not [shape for shape in gathered if "[4,256," in shape], (
+    "an activation, [B, T, ...]"
+  )
+  # One layer's widest matrix, or the embedding, in float32.
+  largest = 4 * max(4 * WIDTH**2, VOCABULARY * WIDTH)
+  gathers = [x for x in estimate(small).collectives if x.kind == "all-gather"]
+  assert all(gather.bytes <= largest for gather in gathers)
 
 
 def test_hbm_is_what_the_state_takes_and_a_bound_on_the_rest(small):
-  """Parameters and two moments, a quarter of each on a chip; the rest is bounded by what the batch could ask for."""
+  """Parameters and two moments, a quarter of each on a chip; the rest is bounded by what the batch
+  could ask for."""
   assert small.hbm["parameters"] == pytest.approx(4 * (PARAMETERS / 4 + POSITIONS / 2), rel=0.02)
-  assert small.hbm["optimizer state"] == pytest.approx(8 * (PARAMETERS / 4 + POSITIONS / 2), rel=0.02)
+  assert small.hbm["optimizer state"] == pytest.approx(
+    8 * (PARAMETERS / 4 + POSITIONS / 2), rel=0.02
+  )
   tokens = 16 * 256 / 4
-  bound = 12 * PARAMETERS / 4 + 8 * PARAMETERS / 2 + tokens * (40 * WIDTH * LAYERS * 2 + 8 * VOCABULARY)
+  bound = (
+    12 * PARAMETERS / 4 + 8 * PARAMETERS / 2 + tokens * (40 * WIDTH * LAYERS * 2 + 8 * VOCABULARY)
+  )
   assert small.hbm_needed < bound
   assert all(n >= 0 for n in small.hbm.values())
 
 
 def test_both_kernels_are_counted_in_every_layer(small):
-  assert sorted(name.split(".")[0] for name in small.kernels) == ["fused_attention_backward", "fused_attention_forward"]
-  one = estimate(small)
-  assert one.slow[KERNELS] == one.fast[KERNELS] == LAYERS * sum(small.kernels.values()) / 1.5e9
+  assert sorted(name.split(".")[0] for name in small.kernels) == [
+    "fused_attention_backward",
+    "fused_attention_forward",
+  ]
+  times = estimate(small)
+  assert times.slow[KERNELS] == times.fast[KERNELS] == LAYERS * sum(small.kernels.values()) / 1.5e9
 
 
 def test_only_replica_crosses_slices(slices):
-  """`replica` is over the data center's network, and what goes there is gradients once summed inside a slice."""
+  """`replica` is over the data center's network, and what goes there is gradients once summed
+  inside a slice."""
   assert set(slices.places[:, 0]) == {0, 1} and (slices.places[:4, 0] == slices.places[0, 0]).all()
-  found = axes_by_kind(slices)
-  assert found["all-gather"] == {"data"} and found["reduce-scatter"] == {"data"} and "slices" in found["all-reduce"]
+  axes = axes_by_kind(slices)
+  assert axes["all-gather"] == axes["reduce-scatter"] == {"data"}
+  assert "slices" in axes["all-reduce"]
   between = [x for x in estimate(slices).collectives if x.axes == "slices"]
-  # Twice, for each of two microbatches: the gradients that a chip holds, a quarter; wpe's is whole until the end.
+  # Twice, for each of two microbatches: the gradients that a chip holds, a quarter; wpe's is whole
+  # until the end.
   sent = sum(x.bytes * x.count for x in between)
   assert sent == pytest.approx(2 * 4 * PARAMETERS / 4, rel=0.25)
-  assert sum(x.seconds for x in between) == pytest.approx(sent / 3.125e9, rel=1e-6), "half of it twice"
+  assert sum(x.seconds for x in between) == pytest.approx(sent / 3.125e9, rel=1e-6), (
+    "half of it twice"
+  )
   assert {x.kind for x in between} == {"all-reduce"}
 
 
 def test_the_estimate_is_made_of_its_parts(small, slices):
   for compiled in (small, slices):
-    one = estimate(compiled)
-    fast, slow = one.step
-    assert 0 < fast <= slow and one.fast[PRODUCTS] == one.slow[PRODUCTS] and one.fast[MEMORY] <= one.slow[MEMORY]
-    assert slow == pytest.approx(sum(one.slow.values()) + one.exposed)
-    assert all(0 <= x.exposed <= x.seconds for x in one.collectives)
+    times = estimate(compiled)
+    fast, slow = times.step
+    assert 0 < fast <= slow
+    assert times.fast[MATMULS] == times.slow[MATMULS]
+    assert times.fast[MEMORY_BOUND] <= times.slow[MEMORY_BOUND]
+    assert slow == pytest.approx(sum(times.slow.values()) + times.exposed)
+    assert all(0 <= x.exposed <= x.seconds for x in times.collectives)
     cycles = sum(x.cycles * n for x, n in compiled.program.executed()) / 1.5e9
-    assert sum(one.slow.values()) == pytest.approx(cycles + one.slow[KERNELS], rel=1e-9)
-    assert one.mfu(slow) == pytest.approx(one.model_flops / (8 * 197e12) / slow)
+    assert sum(times.slow.values()) == pytest.approx(cycles + times.slow[KERNELS], rel=1e-9)
+    assert times.mfu(slow) == pytest.approx(times.model_flops / (8 * 197e12) / slow)
 
 
-def test_bytes_are_the_whole_arrays_in_each_way_of_writing():
-  def whole(shape, opcode):
-    return _whole(Instruction("x", shape, opcode, "replica_groups={{0,1,2,3}}"))
+def test_bytes_are_those_of_the_full_array_in_each_way_of_writing():
+  def nbytes(shape, opcode):
+    return _full_bytes(Instruction("x", shape, opcode, "replica_groups={{0,1,2,3}}"))
 
-  assert (
-    whole("f32[8,128]", "all-gather") == whole("(f32[2,128], f32[8,128]{1,0:T(8,128)})", "all-gather-start") == 4096
-  )
-  assert whole("f32[2,128]", "reduce-scatter") == whole("f32[8,128]", "all-reduce") == 4096
-  assert whole("(f32[8,128], f32[8,128], u32[], u32[])", "collective-permute-start") == 4096
+  assert nbytes("f32[8,128]", "all-gather") == 4096
+  assert nbytes("(f32[2,128], f32[8,128]{1,0:T(8,128)})", "all-gather-start") == 4096
+  assert nbytes("f32[2,128]", "reduce-scatter") == nbytes("f32[8,128]", "all-reduce") == 4096
+  assert nbytes("(f32[8,128], f32[8,128], u32[], u32[])", "collective-permute-start") == 4096
 
 
 def test_what_does_not_fit_says_how_much_is_missing():
@@ -129,9 +150,11 @@ def test_what_does_not_fit_says_how_much_is_missing():
   config.model.update(n_embd=4096, n_head=64, n_layer=4)
   message = r"does not fit v5e:1x1: it needs [\d.]+G a chip, ([\d.]+)G are there; raise"
   with pytest.raises(DoesNotFit, match=message) as raised:
-    compile_step(config, topology("v5e:1x1"))
+    compile_step(config, parse_topology("v5e:1x1"))
   available = re.search(message, str(raised.value))[1]
-  assert float(available) * GIB == topology("v5e:1x1").chip.hbm, "the table of chips has what the compiler allows"
+  assert float(available) * GIB == parse_topology("v5e:1x1").chip.hbm, (
+    "the table of chips has what the compiler allows"
+  )
 
 
 def test_a_plan_reads_as_table_json_and_picture(small, tmp_path):
@@ -140,33 +163,38 @@ def test_a_plan_reads_as_table_json_and_picture(small, tmp_path):
   assert "it fits" in table and "estimate" in table
   low, high = facts["estimates"]["chip_hours"]
   steps = math.ceil(1e9 / (16 * 256))
-  assert [low, high] == pytest.approx([8 * steps * s / 3600 for s in facts["estimates"]["step_seconds"]])
+  assert [low, high] == pytest.approx(
+    [8 * steps * s / 3600 for s in facts["estimates"]["step_seconds"]]
+  )
   assert facts["estimates"]["usd"] == pytest.approx([1.2 * low, 1.2 * high])
   report.plot(plan, str(tmp_path / "plan.png"))
   assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-  assert "--config.mesh.model=2" in report.flags(plan) and "--config.model.remat=none" in report.flags(plan)
+  flags = report.flags(plan)
+  assert "--config.mesh.model=2" in flags and "--config.model.remat=none" in flags
 
 
-def test_a_search_offers_only_what_divides_and_fits_on_paper():
+def test_a_search_offers_only_what_divides_and_is_estimated_to_fit():
   config = gpt2.get_config("1542M")
   for name, slices in (("v5e:8x8", 1), ("v5e:8x8", 2), ("v4:4x4x4", 1)):
-    target = topology(name, slices)
-    found = search.candidates(config, target)
-    assert [one.seconds for one in found] == sorted(one.seconds for one in found)
-    tried = search.leading(found, 5)
-    assert (
-      tried[0] == found[0] and len(set(tried)) == 5 and {one.remat for one in tried[:3]} == {"full", "dots", "none"}
-    )
+    target = parse_topology(name, slices)
+    ranked = search.candidates(config, target)
+    seconds = [candidate.seconds for candidate in ranked]
+    assert seconds == sorted(seconds)
+    leading = search.leading(ranked, 5)
+    assert leading[0] == ranked[0] and len(set(leading)) == 5
+    assert {candidate.remat for candidate in leading[:3]} == {"full", "dots", "none"}
     devices = open_topology(target)
-    for one in tried:
-      make_mesh(one.replica, one.data, one.model, devices=devices)
-    for one in found:
-      applied = one.apply(config)
-      assert np.prod(list(applied.mesh.values())) == target.chips and one.replica % slices == 0
-      assert one.hbm < target.chip.hbm and config.model.n_embd % one.data == 0
-      assert config.batch_size % (one.replica * one.data * one.microbatches) == 0
-      assert applied.model.pad_heads == (one.model > 1)
+    for candidate in leading:
+      make_mesh(candidate.replica, candidate.data, candidate.model, devices=devices)
+    for candidate in ranked:
+      applied = candidate.apply(config)
+      assert np.prod(list(applied.mesh.values())) == target.chips
+      assert candidate.replica % slices == 0 and config.model.n_embd % candidate.data == 0
+      assert candidate.hbm < target.chip.hbm
+      rows = candidate.replica * candidate.data
+      assert config.batch_size % (rows * candidate.microbatches) == 0
+      assert applied.model.pad_heads == (candidate.model > 1)
   assert set(search.BUNDLES) < set(ATTENTION)
   assert config.mesh.data == -1, "the config that was given stays as it was"
   with pytest.raises(ValueError, match="no mesh of v5e:1x1 holds this model"):
-    search.candidates(config, topology("v5e:1x1"))
+    search.candidates(config, parse_topology("v5e:1x1"))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small scheduled program, written by hand in the compiler's form: everything in it can be counted by hand."""
+"""A small scheduled program, written by hand in the compiler's form: everything in it can be
+counted by hand."""
 
 import numpy as np
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from gpt2_jax.plan import program
 
 CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%d"}}'
+METADATA = 'metadata={op_name="jit(f)/dot"}'
+TARGET = 'custom_call_target="tpu_custom_call"'
 TEXT = f"""HloModule jit_step, is_scheduled=true, entry_computation_layout={{()->f32[8]}}
 
 %fused (p: bf16[8,128]) -> bf16[8,128] {{
@@ -22,8 +25,8 @@ TEXT = f"""HloModule jit_step, is_scheduled=true, entry_computation_layout={{()-
 
 %body (s: (s32[], f32[8])) -> (s32[], f32[8]) {{
   %s = (s32[], f32[8]{{0:T(8,128)S(1)}}) parameter(0)
-  %work = bf16[8,128]{{1,0}} fusion(%s), kind=kOutput, calls=%fused, metadata={{op_name="jit(f)/dot"}}, {CYCLES % 100}
-  %kernel = (f32[8]{{0}}, bf16[8,2]{{1,0}}) custom-call(%work), custom_call_target="tpu_custom_call", metadata={{
+  %work = bf16[8,128]{{1,0}} fusion(%s), kind=kOutput, calls=%fused, {METADATA}, {CYCLES % 100}
+  %kernel = (f32[8]{{0}}, bf16[8,2]{{1,0}}) custom-call(%work), {TARGET}, metadata={{
 "a": "several lines, as a kernel's attributes are
 }}}}, metadata={{op_name="jit(f)/pallas_call"}}
   %scatter = f32[8,4]{{1,0}} fusion(%work), kind=kCustom, calls=%all-reduce-scatter.1
@@ -54,24 +57,39 @@ ENTRY %main (x: f32[8]) -> f32[8] {{
 
 
 def test_a_loop_counts_by_its_trips_and_a_conditional_by_its_longest_branch():
-  found = program.parse(TEXT)
-  executed = {one.name: times for one, times in found.executed()}
-  assert executed == {"x": 1, "s": 12, "work": 12, "kernel": 12, "scatter": 12, "out": 12, "b": 1, "update": 1}
-  assert sum(one.cycles * times for one, times in found.executed()) == 12 * 100 + 7
+  parsed = program.parse(TEXT)
+  executed = {instruction.name: times for instruction, times in parsed.executed()}
+  assert executed == {
+    "x": 1,
+    "s": 12,
+    "work": 12,
+    "kernel": 12,
+    "scatter": 12,
+    "out": 12,
+    "b": 1,
+    "update": 1,
+  }
+  cycles = sum(instruction.cycles * times for instruction, times in parsed.executed())
+  assert cycles == 12 * 100 + 7
 
 
 def test_instructions_know_what_they_are():
   parsed = program.parse(TEXT)
-  found = {one.name: one for one, _ in parsed.executed()}
-  assert [name for name, one in found.items() if one.is_kernel] == ["kernel"]
-  assert found["kernel"].shape == "(f32[8]{0}, bf16[8,2]{1,0})" and found["kernel"].operands == ["work"]
-  assert found["work"].source == "jit(f)/dot" and found["x"].source == ""
-  assert parsed.collective(found["scatter"]).name == "ar" and parsed.collective(found["work"]) is None
-  assert parsed.traffic(found["work"]) == 8 * 128 * 2 + 4 + 8 * 4, "what it gives, and the operand's two arrays"
+  executed = {instruction.name: instruction for instruction, _ in parsed.executed()}
+  work, kernel = executed["work"], executed["kernel"]
+  assert [name for name, instruction in executed.items() if instruction.is_kernel] == ["kernel"]
+  assert kernel.shape == "(f32[8]{0}, bf16[8,2]{1,0})" and kernel.operands == ["work"]
+  assert work.source == "jit(f)/dot" and executed["x"].source == ""
+  assert parsed.collective(executed["scatter"]).name == "ar" and parsed.collective(work) is None
+  assert parsed.traffic(work) == 8 * 128 * 2 + 4 + 8 * 4, (
+    "what it gives, and the operand's two arrays"
+  )
 
 
 def test_sizes():
-  assert program.size("(f32[8,4]{1,0:T(8,128)}, bf16[2]{0}, s32[], pred[3], token[])") == 128 + 4 + 4 + 3
+  assert (
+    program.size("(f32[8,4]{1,0:T(8,128)}, bf16[2]{0}, s32[], pred[3], token[])") == 128 + 4 + 4 + 3
+  )
 
 
 @pytest.mark.parametrize(
@@ -87,15 +105,14 @@ def test_sizes():
   ],
 )
 def test_groups_in_every_way_of_writing(text, expected):
-  found = program.groups(text).tolist()
-  assert sorted(found) == sorted(expected)
+  assert sorted(program.replica_groups(text).tolist()) == sorted(expected)
 
 
 def test_what_is_no_program_is_refused():
-  with pytest.raises(ValueError, match="is no scheduled program"):
+  with pytest.raises(ValueError, match="is not a scheduled program"):
     program.parse(TEXT.replace("is_scheduled=true, ", ""))
   with pytest.raises(ValueError, match="no groups of devices"):
-    program.groups("replica_groups=everyone")
+    program.replica_groups("replica_groups=everyone")
   endless = program.parse(TEXT.replace("constant(12)", "constant({1,2})"))
   with pytest.raises(ValueError, match=r"condition compares with \[\]"):
     list(endless.executed())
@@ -103,13 +120,16 @@ def test_what_is_no_program_is_refused():
 
 def test_a_kernel_takes_its_bundles_times_the_trips_of_its_loop(tmp_path):
   lines = ["= control target key start", "     0   :  { %a = b }", "   0x1   :  { %c = d }"]
-  lines += ["   0x2 LB: > { %e = f }", "   0x3   : > { %p = scmp.ge.s32.totalorder %i, 50 /* loop exit test */ }"]
+  lines += [
+    "   0x2 LB: > { %e = f }",
+    "   0x3   : > { %p = scmp.ge.s32.totalorder %i, 50 /* loop exit test */ }",
+  ]
   lines += ["   0x4   :  { %g = h }"]
   (tmp_path / "17-fused_attention.1-01-final_bundles.txt").write_text("\n".join(lines))
   (tmp_path / "17-fused_attention.1-00-schedule-analysis_final_bundles.txt").write_text("total: 99")
   assert program.kernel_cycles(tmp_path) == {"fused_attention.1": 3 + 2 * 50}
 
 
-def test_a_dump_of_nothing_tells_no_kernel(tmp_path):
+def test_an_empty_dump_has_no_kernel(tmp_path):
   assert program.kernel_cycles(tmp_path) == {}
-  assert np.array(program.groups("replica_groups={{0}}")).shape == (1, 1)
+  assert np.array(program.replica_groups("replica_groups={{0}}")).shape == (1, 1)

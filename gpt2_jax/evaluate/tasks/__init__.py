@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every task under each of its protocols; the first protocol of a task is the one it goes by."""
+"""Registry of the evaluation tasks; a task's first protocol is its default."""
 
 import difflib
 
@@ -9,16 +9,28 @@ from gpt2_jax.evaluate.tasks import (
   choice,
   coqa,
   lambada,
-  language,
+  natural_questions,
   pairs,
-  questions,
+  perplexity,
   summarization,
   translation,
   winograd,
 )
 
-FAMILIES = (language, lambada, cbt, winograd, choice, pairs, coqa, summarization, translation, questions)
+FAMILIES = (
+  perplexity,
+  lambada,
+  cbt,
+  winograd,
+  choice,
+  pairs,
+  coqa,
+  summarization,
+  translation,
+  natural_questions,
+)
 
+# by name, then by protocol
 TASKS: dict[str, dict[str, Task]] = {}
 for family in FAMILIES:
   for task in family.TASKS:
@@ -26,16 +38,17 @@ for family in FAMILIES:
 
 
 def get(name: str, protocol: str | None = None) -> Task:
-  """A task under a protocol, or under its first one. Raises ValueError with the nearest names."""
+  """Looks up a task by name and protocol; without a protocol, its first.
+
+  Raises ValueError with the nearest name, or with the task's protocols.
+  """
   if name not in TASKS:
-    raise ValueError(f"there is no task {name!r}; the nearest is {_nearest(name, TASKS)}, and --list shows all")
+    [nearest] = difflib.get_close_matches(name, TASKS, 1, cutoff=0)
+    raise ValueError(f"there is no task {name!r}; the nearest is {nearest}, and --list shows all")
+
   protocols = TASKS[name]
   if protocol is None:
     return next(iter(protocols.values()))
   if protocol not in protocols:
     raise ValueError(f"{name} has no protocol {protocol!r}; it has {', '.join(protocols)}")
   return protocols[protocol]
-
-
-def _nearest(name: str, names) -> str:
-  return difflib.get_close_matches(name, names, 1, cutoff=0)[0]

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CoQA: questions about a story, each after those before it (section 3.5 of the GPT-2 paper; 55 F1 at 1542M).
+"""CoQA: F1 of answers to questions about a story, each after the questions before it.
 
-The paper conditions on "a document, the history of the associated conversation, and a final token A:" and decodes
-greedily. It does not say how the history is written; here it is `Q:` and `A:` lines, with the annotator's own answers.
-An item is a story with all its questions, as its questions depend on each other. TFDS has one of the up to four human
-answers that the official score counts, so its F1 is lower than that of `coqa-dev-v1.0.json`.
+Section 3.5 of the GPT-2 paper: 55 F1 at 1542M. The paper conditions on "a document, the history of
+the associated conversation, and a final token A:" and decodes greedily. It does not say how the
+history is written. Here it is `Q:` and `A:` lines, with the annotator's own answers.
+
+An item is a story with all its questions, because they depend on each other. The official score
+counts up to four human answers. TFDS has one of them, so that its F1 is lower than that of
+`coqa-dev-v1.0.json`.
 """
 
 import collections
@@ -16,31 +19,45 @@ from collections.abc import Iterator, Sequence
 
 from gpt2_jax.evaluate.metric import percent
 from gpt2_jax.evaluate.sources import Row, Source, at_place
-from gpt2_jax.evaluate.task import Generated, Prompt, Task
+from gpt2_jax.evaluate.task import Generated, GenerateUntil, Task
 
-N_NEW = 40  # tokens of an answer at most; people's answers have 2.7 words on average (Reddy et al., 2019, Table 3)
+# An answer's most tokens. People's have 2.7 words on average (Reddy et al., 2019, table 3).
+N_NEW = 40
 PUBLISHED = "https://stanfordnlp.github.io/coqa"
+
+# ---- files to rows
 
 
 def read(path: pathlib.Path) -> Iterator[Row]:
-  """Stories of a published file."""
-  stories = at_place(str(path), lambda: list(json.loads(path.read_text(encoding="utf-8"))["data"]))
-  for i, story in enumerate(stories):
+  """Reads the stories of a published file."""
+
+  def stories() -> list[dict]:
+    return list(json.loads(path.read_text(encoding="utf-8"))["data"])
+
+  for i, story in enumerate(at_place(str(path), stories)):
     yield at_place(f"{path}: story {i:,}", lambda story=story: _row(story))
 
 
 def _row(story: dict) -> Row:
-  people = [story["answers"], *story.get("additional_answers", {}).values()]
+  questions = [question["input_text"] for question in story["questions"]]
   turns = [question["turn_id"] for question in story["questions"]]
+
+  # 1. Every person's answers are in the order of the questions.
+  people = [story["answers"], *story.get("additional_answers", {}).values()]
   for answers in people:
     if [answer["turn_id"] for answer in answers] != turns:
       raise ValueError(f"its answers are not to its questions, turns {turns[:1]} to {turns[-1:]}")
-  answers = [[answer["input_text"] for answer in given] for given in zip(*people, strict=True)]
-  return _checked(story["story"], [question["input_text"] for question in story["questions"]], answers)
+
+  # 2. From a list for each person to a list for each question.
+  references = []
+  for answers_to_one in zip(*people, strict=True):
+    references.append([answer["input_text"] for answer in answers_to_one])
+  return _checked(story["story"], questions, references)
 
 
 def _tfds_row(record: dict) -> Row:
-  return _checked(record["story"], record["questions"], [[answer] for answer in record["answers"]["input_text"]])
+  references = [[answer] for answer in record["answers"]["input_text"]]
+  return _checked(record["story"], record["questions"], references)
 
 
 def _checked(story: str, questions: list[str], answers: list[list[str]]) -> Row:
@@ -49,58 +66,77 @@ def _checked(story: str, questions: list[str], answers: list[list[str]]) -> Row:
   return {"story": story, "questions": questions, "answers": answers}
 
 
-def requests(row: Row) -> list[Prompt]:
-  """One for each question, after the story and the conversation so far."""
-  before, asked = row["story"].strip() + "\n", []
+# ---- rows to requests and sums
+
+
+def _requests(row: Row) -> list[GenerateUntil]:
+  """One request for each question, after the story and the conversation so far."""
+  requests = []
+  context = row["story"].strip() + "\n"
   for question, answers in zip(row["questions"], row["answers"], strict=True):
-    before += f"Q: {question.strip()}\nA:"
-    asked.append(Prompt(before, N_NEW, stop=("\n",)))
-    before += f" {answers[0].strip()}\n"
-  return asked
+    context += f"Q: {question.strip()}\nA:"
+    requests.append(GenerateUntil(context, N_NEW, stop=("\n",)))
+    # The history has the person's answer, not the model's: a wrong answer does not spoil the rest.
+    context += f" {answers[0].strip()}\n"
+  return requests
 
 
-def example(row: Row) -> str:
+def _example(row: Row) -> str:
   """The story and the whole conversation."""
-  return f"{requests(row)[-1].text} {row['answers'][-1][0].strip()}"
+  return f"{_requests(row)[-1].text} {row['answers'][-1][0].strip()}"
 
 
-def sums(row: Row, answers: list[Generated]) -> dict[str, float]:
-  scores = [against_people(answer.text, references) for answer, references in zip(answers, row["answers"], strict=True)]
+def _sums(row: Row, answers: list[Generated]) -> dict[str, float]:
+  scores = []
+  for answer, references in zip(answers, row["answers"], strict=True):
+    scores.append(f1_of_references(answer.text, references))
   return {"f1": sum(scores), "questions": float(len(scores))}
 
 
-def against_people(answer: str, references: Sequence[str]) -> float:
-  """The best F1 of an answer, averaged over what remains when each of several references is left out.
+def f1_of_references(answer: str, references: Sequence[str]) -> float:
+  """F1 of an answer against several people's (`evaluate-v1.0.py` of CoQA).
 
-  People were scored that way, each against the others, so that theirs and a model's figures compare
-  (`evaluate-v1.0.py` of CoQA).
+  The best F1, averaged over what remains when each of the references is left out. People were
+  scored that way, each against the others, so that their figures and a model's compare.
   """
   scores = [f1(answer, reference) for reference in references]
   if len(scores) == 1:
     return scores[0]
-  return sum(max(scores[:i] + scores[i + 1 :]) for i in range(len(scores))) / len(scores)
+
+  best = []
+  for left_out in range(len(scores)):
+    best.append(max(scores[:left_out] + scores[left_out + 1 :]))
+  return sum(best) / len(best)
 
 
 def f1(answer: str, reference: str) -> float:
   """F1 over the words of both; 1 if neither has any, as in SQuAD 2.0."""
-  given, wanted = normalized(answer).split(), normalized(reference).split()
-  if not given or not wanted:
-    return float(given == wanted)
-  common = (collections.Counter(given) & collections.Counter(wanted)).total()
-  return 2 * common / (len(given) + len(wanted))
+  answer_words = normalized(answer).split()
+  reference_words = normalized(reference).split()
+  if not answer_words or not reference_words:
+    return float(answer_words == reference_words)
+
+  # 2 P R / (P + R), with P = common / answer's words and R = common / reference's words
+  common = collections.Counter(answer_words) & collections.Counter(reference_words)
+  return 2 * common.total() / (len(answer_words) + len(reference_words))
 
 
 def normalized(text: str) -> str:
-  """SQuAD's normalization: lower case, without ASCII punctuation and articles, single spaces."""
+  """SQuAD's normalization: lower case, no ASCII punctuation, no articles, single spaces."""
   text = text.lower().translate(str.maketrans("", "", string.punctuation))
   return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
+
+# ---- the task
+
+EXAMPLES = Source("coqa", ("coqa-train-v1.0.json",), read, PUBLISHED, "coqa", "train", _tfds_row)
 
 TASKS = (
   Task(
     name="coqa",
     protocol="gold_history",
-    about="F1 against people's answers; greedy, after the story and Q:/A: lines with people's answers (paper, 3.5)",
+    description="F1 against people's answers; greedy, after the story and Q:/A: lines with "
+    "people's answers (paper, 3.5)",
     source=Source(
       name="coqa",
       files=("coqa-dev-v1.0.json",),
@@ -109,11 +145,11 @@ TASKS = (
       tfds="coqa",
       split="test",
       row=_tfds_row,
-      examples=Source("coqa", ("coqa-train-v1.0.json",), read, PUBLISHED, "coqa", "train", _tfds_row),
+      examples=EXAMPLES,
     ),
-    requests=requests,
-    sums=sums,
+    requests=_requests,
+    sums=_sums,
     metrics={"f1": percent("f1", over="questions")},
-    example=example,
+    example=_example,
   ),
 )

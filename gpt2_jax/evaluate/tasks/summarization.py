@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CNN/Daily Mail: summaries after `TL;DR:`, and the baselines (section 3.6 and Table 4 of the GPT-2 paper).
+"""Summarization (CNN/Daily Mail): ROUGE of what is generated after `TL;DR:`, and of baselines.
 
-Published for 1542M, ROUGE-1 / 2 / L: 29.34 / 8.27 / 26.58 with the hint, 21.58 / 4.03 / 19.47 without; for the first
-three sentences of the article 40.38 / 17.66 / 36.62, for three random ones 28.78 / 8.63 / 25.52. Their mean is what its
-Figure 1 shows.
+Section 3.6 and table 4 of the GPT-2 paper. Published for 1542M, ROUGE-1 / 2 / L: 29.34 / 8.27 /
+26.58 with the hint, 21.58 / 4.03 / 19.47 without. The first three sentences of the article have
+40.38 / 17.66 / 36.62, three random ones 28.78 / 8.63 / 25.52. Figure 1 there shows the mean of the
+three.
 
-The paper does not say what it did with articles longer than the context. Here the prompt has an article's first 600
-words (700 to 860 tokens of English prose), which leaves room for the hint and the summary; an article that is cut
-counts as truncated. ROUGE-L is that of the summary as a whole, with a line for each sentence (`rougeLsum`), and words
-are stemmed: so does ROUGE-1.5.5 with the options of See et al. (2017), whose data and baselines the paper uses.
+The paper does not say what it did with articles longer than the context. Here the prompt has an
+article's first 600 words (700 to 860 tokens of English prose), which leaves room for the hint and
+the summary. An article that is cut counts as truncated. ROUGE-L is that of the summary as a whole,
+with a line for each sentence (`rougeLsum`), and words are stemmed. So does ROUGE-1.5.5 with the
+options of See et al. (2017), whose data and baselines the paper uses.
 """
 
 import functools
@@ -20,87 +22,118 @@ from collections.abc import Callable, Iterator
 
 from gpt2_jax.evaluate.metric import Metric, percent
 from gpt2_jax.evaluate.sources import Row, Source, at_place, json_lines
-from gpt2_jax.evaluate.task import Generated, Prompt, Task
+from gpt2_jax.evaluate.task import Generated, GenerateUntil, Task
 
 HINT = "\nTL;DR:"
-WORDS = 600
+WORDS = 600  # of the article in a prompt
 N_NEW = 100
 TOP_K = 2
-SENTENCES = 3
+SENTENCES = 3  # of a summary
 
-# A sentence ends at . ! or ?, perhaps in a closing quote or bracket, before white space and a capital or digit ...
-_GAP = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["'”’)\]])|(?<=[.!?]\s»))\s+(?=(?:["'“‘(\[]|«\s?)?[A-ZÀ-ÖØ-Þ0-9])""")
+# ---- sentences
+
+# A sentence ends at . ! or ?, perhaps in a closing quote or bracket, before white space and a
+# capital or digit ...
+_GAP = re.compile(
+  r"""(?:(?<=[.!?])|(?<=[.!?]["'”’)\]])|(?<=[.!?]\s»))\s+(?=(?:["'“‘(\[]|«\s?)?[A-ZÀ-ÖØ-Þ0-9])"""
+)
 # ... but not at an initial or a common abbreviation.
 _ABBREVIATION = re.compile(
-  r"\b(?:[A-Z]|Mr|Mrs|Ms|Dr|St|Sen|Rep|Gov|Gen|Col|Lt|Capt|Sgt|Prof|Rev|Hon|Jr|Sr|vs|No|Mme|Mlle|MM)\.$"
+  r"\b(?:[A-Z]|Mr|Mrs|Ms|Dr|St|Sen|Rep|Gov|Gen|Col|Lt|Capt|Sgt|Prof|Rev|Hon|Jr|Sr|vs|No"
+  r"|Mme|Mlle|MM)\.$"
 )
-# How a line of a story ends that needs no period (abisee/cnn-dailymail, make_datafiles.py, as TFDS does it).
-_ENDS = (".", "!", "?", "'", "`", '"', "’", "”", ")")
 
 
 def sentences(text: str) -> list[str]:
-  """The sentences of a text, by rule; a line break ends one, too."""
-  found = []
+  """Splits a text into sentences, by rule; the end of a line ends a sentence, too."""
+  split = []
   for line in map(str.strip, text.splitlines()):
     begin = 0
     for gap in _GAP.finditer(line):
       if not _ABBREVIATION.search(line, begin, gap.start()):
-        found.append(line[begin : gap.start()])
+        split.append(line[begin : gap.start()])
         begin = gap.end()
+    # the rest of the line, after its last gap
     if line:
-      found.append(line[begin:])
-  return found
+      split.append(line[begin:])
+  return split
+
+
+# ---- files to rows
+
+# A line of a story that ends otherwise gets a period (make_datafiles.py of abisee/cnn-dailymail,
+# and TFDS).
+_ENDS = (".", "!", "?", "'", "`", '"', "’", "”", ")")
 
 
 def read(path: pathlib.Path) -> Iterator[Row]:
-  """Rows of JSON lines, or of the `.story` files of the URLs that a list names; these lie in two folders beside it."""
+  """Reads JSON lines, or the `.story` files of the URLs that a list names.
+
+  The stories lie in two folders beside the list, `cnn` and `dailymail`.
+  """
   if path.suffix == ".jsonl":
     yield from json_lines(path, _row)
     return
+
   for number, url in enumerate(path.read_text(encoding="utf-8").split(), 1):
+    # a story's file is named after its URL
     name = hashlib.sha1(url.encode()).hexdigest() + ".story"
-    places = [path.parent / site / "stories" / name for site in ("cnn", "dailymail")]
-    story = next((place for place in places if place.is_file()), None)
-    if story is None:
-      raise FileNotFoundError(f"{path}:{number}: neither {places[0]} nor {places[1]} is there; get all stories")
-    yield at_place(str(story), lambda story=story: _row(_story(story.read_text(encoding="utf-8"))))
+    cnn = path.parent / "cnn" / "stories" / name
+    daily_mail = path.parent / "dailymail" / "stories" / name
+    if not cnn.is_file() and not daily_mail.is_file():
+      raise FileNotFoundError(
+        f"{path}:{number}: neither {cnn} nor {daily_mail} is there; get all stories"
+      )
+
+    story = cnn if cnn.is_file() else daily_mail
+    yield at_place(str(story), lambda story=story: _row_of_story(story))
 
 
-def _story(text: str) -> dict:
-  """A published story: the article's lines, then `@highlight` and a line, some times."""
-  lines = [line for line in map(str.strip, text.split("\n")) if line]
+def _row_of_story(path: pathlib.Path) -> Row:
+  """Row of a published story: the article's lines, then `@highlight` and a line, several times."""
+  # 1. Part the article from its highlights.
+  lines = list(filter(None, map(str.strip, path.read_text(encoding="utf-8").split("\n"))))
   first = lines.index("@highlight") if "@highlight" in lines else len(lines)
   highlights = [line for line in lines[first:] if line != "@highlight"]
-  return {"article": " ".join(map(_ended, lines[:first])), "highlights": "\n".join(map(_ended, highlights))}
+
+  # 2. A headline or a highlight without a period would run into the sentence after it.
+  article = " ".join(map(_with_period, lines[:first]))
+  return _row({"article": article, "highlights": "\n".join(map(_with_period, highlights))})
 
 
-def _ended(line: str) -> str:
+def _with_period(line: str) -> str:
   return line if line.endswith(_ENDS) else line + "."
 
 
 def _row(record: dict) -> Row:
-  row = {key: record[key].strip() for key in ("article", "highlights")}
-  for key, text in row.items():
-    if not text:
-      raise ValueError(f"its {key} are empty" if key == "highlights" else "its article is empty")
-  return row
+  article = record["article"].strip()
+  highlights = record["highlights"].strip()
+
+  if not article:
+    raise ValueError("its article is empty")
+  if not highlights:
+    raise ValueError("its highlights are empty")
+  return {"article": article, "highlights": highlights}
+
+
+# ---- rows to requests
 
 
 def _beginning(row: Row) -> str:
   return " ".join(row["article"].split()[:WORDS])
 
 
-def _with_hint(row: Row) -> list[Prompt]:
-  _rouge()  # if it is missing, that is said before anything is written
-  return [Prompt(_beginning(row) + HINT, N_NEW, top_k=TOP_K)]
+def _requests_with_hint(row: Row) -> list[GenerateUntil]:
+  _rouge()  # if it is missing, that is said before anything is generated
+  return [GenerateUntil(_beginning(row) + HINT, N_NEW, top_k=TOP_K)]
 
 
-def _without_hint(row: Row) -> list[Prompt]:
+def _requests_without_hint(row: Row) -> list[GenerateUntil]:
   _rouge()
-  return [Prompt(_beginning(row), N_NEW, top_k=TOP_K)]
+  return [GenerateUntil(_beginning(row), N_NEW, top_k=TOP_K)]
 
 
-def _nothing(row: Row) -> list[Prompt]:
+def _no_requests(row: Row) -> list[GenerateUntil]:
   return []
 
 
@@ -108,7 +141,12 @@ def _example(row: Row) -> str:
   return f"{_beginning(row)}{HINT} {' '.join(row['highlights'].split())}"
 
 
-def _written(row: Row, answers: list[Generated]) -> list[str]:
+# ---- summaries: a row and the model's answers to sentences
+
+Summarize = Callable[[Row, list[Generated]], list[str]]
+
+
+def _generated(row: Row, answers: list[Generated]) -> list[str]:
   return sentences(answers[0].text)[:SENTENCES]
 
 
@@ -118,9 +156,14 @@ def _lead(row: Row, answers: list[Generated]) -> list[str]:
 
 def _random(row: Row, answers: list[Generated]) -> list[str]:
   """Three sentences in the article's order; the article itself is the seed."""
-  found = sentences(row["article"])
-  drawn = random.Random(row["article"]).sample(range(len(found)), min(SENTENCES, len(found)))
-  return [found[i] for i in sorted(drawn)]
+  article = sentences(row["article"])
+  # random.Random and not NumPy: its seed may be a text
+  count = min(SENTENCES, len(article))
+  drawn = random.Random(row["article"]).sample(range(len(article)), count)
+  return [article[i] for i in sorted(drawn)]
+
+
+# ---- summaries to sums
 
 
 @functools.cache
@@ -133,47 +176,83 @@ def _rouge():
 
 
 def rouge(summary: list[str], highlights: str) -> dict[str, float]:
-  """F1 of a summary's sentences against highlights, a line each, from 0 to 1."""
+  """ROUGE F1 of a summary's sentences against highlights, a line each, from 0 to 1."""
+  # rougeLsum takes each line for a sentence
   scores = _rouge().score(highlights, "\n".join(summary))
   return {key.removesuffix("sum"): score.fmeasure for key, score in scores.items()}
 
 
-def _sums(summary: Callable, row: Row, answers: list[Generated]) -> dict[str, float]:
-  found = rouge(summary(row, answers), row["highlights"])
-  cut = bool(answers) and len(row["article"].split()) > WORDS  # the scorer does not see that cut
-  return found | {"truncated": float(cut or any(answer.truncated for answer in answers))}
+def _sums(summarize: Summarize, row: Row, answers: list[Generated]) -> dict[str, float]:
+  scores = rouge(summarize(row, answers), row["highlights"])
 
+  # The scorer sees only what the prompt has left of the article. The baselines read all of it.
+  is_cut = bool(answers) and len(row["article"].split()) > WORDS
+  truncated = is_cut or any(answer.truncated for answer in answers)
+  return scores | {"truncated": float(truncated)}
+
+
+# ---- the tasks
 
 KEYS = ("rouge1", "rouge2", "rougeL")
-METRICS = {
-  "rouge_mean": Metric(
-    lambda sums: 100 * sum(sums[key] for key in KEYS) / (3 * sums["items"]), (*KEYS, "items"), True, "%"
-  ),
-  **{key: percent(key) for key in KEYS},
-}
 
 
-def _task(protocol: str, about: str, requests: Callable, summary: Callable, example: Callable | None = None) -> Task:
-  source = Source(
-    name="cnn_dailymail",
-    files=("all_test.txt",),
-    read=read,
-    url="https://github.com/abisee/cnn-dailymail (all_test.txt, cnn/stories, dailymail/stories; or --data=FILE.jsonl)",
-    tfds="cnn_dailymail",
-    row=_row,
+def _rouge_mean(sums):
+  """Mean of the three, in per cent, as in figure 1 of the paper."""
+  return 100 * sum(sums[key] for key in KEYS) / (3 * sums["items"])
+
+
+METRICS = {"rouge_mean": Metric(_rouge_mean, (*KEYS, "items"), True, "%")}
+METRICS |= {key: percent(key) for key in KEYS}
+
+CNN_DAILY_MAIL = Source(
+  name="cnn_dailymail",
+  files=("all_test.txt",),
+  read=read,
+  url="https://github.com/abisee/cnn-dailymail (all_test.txt, cnn/stories, dailymail/stories; or "
+  "--data=FILE.jsonl)",
+  tfds="cnn_dailymail",
+  row=_row,
+)
+
+
+def _task(
+  protocol: str,
+  description: str,
+  requests: Callable[[Row], list[GenerateUntil]],
+  summarize: Summarize,
+  example: Callable[[Row], str] | None = None,
+) -> Task:
+  sums = functools.partial(_sums, summarize)
+  return Task(
+    "cnn_dailymail", protocol, description, CNN_DAILY_MAIL, requests, sums, METRICS, example
   )
-  return Task("cnn_dailymail", protocol, about, source, requests, functools.partial(_sums, summary), METRICS, example)
 
 
 TASKS = (
   _task(
     "tldr",
-    "ROUGE of the first 3 sentences in 100 tokens after the article and TL;DR:, top-k 2 (paper, 3.6)",
-    _with_hint,
-    _written,
+    "ROUGE of the first 3 sentences in 100 tokens after the article and TL;DR:, top-k 2 (paper, "
+    "3.6)",
+    _requests_with_hint,
+    _generated,
     _example,
   ),
-  _task("no_hint", "as tldr, with nothing after the article (paper, Table 4)", _without_hint, _written),
-  _task("lead_3", "ROUGE of the article's first 3 sentences; no model (paper, Table 4)", _nothing, _lead),
-  _task("random_3", "ROUGE of 3 random sentences of the article; no model (paper, Table 4)", _nothing, _random),
+  _task(
+    "no_hint",
+    "as tldr, with nothing after the article (paper, Table 4)",
+    _requests_without_hint,
+    _generated,
+  ),
+  _task(
+    "lead_3",
+    "ROUGE of the article's first 3 sentences; no model (paper, Table 4)",
+    _no_requests,
+    _lead,
+  ),
+  _task(
+    "random_3",
+    "ROUGE of 3 random sentences of the article; no model (paper, Table 4)",
+    _no_requests,
+    _random,
+  ),
 )

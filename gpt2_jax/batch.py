@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The batch of a training step: tokens, and what packed rows, loss masks and objectives add."""
+
+import dataclasses
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """What a step trains on: tokens [B, T + 1], of which each but the first is predicted.
+
+  `weights_BT` mask or weigh the loss of each predicted token (None: 1 each). Packed rows give the
+  segment of each input token, which sees no other, and its position. `extras` are an objective's
+  own: labels, features.
+  """
+
+  tokens_BT: jax.Array
+  weights_BT: jax.Array | None = None
+  segments_BT: jax.Array | None = None
+  positions_BT: jax.Array | None = None
+  extras: dict = dataclasses.field(default_factory=dict)

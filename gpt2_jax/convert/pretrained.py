@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads a pretrained checkpoint of any format into a model, and saves a model in any format."""
+
+import dataclasses
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import gpt2_jax.quantization as quantization
+from gpt2_jax.convert import hf, hub, llmc, nanogpt, openai
+from gpt2_jax.convert.weights import Weights, cast_weights, from_model, to_model
+from gpt2_jax.files import atomic_write
+from gpt2_jax.model import GPT2
+from gpt2_jax.runs.workdir import as_path, exists, is_remote
+from gpt2_jax.sharding import make_mesh
+from gpt2_jax.tokenizer import Tokenizer
+
+WRITABLE = ("hf", "orbax", "nanogpt", "llmc")
+
+
+def load_pretrained(
+  name_or_path: str,
+  mesh: jax.sharding.Mesh | None = None,
+  dtype: str = "float32",
+  quantize: str | None = None,
+  revision: str | None = None,
+  step: str = "latest",
+) -> tuple[GPT2, Tokenizer | None]:
+  """Loads the model and tokenizer of a checkpoint of any format onto a mesh.
+
+  The tokenizer is None if the checkpoint has none and its vocabulary is not of GPT-2's size.
+
+  `name_or_path` is a published name (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2), a
+  repository of the Hub with a GPT-2 in it, at `revision`; or a path: Hugging Face's folder,
+  OpenAI's, nanoGPT's ckpt.pt, llm.c's file, or the workdir of a run, at `step` ("latest", "best",
+  or a number). Its content decides which.
+
+  `mesh` is by default the one in force, or one over all devices. `dtype` is that of activations
+  and matmul operands; parameters are float32, unless `quantize="int8"` makes the matrices int8.
+
+  Raises ValueError, OSError or ImportError, in one line, for what is no whole GPT-2.
+  """
+  if quantize not in (None, "int8"):
+    raise ValueError(f"quantize is {quantize!r}; it is None or 'int8'")
+  dtype = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+  mesh = mesh or _default_mesh()
+
+  path = resolve_checkpoint(name_or_path, revision)
+  if is_workdir(path):
+    with jax.set_mesh(mesh):
+      model, tokenizer = _load_workdir(path, dtype, step)
+  elif step != "latest":
+    raise ValueError(f"{path} is no workdir of a run, and has no step {step!r}")
+  else:
+    weights = detect_format(path).read(path)
+    model, tokenizer = to_model(weights, mesh, dtype), weights.tokenizer
+  if quantize:
+    model = quantization.quantize(model)
+  return model, tokenizer
+
+
+def _default_mesh() -> jax.sharding.Mesh:
+  """The mesh in force, or one over all devices."""
+  mesh = jax.sharding.get_mesh()
+  return make_mesh() if mesh.empty else mesh
+
+
+def resolve_checkpoint(name_or_path: str, revision: str | None = None) -> pathlib.Path:
+  """Resolves a name or path to a local path: a name's repository is downloaded from the Hub.
+
+  On gs:// it takes the workdir of a run only. Raises ValueError or OSError for what is neither.
+  """
+  name_or_path = os.fspath(name_or_path)
+  if is_remote(name_or_path):
+    if not exists(f"{name_or_path}/checkpoints"):
+      raise FileNotFoundError(
+        f"{name_or_path} is no workdir of a run (checkpoints/), "
+        f"and others are read from local paths only"
+      )
+    return as_path(name_or_path)
+
+  # The Hub is never asked for a path that exists, nor for a string that looks like a path.
+  path = pathlib.Path(name_or_path).expanduser()
+  if path.exists():
+    if name_or_path in hub.PUBLISHED:
+      raise ValueError(
+        f"{name_or_path} is a published name, and here it is a path, too; "
+        f"give ./{name_or_path} for the path, or {hub.PUBLISHED[name_or_path]} for the Hub's"
+      )
+    if revision:
+      raise ValueError(f"{path} is a path, which has no revision {revision!r}")
+    return path
+
+  if path.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") > 1:
+    raise FileNotFoundError(
+      f"{path} is not there; give a checkpoint's folder or file, or a name such as gpt2"
+    )
+  return hub.fetch(name_or_path, revision)
+
+
+def is_workdir(path: pathlib.Path) -> bool:
+  """Whether the folder is the workdir of a run."""
+  return (path / "checkpoints").is_dir()
+
+
+def _load_workdir(
+  path: pathlib.Path, dtype: str, step: str = "latest"
+) -> tuple[GPT2, Tokenizer | None]:
+  """Loads a checkpoint of a run onto the mesh in force."""
+  # Imported here: `import gpt2_jax` should not load Orbax, which only a workdir needs.
+  from gpt2_jax.runs import checkpoint
+
+  return checkpoint.load(str(path), step, dtype)
+
+
+def detect_format(path: pathlib.Path):
+  """Detects a checkpoint's format by its content; returns the module that reads it.
+
+  Raises ValueError if it is none of the four.
+  """
+  if (path / "config.json").is_file():
+    return hf
+  if (path / "hparams.json").is_file() or any(path.glob("*.index")):
+    return openai
+  if (path / "ckpt.pt").is_file():
+    return nanogpt
+
+  if path.is_file():
+    with open(path, "rb") as file:
+      head = file.read(4)
+    # torch.save writes a zip, and before 1.6 it wrote a bare pickle.
+    if head.startswith((b"PK", b"\x80\x02")):
+      return nanogpt
+    if head == np.int32(llmc.MAGIC).tobytes():
+      return llmc
+
+  raise ValueError(
+    f"{path} is no GPT-2 checkpoint: neither Hugging Face's folder (config.json), "
+    f"OpenAI's (hparams.json), nanoGPT's ckpt.pt, llm.c's file, "
+    f"nor the workdir of a run (checkpoints/)"
+  )
+
+
+def open_weights(name_or_path: str, revision: str | None = None) -> Weights:
+  """Opens the weights of a checkpoint of any format in canonical form, without a model.
+
+  Those of a run are loaded onto one device first.
+  """
+  path = resolve_checkpoint(name_or_path, revision)
+  if not is_workdir(path):
+    return detect_format(path).read(path)
+
+  with jax.set_mesh(_one_device()):
+    model, tokenizer = _load_workdir(path, "float32")
+  return from_model(model, tokenizer, f"{path} (Orbax)")
+
+
+def _one_device() -> jax.sharding.Mesh:
+  return make_mesh(1, 1, 1, jax.devices()[:1])
+
+
+def save_pretrained(
+  model: GPT2,
+  tokenizer: Tokenizer | None,
+  path: str,
+  form: str = "hf",
+  dtype: str = "float32",
+  other_gelu: bool = False,
+) -> None:
+  """Saves a model and its tokenizer as a checkpoint that others load.
+
+  `form` is Hugging Face's folder ("hf"), a workdir ("orbax"), nanoGPT's folder ("nanogpt"), or
+  llm.c's file ("llmc"). Raises FileExistsError if `path` is there, ValueError for what the format
+  cannot say.
+  """
+  write(from_model(model, tokenizer), path, form, dtype, other_gelu)
+
+
+def write(
+  weights: Weights, path: str, form: str, dtype: str = "float32", other_gelu: bool = False
+) -> None:
+  """Saves weights of any source: see `save_pretrained`."""
+  if form not in WRITABLE:
+    raise ValueError(f"format {form!r} cannot be written; take one of {', '.join(WRITABLE)}")
+  path = pathlib.Path(path).expanduser()
+  weights = cast_weights(weights, dtype)
+
+  if form == "hf":
+    hf.write(weights, path, dtype)
+  elif form == "nanogpt":
+    nanogpt.write(weights, path, dtype, other_gelu)
+  elif form == "llmc":
+    llmc.write(weights, path, dtype)
+  elif dtype == "float32":
+    _write_workdir(weights, path)
+  else:
+    raise ValueError(f"a run's parameters are float32, not {dtype}; leave the dtype out")
+
+
+def _write_workdir(weights: Weights, path: pathlib.Path) -> None:
+  """Writes a workdir as a run would have left it at step 0, which resumes and loads like any."""
+  # Imported here: `import gpt2_jax` should not load Orbax, which only a workdir needs.
+  from gpt2_jax.runs.checkpoint import Checkpoints
+
+  metadata = {
+    "config": {"model": dataclasses.asdict(weights.config)},
+    "source": weights.source,
+    "tokenizer": weights.tokenizer and weights.tokenizer.to_json(),
+  }
+  mesh = _one_device()
+  with atomic_write(path) as folder, jax.set_mesh(mesh):
+    folder.mkdir()
+    checkpoints = Checkpoints(str(folder))
+    checkpoints.save(0, {"model": to_model(weights, mesh, "float32")}, metadata)
+    checkpoints.close()

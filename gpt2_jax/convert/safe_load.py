@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Safe loading of untrusted files: JSON, torch files and pickles, none of which can run code."""
+
+import json
+import pathlib
+import pickle
+import warnings
+
+from gpt2_jax.files import first_line
+
+PICKLED = (
+  "it is no torch file of tensors alone (a pickle may run code, so nothing else in it is read)"
+)
+
+
+def check_there(path: pathlib.Path) -> None:
+  """Raises FileNotFoundError unless the file is there."""
+  if not path.is_file():
+    raise FileNotFoundError(f"{path} is not there; the checkpoint is not complete without it")
+
+
+def read_json(path: pathlib.Path) -> dict:
+  """The object in a JSON file. Raises ValueError with the path."""
+  check_there(path)
+  try:
+    payload = json.loads(path.read_text(encoding="utf-8"))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{path} is no JSON ({error})") from error
+  if not isinstance(payload, dict):
+    raise ValueError(f"{path} holds a {type(payload).__name__}, not an object of names and values")
+  return payload
+
+
+def import_torch(path: pathlib.Path):
+  """Imports torch, which only `path` needs. Raises ImportError that says how to install it."""
+  try:
+    import torch
+  except ImportError as error:
+    raise ImportError(
+      f"{path} is a torch file: pip install torch, or convert it where torch is"
+    ) from error
+  return torch
+
+
+def read_torch(path: pathlib.Path):
+  """Reads what torch.save wrote: tensors and plain values only, memory-mapped from the file.
+
+  Raises ValueError for anything else, unread.
+  """
+  torch = import_torch(path)
+  try:
+    # torch warns of what it then refuses: the error says it all.
+    with warnings.catch_warnings(action="ignore"):
+      return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+  except pickle.UnpicklingError as error:
+    raise ValueError(f"{path} is refused: {PICKLED}") from error
+  except Exception as error:
+    # Any kind: a damaged file may raise anything.
+    raise ValueError(f"{path} cannot be read; it is truncated or no torch file") from error
+
+
+def check_tensors(state_dict, path: pathlib.Path) -> None:
+  """Raises ValueError unless the value is a dictionary of dense float tensors by name.
+
+  Causal masks may be of any dtype.
+  """
+  torch = import_torch(path)
+  fault = f"{path} holds no dictionary of tensors by name"
+  if not isinstance(state_dict, dict):
+    raise ValueError(fault)
+  for name, tensor in state_dict.items():
+    if not isinstance(name, str) or not hasattr(tensor, "shape"):
+      raise ValueError(fault)
+
+  floats = (torch.float32, torch.float16, torch.bfloat16)
+  for name, tensor in state_dict.items():
+    has_values = tensor.layout == torch.strided and not tensor.is_meta
+    # A name that ends in bias may be that of a causal mask.
+    if not has_values or (tensor.dtype not in floats and not name.endswith("bias")):
+      raise ValueError(
+        f"{name} in {path} is {tensor.dtype}, {tensor.layout}; "
+        f"it takes plain floats of 16 or 32 bits"
+      )
+
+
+def _is_zip(path: pathlib.Path) -> bool:
+  """Whether torch 1.6 or later saved the file: those are zips, and only a zip can be mapped."""
+  with open(path, "rb") as file:
+    return file.read(2) == b"PK"
+
+
+class _PlainUnpickler(pickle.Unpickler):
+  """Refuses every import, which is how a pickle calls code."""
+
+  def find_class(self, module, name):
+    raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_plain_pickle(path: pathlib.Path):
+  """Safe unpickling of dicts, lists, strings and numbers.
+
+  Raises ValueError at anything that would have to be imported.
+  """
+  with open(path, "rb") as file:
+    try:
+      return _PlainUnpickler(file).load()
+    except Exception as error:
+      # Any kind: a damaged pickle may raise anything.
+      raise ValueError(
+        f"{path} is refused: more than plain values, or damaged ({first_line(error)})"
+      ) from error

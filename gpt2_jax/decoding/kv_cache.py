@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV cache: `prefill` fills it in a forward pass over prompts, `decode` reads it for more tokens.
+
+A cache holds, for each layer, keys and values [B, H, S, K]: S slots for the tokens of a row. A mask
+says which slots a token reads, so rows of any lengths share one cache.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gpt2_jax.attention import by_heads, cached_attention, causal_attention
+from gpt2_jax.linear import Linear
+from gpt2_jax.model import GPT2, Block
+from gpt2_jax.sharding import RESIDUAL, unshard
+
+
+class InferenceModel(NamedTuple):
+  """Inference model: a GPT-2 all-gathered over `data`, in the compute dtype, a block a layer.
+
+  Layers are a list: a scan over stacked ones would slice each matrix out of its stack, for every
+  token again.
+  """
+
+  model: GPT2  # without its stacked blocks `h`
+  blocks: list[Block]
+
+  @property
+  def mesh(self) -> jax.sharding.Mesh:
+    return self.model.mesh
+
+
+def for_inference(model: GPT2 | InferenceModel) -> InferenceModel:
+  """Prepares a model for inference; done once, the result serves any number of calls.
+
+  An InferenceModel is returned as it is.
+  """
+  if isinstance(model, InferenceModel):
+    return model
+  with jax.set_mesh(model.mesh):
+    return _ready(model)
+
+
+@jax.jit
+def _ready(model: GPT2) -> InferenceModel:
+  # Matrices only: biases, LayerNorms and the scales of int8 stay float32.
+  def cast(node):
+    if not isinstance(node, Linear):
+      return node
+    dtype = model.config.dtype
+    return jax.tree.map(
+      lambda x: unshard(x if x.dtype == jnp.int8 else x.astype(dtype)) if x.ndim == 3 else x, node
+    )
+
+  model = jax.tree.map(cast, model, is_leaf=lambda node: isinstance(node, Linear))
+  blocks = [jax.tree.map(lambda x, i=i: x[i], model.h) for i in range(model.config.n_layer)]
+  model.wte = jax.tree.map(unshard, model.wte)
+  model.h = None
+  return InferenceModel(model, blocks)
+
+
+def prefill(decoder: InferenceModel, tokens_BT, size: int):
+  """Prefills the KV cache: the forward pass over prompts that fills it.
+
+  Returns the normed output at every position, and for each layer keys and values [B, H, size, K].
+  """
+
+  def attention(q, k, v):
+    room = ((0, 0), (0, 0), (0, size - tokens_BT.shape[1]), (0, 0))
+    memory = tuple(jnp.pad(jnp.swapaxes(x_BTHK, 1, 2), room) for x_BTHK in (k, v))
+    return causal_attention(q, k, v), memory
+
+  attend = by_heads(attention, decoder.model.config.head_size)
+  x_BTD, caches = decoder.model.embed(tokens_BT), []
+  for block in decoder.blocks:
+    x_BTD, memory = block(x_BTD, attend)
+    caches.append(memory)
+  return decoder.model.ln_f(x_BTD), caches
+
+
+def cache_write(slot):
+  """Writes keys or values into a KV cache from `slot` on, the same in every row.
+
+  A function (cache, new) -> cache for `decode`, in place of old contents: it copies a few bytes.
+  """
+
+  def update_slice(old_BHSK, new_BHTK):
+    return jax.lax.dynamic_update_slice_in_dim(old_BHSK, new_BHTK, slot, 2)
+
+  # XLA's CPU backend would fuse the write with what reads it, and copy the whole cache for that. A
+  # condition that always holds keeps them apart. bfloat16 goes as integers, because its write would
+  # go through float32.
+  def update_slice_unfused(old_BHSK, new_BHTK):
+    bits = jnp.uint16 if old_BHSK.dtype == jnp.bfloat16 else old_BHSK.dtype
+    old = jax.lax.bitcast_convert_type(old_BHSK, bits)
+    new = jax.lax.bitcast_convert_type(new_BHTK, bits)
+    written = jax.lax.cond(slot >= 0, update_slice, lambda old, new: old, old, new)
+    return jax.lax.bitcast_convert_type(written, old_BHSK.dtype)
+
+  return lambda old_BHSK, new_BHTK: jax.lax.platform_dependent(
+    old_BHSK, new_BHTK, cpu=update_slice_unfused, default=update_slice
+  )
+
+
+def decode(decoder: InferenceModel, tokens_BT, positions_BT, mask_BTS, caches, write):
+  """Decoding: the normed output [B, T, D] for T more tokens a row, and the caches with them.
+
+  `write` puts keys or values [B, H, T, K] into a cache; `mask_BTS` says which of its slots each
+  token reads, its own among them.
+  """
+  x_BTD = decoder.model.embed(tokens_BT, positions_BT)
+  after = []
+  for block, cache in zip(decoder.blocks, caches, strict=True):
+
+    def attention(q, k, v, cache=cache):
+      memory = tuple(
+        write(old, jnp.swapaxes(new, 1, 2)) for old, new in zip(cache, (k, v), strict=True)
+      )
+      return cached_attention(q, *memory, mask_BTS), memory
+
+    x_BTD, memory = block(x_BTD, by_heads(attention, decoder.model.config.head_size))
+    after.append(memory)
+  return decoder.model.ln_f(x_BTD), after
+
+
+def random_key(seed: int):
+  """The random key of a seed. Raises ValueError unless the seed has 32 bits or fewer.
+
+  JAX would take a longer seed for one of those.
+  """
+  if not 0 <= seed < 2**32:
+    raise ValueError(f"a seed of {seed} is not from 0 to {2**32 - 1}")
+  return jax.random.key(seed)
+
+
+def last_token(x_BTD, lengths_B):
+  """The entry at each prompt's last token, [B, 1, D]; rows of length 0 give their first."""
+  return jnp.take_along_axis(x_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
+
+
+def logits(decoder: InferenceModel, x_BTD):
+  """The logits [B, T, V], float32, all-gathered over `model`, without the vocabulary's padding."""
+  logits_BTV = jax.sharding.reshard(decoder.model.head(x_BTD), RESIDUAL)
+  return logits_BTV[..., : decoder.model.config.n_vocab]

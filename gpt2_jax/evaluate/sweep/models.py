@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Resolves a sweep's models: published names, paths, and the checkpoints of a run."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable
+
+from gpt2_jax.convert.pretrained import is_workdir, resolve_checkpoint
+from gpt2_jax.files import sha256
+from gpt2_jax.model import ModelConfig
+from gpt2_jax.runs.checkpoint import Checkpoints
+from gpt2_jax.sizes import SIZES
+
+
+@dataclasses.dataclass(frozen=True)
+class SweptModel:
+  """A column of the table: what load_pretrained takes, with the step if it is a run's workdir."""
+
+  name: str
+  path: str
+  step: str  # "latest" for anything but a run
+  weights: str  # sha256 of the files, or of a checkpoint's checksums
+
+
+def resolve_models(entries: Iterable[str]) -> list[SweptModel]:
+  """The models of all entries, each once.
+
+  An entry is a name, a path, or a run's workdir, which @STEP, @best or @all may follow.
+  """
+  # a dict keeps their order
+  models = {}
+  for entry in entries:
+    for model in _resolve(entry):
+      models[model] = None
+  return list(models)
+
+
+def _resolve(entry: str) -> list[SweptModel]:
+  # An @ may also be part of a path.
+  path, at, step = entry.rpartition("@")
+  if not at or pathlib.Path(entry).expanduser().exists():
+    path, step = entry, "latest"
+
+  location = resolve_checkpoint(path)
+  if is_workdir(location):
+    return _resolve_run(path, location, step)
+  if step != "latest":
+    raise ValueError(f"{path} is no workdir of a run, and has no step {step!r}")
+  return [SweptModel(entry, path, "latest", files_sha256(location))]
+
+
+def _resolve_run(path: str, workdir: pathlib.Path, step: str) -> list[SweptModel]:
+  """The checkpoints of a run: that of a step, the latest, the best, or all."""
+  checkpoints = Checkpoints(str(workdir), create=False)
+  steps = sorted(checkpoints.steps())
+  if not steps:
+    raise FileNotFoundError(
+      f"{checkpoints.path} holds no checkpoint; is {path} the workdir of a run?"
+    )
+
+  if step == "all":
+    wanted = steps
+  elif step == "latest":
+    wanted = steps[-1:]
+  elif step == "best":
+    wanted = [checkpoints.manager.best_step()]
+  else:
+    wanted = [n for n in steps if str(n) == step]
+  if not wanted:
+    raise FileNotFoundError(
+      f"no checkpoint of step {step} in {checkpoints.path}; there are {steps}, best and all"
+    )
+
+  # The checksums stand for the weights: what a checkpoint holds counts, not where it lies.
+  models = []
+  for n in wanted:
+    checksums = json.dumps(checkpoints.sums(n)).encode()
+    models.append(SweptModel(f"{path}@{n}", path, str(n), sha256(checksums)))
+  checkpoints.close()
+  return models
+
+
+def files_sha256(path: pathlib.Path) -> str:
+  """SHA-256 of a checkpoint's files.
+
+  Of a folder, all files with their names; of a file, its content and the tokenizer's files in the
+  same folder.
+  """
+  if path.is_dir():
+    paths = sorted(path.iterdir())
+  else:
+    # meta.pkl, and the project's own JSON
+    tokenizer = [file for file in path.parent.iterdir() if file.suffix in (".json", ".pkl")]
+    paths = [path, *sorted(tokenizer)]
+
+  lines = []
+  for file in paths:
+    if file.is_file():
+      # A checkpoint that is one file may be renamed.
+      name = "" if file == path else file.name
+      lines.append(f"{name} {sha256(file)}\n")
+  return sha256("".join(lines).encode())
+
+
+def paper_size(config: ModelConfig) -> str | None:
+  """The paper's name of a model of this shape: 117M, 345M, 762M or 1542M."""
+  dimensions = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
+  for name, size in SIZES.items():
+    # distilgpt2 is not in the paper
+    if name == "distilgpt2":
+      continue
+    if all(getattr(size, dimension) == getattr(config, dimension) for dimension in dimensions):
+      return name
+  return None

@@ -1,0 +1,499 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Report of a sweep: JSON lines, a Markdown table with the GPT-2 paper's figures, and plots.
+
+Nothing here depends on when or how fast a cell was computed: the same scores are the same bytes.
+"""
+
+import functools
+import json
+import math
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import matplotlib.figure
+import numpy as np
+from ml_collections import ConfigDict
+
+from gpt2_jax.evaluate import tasks
+from gpt2_jax.evaluate.sweep import bootstrap
+from gpt2_jax.evaluate.sweep.bootstrap import Difference
+from gpt2_jax.evaluate.sweep.cells import Outcome
+from gpt2_jax.evaluate.task import Task
+from gpt2_jax.evaluate.tasks import natural_questions
+from gpt2_jax.sizes import SIZES
+
+NONE = "–"
+SAME_ITEMS = ("task", "protocol", "shots", "rows", "limit")  # of two identities that pair
+
+# A cell is the content of its file. Cells by model are those of one row of the table: of one task,
+# protocol and number of shots.
+CellsByModel = Mapping[str, dict]
+
+
+def write(outcome: Outcome, out: str, config: ConfigDict, overlaps: Sequence[dict] = ()) -> str:
+  """Writes `out`/results.jsonl, table.md and plots/, and returns the table.
+
+  `overlaps` are what contamination.read_overlap reads: clean and seen items then have scores of
+  their own. An overlap that fits no cell is a line of the table.
+  """
+  # 1. The table. A section without lines is left out.
+  sections = [
+    _heading(config),
+    _score_table(outcome.cells),
+    _difference_table(outcome.cells, config),
+  ]
+  if overlaps:
+    sections.append(_contamination_table(outcome.cells, overlaps, config))
+  if outcome.failed or outcome.missing:
+    sections.append(_cells_without_score(outcome))
+  table = "\n".join("\n".join(lines) + "\n" for lines in sections if lines)
+
+  # 2. The files. JSON has no NaN: what is no number must be null by now.
+  folder = pathlib.Path(out).expanduser()
+  results = [json.dumps(_result(cell), allow_nan=False) + "\n" for cell in outcome.cells]
+  (folder / "results.jsonl").write_text("".join(results), encoding="utf-8")
+  (folder / "table.md").write_text(table, encoding="utf-8")
+  _plot_all(outcome.cells, folder / "plots")
+  return table
+
+
+def task_listing(listed: Mapping[str, Mapping[str, Task]]) -> str:
+  """Lists tasks for --list: each protocol, its metrics and description, and where the data are."""
+  lines = []
+  for protocols in listed.values():
+    for task in protocols.values():
+      lines.append(f"{task.name}:{task.protocol}  ({', '.join(task.metrics)})")
+      lines.append(f"    {task.description}")
+
+    # protocols may share a source
+    for source in dict.fromkeys(task.source for task in protocols.values()):
+      files = ", ".join(source.files)
+      tfds = f"; or TFDS {source.tfds}, {source.split}" if source.tfds else ""
+      lines.append(f"    data: {source.name}/ with {files} from {source.url}{tfds}")
+  return "\n".join(lines)
+
+
+# ---- the paper's figures
+
+
+@functools.cache
+def paper() -> dict:
+  """The figures of Radford et al. 2019: task, metric, place in the paper, and scores by size."""
+  return json.loads(pathlib.Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
+
+
+def paper_scores(task: str, protocol: str, metric: str) -> dict[str, float]:
+  """The paper's scores by size; empty if it has none, or came to it by another protocol."""
+  for entry in paper()["figures"]:
+    # an entry without protocols holds for all of the task
+    is_of_protocol = protocol in entry.get("protocols", [protocol])
+    if (entry["task"], entry["metric"]) == (task, metric) and is_of_protocol:
+      return entry["sizes"]
+  return {}
+
+
+def drift(score: dict, reference: float) -> float | None:
+  """How far a score is from a reference, in half widths of its interval.
+
+  None if the interval has no width.
+  """
+  value, low, high = score["value"], score["low"], score["high"]
+  if None in (value, low, high) or high == low:
+    return None
+  return (value - reference) / ((high - low) / 2)
+
+
+def _paper_score(cell: dict, metric: str) -> float | None:
+  """The paper's score of a model of the cell's size."""
+  identity = cell["identity"]
+  return paper_scores(identity["task"], identity["protocol"], metric).get(cell["size"])
+
+
+# ---- results.jsonl
+
+
+def _result(cell: dict) -> dict:
+  """A line of results.jsonl: all but what the items contributed."""
+  result = {key: value for key, value in cell.items() if key not in ("sums", "metrics")}
+
+  result["metrics"] = {}
+  for name, score in cell["metrics"].items():
+    reference = _paper_score(cell, name)
+    if reference is not None:
+      score = score | {"paper": reference, "drift": drift(score, reference)}
+    result["metrics"][name] = score
+
+  # Natural Questions alone has a confidence.
+  if "confidence" in cell["sums"]:
+    result["calibration"] = natural_questions.calibration(cell["sums"])
+  return result
+
+
+# ---- the table of scores
+
+
+def _heading(config: ConfigDict) -> list[str]:
+  items = f"The first {config.limit:,} items of each task." if config.limit else "All items."
+  stride = config.stride or "the whole context"
+  return [
+    "# Zero-shot scores",
+    "",
+    f"{items} {config.dtype}, seed {config.seed}, windows over long texts slide by {stride}. In "
+    f"brackets 95 % intervals, a bootstrap over items with {config.resamples:,} resamples. Paper: "
+    f"{paper()['source']}, for models of its four sizes whatever their weights; drift: score minus "
+    "paper, in half widths of the interval. Truncated: items whose context was cut to fit. An "
+    "interval without width says only that all items are alike.",
+  ]
+
+
+def _score_table(cells: Sequence[dict]) -> list[str]:
+  """A row for each metric of each task, a column for each model.
+
+  Models of the paper's sizes have two more: the paper's score, and the drift.
+  """
+  # 1. The columns.
+  models = _models(cells)
+  in_paper = set()
+  for cell in cells:
+    if any(_paper_score(cell, metric) for metric in cell["metrics"]):
+      in_paper.add(_model_name(cell))
+  columns = ["task", "metric", "items", "truncated"]
+  for name, size in models.items():
+    columns.append(name)
+    if name in in_paper:
+      columns += [f"paper {size}", "drift"]
+
+  # 2. The rows. All metrics of a task are of the same items.
+  rows = []
+  for task_name, by_model in _by_task(cells).items():
+    items = _shared(map(_item_count, by_model.values()))
+    truncated = _shared(f"{cell['truncated']:,}" for cell in by_model.values())
+    for metric, score in _metrics(by_model).items():
+      row = [task_name, _metric_label(metric, score), items, truncated]
+      for name in models:
+        row += _entries(by_model.get(name), metric, name in in_paper)
+      rows.append(row)
+
+  # a table of no rows would be a heading alone
+  return _markdown(columns, rows) if rows else []
+
+
+def _entries(cell: dict | None, metric: str, in_paper: bool) -> list[str]:
+  """A model's entries in a row: the score, and if it is of a size in the paper two more."""
+  if cell is None:
+    return [NONE] * (3 if in_paper else 1)
+
+  score = cell["metrics"][metric]
+  if not in_paper:
+    return [_interval(score)]
+
+  reference = _paper_score(cell, metric)
+  distance = None if reference is None else drift(score, reference)
+  shown_distance = NONE if distance is None else f"{distance:+.1f}"
+  return [_interval(score), _number(reference), shown_distance]
+
+
+# ---- the table of differences
+
+
+def compare_cells(a: dict, b: dict, resamples: int, seed: int) -> dict[str, Difference]:
+  """Each metric of a cell minus that of another, paired by item.
+
+  Raises ValueError unless both are of the same items.
+  """
+  for key in SAME_ITEMS:
+    of_a, of_b = a["identity"][key], b["identity"][key]
+    if of_a != of_b:
+      raise ValueError(f"cells of other items do not pair: {key} {of_a} and {of_b}")
+  return bootstrap.paired_differences(_task(a).metrics, a["sums"], b["sums"], resamples, seed)
+
+
+def _difference_table(cells: Sequence[dict], config: ConfigDict) -> list[str]:
+  """Each model minus the one before it, on the same items."""
+  models = list(_models(cells))
+  neighbors = list(zip(models, models[1:], strict=False))
+
+  # All metrics of a pair come from the same resamples, so that a pair is compared once.
+  rows = []
+  for task_name, by_model in _by_task(cells).items():
+    differences = []
+    for first, second in neighbors:
+      if first in by_model and second in by_model:
+        pair = compare_cells(by_model[second], by_model[first], config.resamples, config.seed)
+      else:
+        pair = {}
+      differences.append(pair)
+    # a task on which no two neighbors were scored
+    if not any(differences):
+      continue
+
+    for metric, score in _metrics(by_model).items():
+      entries = [_difference(pair.get(metric)) for pair in differences]
+      rows.append([task_name, _metric_label(metric, score), *entries])
+
+  if not rows:
+    return []
+  columns = ["task", "metric"]
+  columns += [f"{second} − {first}" for first, second in neighbors]
+  return ["## Differences on the same items", "", *_markdown(columns, rows)]
+
+
+# ---- the table of clean and seen items
+
+
+def _contamination_table(
+  cells: Sequence[dict], overlaps: Sequence[dict], config: ConfigDict
+) -> list[str]:
+  """Scores of the items that the training corpus does not hold, and of those that it does."""
+  models = list(_models(cells))
+  rows, unused = [], []
+  for overlap in overlaps:
+    fitting = [cell for cell in cells if _fits(overlap, cell)]
+    if not fitting:
+      unused.append(
+        f"- An overlap of {overlap['task']} fits no score here: it is of another task or of other "
+        "rows."
+      )
+    for task_name, by_model in _by_task(fitting).items():
+      rows += _contamination_rows(task_name, by_model, overlap, models, config)
+
+  # The rule in words, so that a reader of the table alone knows what a seen item is.
+  lines = [
+    "## Clean and seen items",
+    "",
+    f"An item is seen if more than {config.seen_above:g} of its n-grams are in the corpus, and "
+    "clean otherwise; one too short for an n-gram is clean.",
+    "",
+  ]
+  if rows:
+    lines += _markdown(["task", "metric", "part", "items", *models], rows)
+  return lines + unused
+
+
+def _fits(overlap: dict, cell: dict) -> bool:
+  """Whether an overlap is of the very rows that a cell is of."""
+  identity = cell["identity"]
+  same_task = overlap["task"] == identity["task"]
+  same_rows = overlap["fingerprint"] == identity["rows"]
+  return same_task and same_rows and len(overlap["ngrams"]) == cell["of"]
+
+
+def _contamination_rows(
+  task_name: str, by_model: CellsByModel, overlap: dict, models: list[str], config: ConfigDict
+) -> list[list[str]]:
+  # 1. The items that were scored: a limit takes the first rows only.
+  n = next(iter(by_model.values()))["items"]
+  ngrams = np.asarray(overlap["ngrams"][:n])
+  in_corpus = np.asarray(overlap["found"][:n])
+  seen = in_corpus > config.seen_above * ngrams
+
+  # 2. Scores of each part. A part without items has none.
+  rows = []
+  for part, mask in (("clean", ~seen), ("seen", seen)):
+    count = int(mask.sum())
+    scores = {}
+    if count:
+      scores = {name: _subset_scores(cell, mask, config) for name, cell in by_model.items()}
+
+    for metric, score in _metrics(by_model).items():
+      row = [task_name, _metric_label(metric, score), part, f"{count:,}"]
+      for name in models:
+        row.append(_interval(scores[name][metric]) if name in scores else NONE)
+      rows.append(row)
+  return rows
+
+
+def _subset_scores(cell: dict, mask: np.ndarray, config: ConfigDict) -> dict[str, dict]:
+  """Each metric of some of a cell's items."""
+  sums = {key: values[mask] for key, values in cell["sums"].items()}
+  scores = bootstrap.intervals(_task(cell).metrics, sums, config.resamples, config.seed)
+  return {name: interval._asdict() for name, interval in scores.items()}
+
+
+# ---- the list of cells without a score
+
+
+def _cells_without_score(outcome: Outcome) -> list[str]:
+  lines = ["## Without a score", ""]
+  for name, text in outcome.missing.items():
+    lines.append(f"- {name}: not run: {text}")
+  for name, text in outcome.failed.items():
+    lines.append(f"- {name}: failed: {text}")
+  return lines
+
+
+# ---- what a cell is of
+
+
+def _by_task(cells: Iterable[dict]) -> dict[str, dict[str, dict]]:
+  """The cells by task, protocol and number of shots, and then by model."""
+  rows = {}
+  for cell in cells:
+    task_name = "{task}:{protocol}:{shots}".format(**cell["identity"])
+    rows.setdefault(task_name, {})[_model_name(cell)] = cell
+  return rows
+
+
+def _models(cells: Iterable[dict]) -> dict[str, str | None]:
+  """The models in their order, with the paper's name of their size."""
+  return {_model_name(cell): cell["size"] for cell in cells}
+
+
+def _model_name(cell: dict) -> str:
+  return cell["identity"]["model"]
+
+
+def _task(cell: dict) -> Task:
+  return tasks.get(cell["identity"]["task"], cell["identity"]["protocol"])
+
+
+def _metrics(by_model: CellsByModel) -> dict[str, dict]:
+  """The metrics, with units: any model's, as all cells of a task have the same."""
+  return next(iter(by_model.values()))["metrics"]
+
+
+# ---- how things are written
+
+
+def _metric_label(name: str, score: dict) -> str:
+  """The metric's name, its unit if that is not in the name, and which way is better."""
+  # perplexity has the unit "perplexity per word", and BLEU the unit "BLEU"
+  label, unit = name.replace("_", " "), score["unit"]
+  if unit.startswith(label):
+    label = unit
+  elif unit and unit.lower() != label:
+    label = f"{label} ({unit})"
+  return f"{label} {'↑' if score['higher'] else '↓'}"
+
+
+def _item_count(cell: dict) -> str:
+  if cell["items"] < cell["of"]:
+    return f"{cell['items']:,} of {cell['of']:,}"
+  return f"{cell['items']:,}"
+
+
+def _shared(values: Iterable[str]) -> str:
+  """One value if all models share it, otherwise all of them."""
+  values = list(values)
+  return values[0] if len(set(values)) == 1 else " / ".join(values)
+
+
+def _number(x: float | None) -> str:
+  """About four digits."""
+  if x is None or not math.isfinite(x):
+    return NONE
+  if abs(x) >= 10_000:
+    return f"{x:,.0f}"
+  if abs(x) >= 10:
+    return f"{x:,.2f}"
+  return f"{x:.3f}"
+
+
+def _interval(score: dict) -> str:
+  return f"{_number(score['value'])} [{_number(score['low'])}, {_number(score['high'])}]"
+
+
+def _difference(difference: Difference | None) -> str:
+  if difference is None:
+    return NONE
+  # four digits of p: less is said to be less
+  sign = "<" if difference.p < 1e-4 else "="
+  return f"{_interval(difference._asdict())}, p {sign} {max(difference.p, 1e-4):.4f}"
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+  lines = []
+  for row in (columns, *rows):
+    # a pipe in a name would end its column
+    escaped = [entry.replace("|", r"\|") for entry in row]
+    lines.append("| " + " | ".join(escaped) + " |")
+  return [lines[0], "|" + "---|" * len(columns), *lines[1:]]
+
+
+# ---- plots
+
+
+def _plot_all(cells: Sequence[dict], folder: pathlib.Path) -> None:
+  """Draws each task's first metric, one PNG a curve.
+
+  Against the number of parameters of the models, and against the step of each run.
+  """
+  for task_name, by_model in _by_task(cells).items():
+    metric = next(iter(_metrics(by_model)))
+
+    # 1. Sizes. A run has one point, that of its last step.
+    in_order = sorted(by_model.items(), key=lambda item: item[1]["step"] or 0)
+    newest = {}
+    for name, cell in in_order:
+      newest[cell["run"] or name] = cell
+    by_size = sorted(newest.values(), key=lambda cell: cell["parameters"])
+    if len({cell["parameters"] for cell in by_size}) > 1:
+      _plot(by_size, "parameters", task_name, metric, folder)
+
+    # 2. Steps. One checkpoint is no curve.
+    runs = {}
+    for _, cell in in_order:
+      if cell["run"]:
+        runs.setdefault(cell["run"], []).append(cell)
+    for run, steps in runs.items():
+      if len(steps) > 1:
+        _plot(steps, "step", task_name, metric, folder, run)
+
+
+def _plot(
+  cells: Sequence[dict],
+  x: str,
+  task_name: str,
+  metric: str,
+  folder: pathlib.Path,
+  run: str = "",
+) -> None:
+  """Draws one curve with its intervals; `x` is parameters or step."""
+  figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
+  axes = figure.subplots()
+
+  # 1. The scores that are numbers. errorbar takes distances from the value, not ends.
+  scored = [cell for cell in cells if cell["metrics"][metric]["value"] is not None]
+  scores = [cell["metrics"][metric] for cell in scored]
+  distances = [
+    [_distance(score, "low") for score in scores],
+    [_distance(score, "high") for score in scores],
+  ]
+  axes.errorbar(
+    [cell[x] for cell in scored],
+    [score["value"] for score in scores],
+    distances,
+    marker="o",
+    capsize=3,
+    label=run or "95 % intervals",
+  )
+
+  # 2. The paper's curve, if there is a model of one of its sizes.
+  identity = cells[0]["identity"]
+  reference = paper_scores(identity["task"], identity["protocol"], metric)
+  if reference and x == "parameters" and any(cell["size"] for cell in cells):
+    sizes = [SIZES[name].n_params for name in reference]
+    axes.plot(sizes, list(reference.values()), "s--", mfc="none", color="0.4", label="the paper")
+
+  # 3. Scales and labels. Perplexity over size is nearly a power law, straight on logarithmic axes.
+  score = cells[0]["metrics"][metric]
+  if x == "parameters":
+    axes.set_xscale("log")
+  if score["unit"].startswith("perplexity"):
+    axes.set_yscale("log")
+  axes.set(xlabel=x, ylabel=_metric_label(metric, score), title=task_name)
+  axes.legend()
+
+  folder.mkdir(parents=True, exist_ok=True)
+  name = re.sub(r"[^\w.-]+", "_", f"{task_name}.{x}.{run}").strip("_.")
+  figure.savefig(folder / f"{name}.png", dpi=120)
+
+
+def _distance(score: dict, end: str) -> float:
+  """How far an interval's end is from the score, on its side; 0 if there is no end."""
+  if score[end] is None:
+    return 0.0
+  if end == "low":
+    return max(0.0, score["value"] - score["low"])
+  return max(0.0, score["high"] - score["value"])

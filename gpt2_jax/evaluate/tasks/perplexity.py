@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Language modelling: perplexity and bits per byte of WikiText, PTB, enwik8, text8, LM1B, any text.
+
+Nats are summed over the text that the model reads. Words, bytes and characters are counted in the
+text as published, before any detokenizer, so that protocols share their denominators: perplexity is
+per original token, as in the GPT-2 paper (section 3.1). A word is what stands between spaces, and
+each end of a line is one more, the field's `<eos>`.
+
+The rows of a `contiguous` task are parts of one text, and are there only to be resampled. Any other
+row is read on its own, after `<|endoftext|>`. The paper says neither which it did nor with which
+stride. `<unk>` and PTB's N are read as they are.
+"""
+
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+
+from gpt2_jax.evaluate import detokenizers
+from gpt2_jax.evaluate.metric import Metric, bits, mean, perplexity
+from gpt2_jax.evaluate.sources import Row, Source
+from gpt2_jax.evaluate.task import Answer, Request, RollingLoglikelihood, Task
+
+WIKITEXT = "https://wikitext.smerity.com/wikitext-{}-v1.zip"
+PTB = "http://www.fit.vutbr.cz/~imikolov/rnnlm/simple-examples.tgz"
+LM1B = (
+  "http://www.statmt.org/lm-benchmark/1-billion-word-language-modeling-benchmark-r13output.tar.gz"
+)
+MAHONEY = "http://mattmahoney.net/dc/{}.zip"
+
+LINES = 20  # of PTB in a row; its documents are not marked
+ROW_CHARACTERS = 20_000  # of enwik8 and text8 in a row
+HELD_OUT = 5_000_000  # bytes at the end of enwik8's and text8's 100,000,000 that the field tests on
+SIZES = (100_000_000, HELD_OUT)  # of the published file, and of its end alone
+
+INVERTIBLE = "the natural text from which the published tokens can be had back"
+RAW = "the published tokens, with their spaces"
+LOSSY = "lossy detokenizer"
+
+# an article's heading, between empty lines
+HEADING = re.compile(r"(?<=\n \n) = (?!= )[^\n]* = \n(?= \n)")
+SEAM = "\ue000"  # a character for private use, in no text: it marks where articles meet
+
+
+# ---- files to rows
+
+
+def read_text(path: pathlib.Path) -> str:
+  """Reads all of a file, its line ends and spaces as they are.
+
+  Raises ValueError if it is not UTF-8.
+  """
+  return _decoded(path.read_bytes(), path)
+
+
+def wikitext_articles(path: pathlib.Path) -> Iterator[Row]:
+  """Reads WikiText by article; the text before the first heading belongs to the first."""
+  text = read_text(path)
+  for article in _cut(text, _article_begins(text)):
+    # an empty file is one empty article
+    if article:
+      yield {"text": article}
+
+
+def megatron_articles(path: pathlib.Path) -> Iterator[Row]:
+  """Reads WikiText by article, with what Megatron-LM's detokenizer makes of each.
+
+  Its rules see the whole file, and pair quotes across articles. The file is therefore detokenized
+  in one piece, with marks at which it is cut afterwards.
+  """
+  text = read_text(path)
+  begins = _article_begins(text)
+  published = _cut(text, begins)
+
+  # A mark stands after a heading's " = ". Before it, the mark would part the space from the line's
+  # end, and the rule that drops a space after a line's end would not see it.
+  marked = SEAM.join(_cut(text, [begin + len(" = ") for begin in begins]))
+  detokenized = detokenizers.lossy_wikitext(marked)
+  natural = detokenized.replace(f"= {SEAM}", f"{SEAM}= ").split(SEAM)
+
+  for article, natural_article in zip(published, natural, strict=True):
+    if article:
+      yield {"text": article, "natural": natural_article}
+
+
+def harness_pages(path: pathlib.Path) -> Iterator[Row]:
+  """Reads WikiText by page, as lm-evaluation-harness's wikitext task has it.
+
+  The harness reads EleutherAI/wikitext_document_level. Its script
+  (lm_eval/datasets/wikitext/wikitext.py) takes each line `= ... =` for a heading, two formulas of
+  the test set among them, and loses the newline between pages.
+  """
+  page = []
+  for line in read_text(path).split("\n"):
+    # a heading of a lower level has more equals signs
+    heading = line.replace("= = =", "===").replace("= =", "==").strip()
+    if heading.startswith("= ") and heading.endswith(" ="):
+      if "\n".join(page).strip():
+        yield {"text": "\n".join(page)}
+      page = []
+    page.append(line)
+
+  # the last page has no heading after it
+  if "\n".join(page).strip():
+    yield {"text": "\n".join(page)}
+
+
+def read_lines(path: pathlib.Path, n: int = 1) -> Iterator[Row]:
+  """Reads lines, `n` to a row, each with its line end."""
+  lines = re.findall(r"[^\n]*\n|[^\n]+", read_text(path))
+  for begin in range(0, len(lines), n):
+    yield {"text": "".join(lines[begin : begin + n])}
+
+
+def held_out_end(path: pathlib.Path) -> Iterator[Row]:
+  """Reads the test split of enwik8 or text8: the last 5,000,000 bytes, in parts.
+
+  The first 90,000,000 are for training, the next 5,000,000 for validation, as in
+  salesforce/awd-lstm-lm's prep_enwik8.py. What the split leaves of a character, up to three bytes
+  at either end, is dropped. Raises ValueError for a file that has neither 100,000,000 bytes nor the
+  5,000,000 alone.
+  """
+  content = path.read_bytes()
+  if len(content) not in SIZES:
+    raise ValueError(
+      f"{path} has {len(content):,} bytes; it takes all {SIZES[0]:,}, or the last {SIZES[1]:,}"
+    )
+
+  text = _decoded(_whole_characters(content[-HELD_OUT:]), path)
+  for begin in range(0, len(text), ROW_CHARACTERS):
+    yield {"text": text[begin : begin + ROW_CHARACTERS]}
+
+
+def whole_file(path: pathlib.Path) -> Iterator[Row]:
+  """Reads a file as one row. Raises ValueError if it is empty."""
+  text = read_text(path)
+  if not text:
+    raise ValueError(f"{path} is empty: there is nothing to score")
+  yield {"text": text}
+
+
+def _decoded(content: bytes, path: pathlib.Path) -> str:
+  try:
+    return content.decode("utf-8")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path} is not UTF-8 at byte {error.start:,}") from error
+
+
+def _whole_characters(content: bytes) -> bytes:
+  """Without the rest of a UTF-8 character at the start and the beginning of one at the end."""
+  # A character's further bytes are 80 to BF.
+  begin = re.match(rb"[\x80-\xbf]{0,3}", content).end()
+  # Its first byte says how many follow; here fewer do.
+  cut_off = re.search(
+    rb"(?:[\xc0-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf7][\x80-\xbf]{0,2})\Z", content
+  )
+  end = cut_off.start() if cut_off else None
+  return content[begin:end]
+
+
+def _article_begins(text: str) -> list[int]:
+  """Where articles begin, without the first."""
+  # The newline before the text lets the pattern see a heading on the first line.
+  return [match.start() - 1 for match in HEADING.finditer("\n" + text)][1:]
+
+
+def _cut(text: str, places: list[int]) -> list[str]:
+  begins = [0, *places]
+  ends = [*places, len(text)]
+  return [text[begin:end] for begin, end in zip(begins, ends, strict=True)]
+
+
+# ---- rows to requests
+
+
+def rolling_requests(natural: Callable[[str], str]) -> Callable[[Row], list[Request]]:
+  """Requests for the log-likelihood of what `natural`, a detokenizer, makes of a row's text."""
+  return lambda row: [RollingLoglikelihood(natural(row["text"]))]
+
+
+def _megatron_requests(row: Row) -> list[Request]:
+  return [RollingLoglikelihood(row["natural"])]
+
+
+# ---- answers to sums and metrics
+
+
+def text_units(text: str) -> dict[str, float]:
+  """Counts the words, bytes and characters of a text as published."""
+  return {
+    "words": float(len(text.split()) + text.count("\n")),
+    "bytes": float(len(text.encode())),
+    "characters": float(len(text)),
+  }
+
+
+def _sums(row: Row, answers: list[Answer]) -> dict[str, float]:
+  [answer] = answers
+  return {"nats": answer.nats, "tokens": float(answer.tokens)} | text_units(row["text"])
+
+
+def _harness_sums(row: Row, answers: list[Answer]) -> dict[str, float]:
+  """Sums with lm-evaluation-harness's count of words.
+
+  It counts the empty strings before and after a page's whitespace, too.
+  """
+  return _sums(row, answers) | {"words": float(len(re.split(r"\s+", row["text"])))}
+
+
+METRICS: dict[str, Metric] = {
+  "perplexity": perplexity("words"),
+  "bits_per_byte": bits("bytes"),
+  "bits_per_character": bits("characters"),
+  "nats_per_token": mean("nats", over="tokens", unit="nats per token", higher=False),
+}
+
+
+# ---- the tasks
+
+
+def _task(
+  name: str,
+  protocol: str,
+  description: str,
+  source: Source,
+  requests: Callable[[Row], list[Request]],
+  contiguous: bool = True,
+) -> Task:
+  return Task(name, protocol, description, source, requests, _sums, METRICS, contiguous=contiguous)
+
+
+def _wikitext(name: str, published: str) -> tuple[Task, ...]:
+  """WikiText's test set: 245,569 tokens with `<eos>`, in 60 articles.
+
+  That of WikiText-103 differs in its `<unk>` alone.
+  """
+  url = WIKITEXT.format(published)
+  articles = Source(name, ("wiki.test.tokens",), wikitext_articles, url)
+  megatron = Source(name, ("wiki.test.tokens",), megatron_articles, url)
+  pages = Source(name, ("wiki.test.raw",), harness_pages, url.replace("-v1", "-raw-v1"))
+
+  natural = rolling_requests(detokenizers.WIKITEXT.detokenize)
+  lossy = rolling_requests(detokenizers.lossy_wikitext)
+  alone = f"{INVERTIBLE}; each article alone"
+  harness = f"lm-evaluation-harness's {LOSSY}, pages and count"
+  return (
+    _task(name, "invertible", INVERTIBLE, articles, natural),
+    _task(name, "invertible_documents", alone, articles, natural, contiguous=False),
+    _task(name, "raw", RAW, articles, rolling_requests(str)),
+    _task(name, "megatron", f"Megatron-LM's {LOSSY}", megatron, _megatron_requests),
+    Task(name, "lm_eval", harness, pages, lossy, _harness_sums, METRICS),
+  )
+
+
+def _ptb() -> tuple[Task, ...]:
+  """Penn Treebank's test set: 82,430 tokens with `<eos>`, in 3,761 lines."""
+  source = Source("ptb", ("ptb.test.txt",), lambda path: read_lines(path, LINES), PTB)
+  natural = rolling_requests(detokenizers.PTB.detokenize)
+  lossy = rolling_requests(detokenizers.lossy_ptb)
+  return (
+    _task("ptb", "invertible", INVERTIBLE, source, natural),
+    _task("ptb", "raw", RAW, source, rolling_requests(str)),
+    _task("ptb", "megatron", f"Megatron-LM's {LOSSY}, 20 lines at a time", source, lossy),
+  )
+
+
+def _lm1b_tfds_row(record: dict) -> Row:
+  # TFDS has stripped the line's end
+  return {"text": record["text"] + "\n"}
+
+
+def _lm1b() -> tuple[Task, ...]:
+  """One Billion Word benchmark, whose sentences are shuffled.
+
+  The field tests on the first of 50 held-out files; TFDS's `test` is all 50.
+  """
+  first = Source("lm1b", ("news.en.heldout-00000-of-00050",), read_lines, LM1B)
+  all_files = tuple(f"news.en.heldout-{i:05}-of-00050" for i in range(50))
+  all_50 = Source("lm1b", all_files, read_lines, LM1B, tfds="lm1b", row=_lm1b_tfds_row)
+
+  natural = rolling_requests(detokenizers.ONE_BILLION.detokenize)
+  alone = f"{INVERTIBLE}; each sentence alone"
+  held_out = f"{alone}, of all 50 held-out files"
+  return (
+    _task("lm1b", "invertible", INVERTIBLE, first, natural),
+    _task("lm1b", "invertible_documents", alone, first, natural, contiguous=False),
+    _task("lm1b", "raw", RAW, first, rolling_requests(str)),
+    _task("lm1b", "all_heldout", held_out, all_50, natural, contiguous=False),
+  )
+
+
+def _plain_text(name: str, source: Source, metric: str, description: str, contiguous: bool) -> Task:
+  """A task on text that needs no detokenizer; `metric` comes first."""
+  metrics = {metric: METRICS[metric]} | METRICS
+  requests = rolling_requests(str)
+  return Task(name, "whole", description, source, requests, _sums, metrics, contiguous=contiguous)
+
+
+ENWIK8 = Source("enwik8", ("enwik8",), held_out_end, MAHONEY.format("enwik8"))
+TEXT8 = Source("text8", ("text8",), held_out_end, MAHONEY.format("text8"))
+FILES = Source("text", ("*.txt",), whole_file, "anywhere")
+
+TASKS = (
+  *_wikitext("wikitext2", "2"),
+  *_wikitext("wikitext103", "103"),
+  *_ptb(),
+  _plain_text(
+    "enwik8", ENWIK8, "bits_per_byte", "the last 5,000,000 bytes as one text", contiguous=True
+  ),
+  _plain_text(
+    "text8",
+    TEXT8,
+    "bits_per_character",
+    "the last 5,000,000 characters as one text",
+    contiguous=True,
+  ),
+  *_lm1b(),
+  _plain_text("text", FILES, "bits_per_byte", "any text files, each on its own", contiguous=False),
+)

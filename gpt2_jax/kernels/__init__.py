@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels: forms of a computation that one backend asks for. You need not read this."""

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What surrounds a training run: checkpoint and resume, metrics, the workdir, signals."""

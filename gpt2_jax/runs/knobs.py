@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The knobs of a training config: each declared once, with its type, its range and its help.
+
+The declaration checks the values at the start, writes `--help`, and decides what a resumed run may
+change. The values are in configs/; what a model's knobs may be is ModelConfig's to say.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+  """One knob: its type, its range from `low` to `high`, and what it is for."""
+
+  type: type
+  help: str
+  low: float = -math.inf
+  high: float = math.inf
+  below_high: bool = False  # whether `high` itself is out
+  above_low: bool = False  # whether `low` itself is out
+  resumable: bool = False  # whether a resumed run may change it: it says how, not what, is computed
+  added: object = None  # what runs did before this knob was there
+
+  def problem(self, value) -> str | None:
+    """What is wrong with a value, or None."""
+    if not self._is_of_type(value):
+      return f"is not of type {self.type.__name__}"
+    if self.type not in (int, float):
+      return None
+    too_low = value <= self.low if self.above_low else not value >= self.low
+    too_high = value >= self.high if self.below_high else not value <= self.high
+    if too_low or too_high or not math.isfinite(value):
+      return f"is not {self.range()}"
+    return None
+
+  def _is_of_type(self, value) -> bool:
+    if self.type is bool or isinstance(value, bool):
+      return self.type is bool and isinstance(value, bool)
+    if self.type is float:
+      return isinstance(value, numbers.Real)
+    if self.type is int:
+      return isinstance(value, numbers.Integral)
+    if self.type is tuple:
+      return isinstance(value, tuple | list)
+    return isinstance(value, self.type)
+
+  def range(self) -> str:
+    """The range in words; empty where every value of the type is in it."""
+    low = f"{'above' if self.above_low else 'at least'} {self.low:g}"
+    high = f"{'below' if self.below_high else 'at most'} {self.high:g}"
+    if self.high == 2**32 - 1:
+      high = "below 2^32"
+    bounds = []
+    if self.low > -math.inf:
+      bounds.append(low)
+    if self.high < math.inf:
+      bounds.append(high)
+    return " and ".join(bounds) or "a finite number"
+
+
+def _count(help: str, low: int = 1, resumable: bool = False) -> Knob:
+  return Knob(int, help, low, resumable=resumable)
+
+
+def _model(type: type, help: str, resumable: bool = False) -> Knob:
+  return Knob(type, help, resumable=resumable)
+
+
+KNOBS = {
+  "seed": Knob(int, "of parameters, dropout and the order of the data", 0, 2**32 - 1),
+  # The model, see ModelConfig, which says what each may be.
+  "model.n_vocab": _model(int, "tokens of the vocabulary: the tokenizer's"),
+  "model.n_ctx": _model(int, "context: tokens of a window"),
+  "model.n_embd": _model(int, "width"),
+  "model.n_head": _model(int, "attention heads; they divide the width"),
+  "model.n_layer": _model(int, "blocks"),
+  "model.use_bias": _model(bool, "biases in Linear and LayerNorm"),
+  "model.gelu": _model(str, "tanh, or erf for nanoGPT's checkpoints"),
+  "model.embd_pdrop": _model(float, "dropout rate of the embeddings"),
+  "model.attn_pdrop": _model(float, "dropout rate of the attention probabilities"),
+  "model.resid_pdrop": _model(float, "dropout rate of what joins the residual stream"),
+  "model.dtype": _model(str, "mixed precision: bfloat16, or float32", resumable=True),
+  "model.pad_heads": _model(bool, "zero heads up to what the model axis divides", resumable=True),
+  "model.attention": _model(str, "kernel: auto, chunked, fused, splash, cudnn", resumable=True),
+  "model.remat": _model(str, "recomputed backward: none, dots, full", resumable=True),
+  "model.unroll": _model(int, "layers a step of the scan", resumable=True),
+  # The data: where it lies may change, what it is may not (the manifests' hashes are compared).
+  "data.train": Knob(str, "token store to train on, local or gs://", resumable=True),
+  "data.validation": Knob(str, "token store to validate on", resumable=True),
+  "data.tokenizer": Knob(str, "the stores' tokenizer: gpt2, a .model or a .json", resumable=True),
+  # The mesh; make_mesh says which sizes multiply.
+  "mesh.replica": _count("data parallelism across slices; -1 is the rest", -1, True),
+  "mesh.data": _count("FSDP: data parallelism with sharded parameters", -1, True),
+  "mesh.model": _count("tensor parallelism", -1, True),
+  # The recipe.
+  "steps": _count("updates; the cosine ends there"),
+  "batch_size": _count("windows in one update, over all devices"),
+  "microbatches": _count("gradient accumulation: parts of a batch, in turn", resumable=True),
+  "steps_per_call": _count("updates in one dispatch", resumable=True),
+  "learning_rate": Knob(float, "peak learning rate", 0, above_low=True),
+  "warmup_steps": _count("steps of linear warmup", 0),
+  "final_lr_fraction": Knob(float, "of the peak, at the end of the cosine", 0, 1),
+  "b1": Knob(float, "AdamW's decay of the mean", 0, 1, below_high=True),
+  "b2": Knob(float, "AdamW's decay of the square", 0, 1, below_high=True),
+  "weight_decay": Knob(float, "on matrices only", 0),
+  "clip_norm": Knob(float, "largest global norm of the gradient; 0 is no clipping", 0),
+  "trainable": Knob(tuple, 'names of what is trained, as ("*",) or ("ln_f.*",)', added=("*",)),
+  "max_skips": _count("updates in a row that may be not finite", resumable=True),
+  # What is written, and when. A large number is never.
+  "log_every": _count("steps between lines of metrics.jsonl", resumable=True),
+  "eval_every": _count("steps between evaluations", resumable=True),
+  "eval_windows": _count("first validation windows that are scored; 0 is all", 0),
+  "save_every": _count("steps between checkpoints; the best evaluation saves too", resumable=True),
+  "keep": _count("newest checkpoints kept; the best one stays besides", resumable=True),
+  "profile_steps": _count("steps of a JAX trace in workdir/profile", 0, True),
+}
+
+
+def flatten(config: dict, prefix: str = "") -> dict:
+  """Knobs by their dotted names."""
+  items = {}
+  for name, value in config.items():
+    if isinstance(value, dict):
+      items |= flatten(value, f"{prefix}{name}.")
+    else:
+      items[prefix + name] = value
+  return items
+
+
+def check(config: dict) -> None:
+  """Raises ValueError on a knob that is unknown, missing, of another type or out of range."""
+  values = flatten(config)
+  for name in values:
+    if name not in KNOBS:
+      near = difflib.get_close_matches(name, KNOBS, 1, cutoff=0)[0]
+      raise ValueError(f"the config has a knob {name[:80]!r} that nothing reads; is it {near}?")
+  for name, knob in KNOBS.items():
+    if name not in values:
+      raise ValueError(f"the config has no {name} ({knob.help}); begin with configs/gpt2.py")
+    problem = knob.problem(values[name])
+    if problem:
+      value = str(values[name])[:80]
+      raise ValueError(f"{name} of {value} {problem}; set --config.{name} ({knob.help})")
+
+
+def differences(saved: dict, config: dict) -> list[str]:
+  """Knobs that a resumed run may not change, and that differ: `name: old -> new` of each."""
+  old, new = (flatten(json.loads(json.dumps(x))) for x in (saved, config))  # tuples as lists
+  lines = []
+  for name in sorted(old.keys() | new.keys()):
+    knob = KNOBS.get(name)
+    if knob and name not in old and knob.added is not None:
+      old[name] = json.loads(json.dumps(knob.added))
+    if old.get(name) != new.get(name) and not (knob and knob.resumable):
+      lines.append(f"{name}: {str(old.get(name))[:80]} -> {str(new.get(name))[:80]}")
+  return lines
+
+
+def help_text() -> str:
+  """All knobs for `--help`: name, what it is for, type and range; * may change on resume."""
+  lines = ["Knobs, set by --config.NAME=VALUE; * marks what a resumed run may change:"]
+  for name, knob in KNOBS.items():
+    has_range = knob.low > -math.inf or knob.high < math.inf
+    allowed = f"{knob.type.__name__} {knob.range()}" if has_range else knob.type.__name__
+    star = "*" if knob.resumable else " "
+    lines.append(f" {star} {name:<18} {knob.help} ({allowed})")
+  return "\n".join(lines)

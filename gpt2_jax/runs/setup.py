@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opens a run: its data, its workdir, its newest checkpoint; what the training loop then needs."""
+
+import contextlib
+import dataclasses
+
+import jax
+from ml_collections import ConfigDict
+
+import gpt2_jax.distributed as distributed
+from gpt2_jax.data import Batches, TokenStore
+from gpt2_jax.data.batches import BatchSource
+from gpt2_jax.data.stores import open_stores
+from gpt2_jax.model import ModelConfig
+from gpt2_jax.runs.metadata import run_identity, run_metadata
+from gpt2_jax.runs.metrics import Log, Metrics, Profile
+from gpt2_jax.runs.signals import StopSignal
+from gpt2_jax.runs.workdir import Workdir, lock
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """All that the loop needs: the first state, what it is trained on, and where it is written."""
+
+  config: ConfigDict
+  state: object  # the TrainState that was saved; None where nothing was
+  first_step: int
+  batches: BatchSource
+  validation: TokenStore
+  metadata: dict  # saved with each checkpoint
+  checkpoints: object  # of runs.checkpoint, which is imported late
+  workdir: Workdir
+  metrics: Metrics
+  log: Log
+  profile: Profile
+  stop: StopSignal
+  writers: contextlib.ExitStack  # closes metrics and checkpoints, before the workdir itself
+
+
+def set_up(
+  config: ConfigDict, model_config: ModelConfig, workdir: str, abstract_state, resources
+) -> Setup:
+  """Opens the data and the workdir, and resumes from the newest checkpoint if there is one.
+
+  What has to be closed goes onto `resources`, an ExitStack. Raises ValueError or OSError where the
+  input cannot be.
+  """
+  # Orbax takes seconds to import, so only a run does.
+  from gpt2_jax.runs.checkpoint import Checkpoints
+
+  # 1. From here on SIGTERM asks for a save. All processes must see the same data.
+  stop = resources.enter_context(StopSignal(jax.sharding.get_mesh()))
+  train, validation, tokenizer = open_stores(**config.data, n_vocab=model_config.n_vocab)
+  batches = Batches(train, model_config.n_ctx, config.batch_size, config.seed)
+  metadata = run_metadata(config, train, validation, tokenizer)
+  distributed.check_same("config", {"workdir": workdir} | run_identity(metadata))
+
+  # 2. Resume.
+  resources.enter_context(lock(workdir))
+  checkpoints = Checkpoints(workdir, config.keep)
+  state, first_step = checkpoints.restore_latest(abstract_state, metadata) or (None, 0)
+
+  # 3. Where the run writes. Metrics are closed before checkpoints, which wait for a save.
+  folder = resources.enter_context(Workdir(workdir))
+  writers = resources.enter_context(contextlib.ExitStack())
+  writers.callback(checkpoints.close)
+  metrics = Metrics(folder.path, first_step, config.steps)
+  writers.callback(metrics.close)
+  profile = Profile(folder.path, config.profile_steps)
+  writers.callback(profile.end, ())  # where an error ends the loop
+  log_start(metrics, first_step, config.steps)
+  log = Log(metrics, config, model_config)
+  return Setup(
+    config=config,
+    state=state,
+    first_step=first_step,
+    batches=batches,
+    validation=validation,
+    metadata=metadata,
+    checkpoints=checkpoints,
+    workdir=folder,
+    metrics=metrics,
+    log=log,
+    profile=profile,
+    stop=stop,
+    writers=writers,
+  )
+
+
+def log_start(metrics: Metrics, first_step: int, steps: int):
+  """Says where the run computes, and from which step it resumes."""
+  mesh, processes, devices = jax.sharding.get_mesh(), jax.process_count(), jax.local_device_count()
+  metrics.say(
+    f"{processes} process{'es' * (processes > 1)} x {devices} device{'s' * (devices > 1)} "
+    f"({jax.devices()[0].device_kind}), mesh {tuple(mesh.shape.values())}"
+  )
+  if first_step >= steps:
+    metrics.say(f"all {first_step} steps were done before")
+  elif first_step:
+    metrics.say(f"resumed from step {first_step}")

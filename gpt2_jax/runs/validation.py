@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Validation loss of a run, and the loss of its first batch before training."""
+
+import math
+
+import jax
+from jax.sharding import NamedSharding
+
+import gpt2_jax.distributed as distributed
+from gpt2_jax.batch import Batch
+from gpt2_jax.data import TokenStore, evaluation_batches
+from gpt2_jax.files import progress
+from gpt2_jax.loss import cross_entropy
+from gpt2_jax.model import GPT2
+from gpt2_jax.runs.metrics import Metrics
+from gpt2_jax.runs.setup import Setup
+from gpt2_jax.sharding import BATCH
+
+
+@jax.jit
+def evaluation_sums(model: GPT2, batch: Batch, objective):
+  """The objective's sums without dropout; divide last."""
+  return objective(model, batch)
+
+
+def validation_loss(
+  model: GPT2, objective, store: TokenStore, batch_size: int, windows: int
+) -> float:
+  """Mean nats a token over the first `windows` windows of the store (0: all), in their order."""
+  sharding = NamedSharding(jax.sharding.get_mesh(), BATCH)
+  batches = evaluation_batches(store, model.config.n_ctx, batch_size, sharding, windows or None)
+  quiet = None if distributed.is_primary() else True  # None: where stderr is no terminal
+  sums = []
+  for batch in progress(batches, "evaluation", "batch", disable=quiet):
+    sums.append(distributed.block_until_ready(evaluation_sums(model, batch, objective)))
+  sums = jax.device_get(sums)
+  return sum(float(s["nats"]) for s in sums) / sum(float(s["tokens"]) for s in sums)
+
+
+def validate(setup: Setup, model: GPT2, objective, rows: int, step: int) -> float:
+  """The validation loss of a run at `step`, in batches of `rows`; it is logged, too."""
+  val_loss = validation_loss(model, objective, setup.validation, rows, setup.config.eval_windows)
+  setup.metrics.write(step, val_loss=val_loss)
+  setup.metrics.say(f"step {step}: validation {val_loss:.4f} nats a token")
+  return val_loss
+
+
+@jax.jit
+def initial_loss(model: GPT2, tokens_BT):
+  """Nats a token of tokens [B, T + 1], and the RMS of the residual stream after each layer, [L]."""
+  x_BTD, rms_L, _ = model.hidden(model.embed(tokens_BT[:, :-1]))
+  nats_BT = cross_entropy(model.head(x_BTD), tokens_BT[:, 1:], model.config.n_vocab)
+  return nats_BT.mean(), rms_L
+
+
+def log_initial_loss(metrics: Metrics, model: GPT2, batches: Batch, rows: int):
+  """The first line of a run: is the loss near ln V, and does the residual stream grow gently?
+
+  It is the loss of the first `rows` rows of the first step, for they fit at once.
+  """
+  tokens_BT = jax.lax.slice_in_dim(batches.tokens_BT[0], 0, rows)
+  loss, rms_L = jax.device_get(initial_loss(model, tokens_BT))
+  expected = math.log(model.config.n_vocab)
+  verdict = "as it should be"
+  if abs(loss - expected) >= 0.5:
+    verdict = "expected near ln V: look at data and initialization"
+
+  scales = " ".join(f"{rms:.2f}" for rms in rms_L)
+  metrics.say(
+    f"health: loss {loss:.3f}, ln V {expected:.3f} ({verdict}); residual RMS by layer: {scales}"
+  )

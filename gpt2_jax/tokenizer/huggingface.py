@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face tokenizers: the content of a tokenizer.json, or a vocab.json with its merges.txt."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gpt2_jax.tokenizer.byte_bpe import byte_alphabet, hash_byte_vocabulary
+from gpt2_jax.tokenizer.interface import EOT, join_ids
+
+if TYPE_CHECKING:
+  import tokenizers
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFace:
+  """Hugging Face tokenizer (byte-level BPE, mostly), held as the text of its tokenizer.json.
+
+  `end` is the id that ends a text, for vocabularies that do not call it `<|endoftext|>`.
+  """
+
+  payload: str = dataclasses.field(repr=False)
+  end: int | None = None
+
+  @classmethod
+  def from_merges(cls, vocab: dict[str, int], merges: list[tuple[str, str]]) -> "HuggingFace":
+    """Byte-level BPE from the content of GPT-2's files.
+
+    `vocab` is a vocab.json (OpenAI's encoder.json), `merges` a merges.txt (OpenAI's vocab.bpe).
+    """
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    if EOT in vocab:
+      tokenizer.add_special_tokens([tokenizers.AddedToken(EOT, normalized=False)])
+    return cls(tokenizer.to_str())
+
+  @functools.cached_property
+  def _tokenizer(self) -> "tokenizers.Tokenizer":
+    import tokenizers
+
+    try:
+      tokenizer = tokenizers.Tokenizer.from_str(self.payload)
+    except Exception as error:
+      # The library raises plain Exception.
+      raise ValueError(
+        f"{len(self.payload):,} characters are no tokenizer.json ({error})"
+      ) from error
+
+    # What looks like a special token is text.
+    tokenizer.encode_special_tokens = True
+
+    # Files of sentence embedders and others ask for both; a corpus wants neither.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+  @property
+  def vocab_size(self) -> int:
+    return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+  @functools.cached_property
+  def eot(self) -> int | None:
+    return self._tokenizer.token_to_id(EOT) if self.end is None else self.end
+
+  @property
+  def end_token(self) -> str | None:
+    """How the vocabulary writes the token that ends a text."""
+    return None if self.eot is None else self._tokenizer.id_to_token(self.eot)
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """SHA-256 of the vocabulary; with GPT-2's own, it equals the one of Gpt2Bpe."""
+    bytes_of = {character: byte for byte, character in byte_alphabet().items()}
+    vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+
+    # Tokens outside the byte alphabet are special ones, which stand for their own characters.
+    tokens = []
+    for token in sorted(vocab, key=vocab.get):
+      if bytes_of.keys() >= set(token):
+        tokens.append(bytes(map(bytes_of.get, token)))
+      else:
+        tokens.append(token.encode())
+    return hash_byte_vocabulary(tokens)
+
+  def encode(self, text: str, allow_eot: bool = False) -> list[int]:
+    if allow_eot and self.eot is not None:
+      return join_ids([self.eot], map(self.encode, text.split(EOT)))
+
+    # No special tokens: a file may put one before each text, which no text of a corpus has.
+    return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+  def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
+
+  def encode_with_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+    """Encodes a text, with the character at which each token begins.
+
+    A space before a word is part of the word's token. Some files (RoBERTa's) leave such spaces out
+    of the offsets: a token then begins where the one before it ends.
+    """
+    encoding = self._tokenizer.encode(text, add_special_tokens=False)
+
+    # The reshape gives an empty text two columns, too.
+    begins, ends = np.array(encoding.offsets, int).reshape(-1, 2).T
+    previous_ends = np.concatenate([[0], ends])[:-1]
+    return encoding.ids, np.minimum(begins, previous_ends)
+
+  def decode(self, ids: Iterable[int]) -> str:
+    return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)
+
+  def to_json(self) -> dict:
+    return {"kind": "huggingface", "payload": self.payload, "end": self.end}

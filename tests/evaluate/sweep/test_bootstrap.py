@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Intervals against what is known of them in closed form, in plain loops, and over many simulated
+models."""
+
+import math
+
+import numpy as np
+import pytest
+
+from gpt2_jax.evaluate.metric import Metric, mean, percent, perplexity
+from gpt2_jax.evaluate.sweep import bootstrap
+
+ACCURACY = {"accuracy": percent("correct")}
+PERPLEXITY = {"perplexity": perplexity("words")}
+
+
+def answers(correct) -> dict[str, np.ndarray]:
+  return {"items": np.ones(len(correct)), "correct": np.asarray(correct, float)}
+
+
+def texts(n: int, seed: int = 0) -> dict[str, np.ndarray]:
+  rng = np.random.default_rng(seed)
+  words = rng.integers(1, 40, n)
+  return {"items": np.ones(n), "nats": words * rng.gamma(8, 0.4, n), "words": words.astype(float)}
+
+
+def test_the_interval_of_a_share_is_the_binomials():
+  n, k = 2000, 600
+  interval = bootstrap.intervals(ACCURACY, answers(np.arange(n) < k))["accuracy"]
+  half = 1.96 * math.sqrt(k / n * (1 - k / n) / n) * 100
+  assert interval.value == pytest.approx(30)
+  assert interval.low == pytest.approx(30 - half, abs=0.1) and interval.high == pytest.approx(
+    30 + half, abs=0.1
+  )
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+  rng = np.random.default_rng(0)
+  held = []
+  for seed in range(300):
+    [interval] = bootstrap.intervals(
+      {"": mean("x")}, {"items": np.ones(80), "x": rng.normal(5, 2, 80)}, 500, seed
+    ).values()
+    held.append(interval.low <= 5 <= interval.high)
+  # 0.95 less what the percentiles lose at 80 items, and 4 of its deviations
+  assert 0.90 <= np.mean(held) <= 0.98
+
+
+def test_a_lower_level_is_a_narrower_interval():
+  items = texts(300)
+  wide, narrow = (
+    bootstrap.intervals(PERPLEXITY, items, 2000, level=level)["perplexity"] for level in (0.95, 0.5)
+  )
+  assert wide.low < narrow.low < narrow.value < narrow.high < wide.high
+
+
+def test_items_that_are_all_alike_have_no_spread():
+  interval = bootstrap.intervals(ACCURACY | {"mean": mean("correct")}, answers(np.ones(50)), 200)
+  assert interval == {"accuracy": (100, 100, 100), "mean": (1, 1, 1)}
+
+
+def test_one_item_has_a_score_and_no_interval():
+  interval = bootstrap.intervals(ACCURACY, answers([1]), 50)["accuracy"]
+  assert interval.value == 100 and math.isnan(interval.low) and math.isnan(interval.high)
+  difference = bootstrap.paired_differences(ACCURACY, answers([1]), answers([0]), 50)["accuracy"]
+  assert (difference.value, difference.p) == (100, 1) and math.isnan(difference.low)
+
+
+def test_a_perplexity_is_that_of_each_resample_in_a_plain_loop():
+  items, rng = texts(120), np.random.default_rng(1)
+  interval = bootstrap.intervals(PERPLEXITY, items, 20_000)["perplexity"]
+  drawn = [rng.integers(120, size=120) for _ in range(20_000)]
+  loop = [math.exp(items["nats"][at].sum() / items["words"][at].sum()) for at in drawn]
+  assert interval.value == pytest.approx(
+    math.exp(items["nats"].sum() / items["words"].sum()), rel=1e-12
+  )
+  np.testing.assert_allclose(interval[1:], np.quantile(loop, [0.025, 0.975]), rtol=0.005)
+
+
+def test_the_seed_decides_and_the_size_of_a_part_does_not(monkeypatch):
+  items = texts(90)
+  first = bootstrap.intervals(PERPLEXITY, items, 300, seed=3)
+  assert (
+    first
+    == bootstrap.intervals(PERPLEXITY, items, 300, seed=3)
+    != bootstrap.intervals(PERPLEXITY, items, 300)
+  )
+  monkeypatch.setattr(bootstrap, "DRAWS", 7 * 90)
+  parts = bootstrap.intervals(PERPLEXITY, items, 300, seed=3)
+  assert parts["perplexity"] == pytest.approx(first["perplexity"], rel=1e-12)
+
+
+def test_the_order_of_the_items_moves_no_end_by_more_than_the_draws_do():
+  items = texts(400)
+  turned = {key: values[::-1] for key, values in items.items()}
+  one, other = (bootstrap.intervals(PERPLEXITY, x)["perplexity"] for x in (items, turned))
+  assert one.value == pytest.approx(other.value, rel=1e-12)
+  assert one[1:] == pytest.approx(other[1:], abs=0.05 * (one.high - one.low))
+
+
+def test_several_metrics_at_once_are_each_what_they_are_alone():
+  items = texts(60) | answers(np.arange(60) % 3 == 0)
+  both = bootstrap.intervals(ACCURACY | PERPLEXITY, items, 500)
+  for metrics in (ACCURACY, PERPLEXITY):
+    [(name, alone)] = bootstrap.intervals(metrics, items, 500).items()
+    assert both[name] == pytest.approx(alone, rel=1e-12)
+
+
+def test_without_a_denominator_there_is_no_number_and_no_error():
+  metrics = {"share": mean("correct", "answered")}
+  none = answers([0, 0, 0]) | {"answered": np.zeros(3)}
+  assert all(map(math.isnan, bootstrap.intervals(metrics, none, 50)["share"][1:]))
+  # one resample in 27 divides by zero
+  few = answers([1, 0, 0]) | {"answered": np.array([1.0, 0, 1])}
+  assert bootstrap.intervals(metrics, few, 500)["share"].value == 0.5
+
+
+def test_metrics_without_a_number_are_no_evidence():
+  nothing = answers([0, 0, 0]) | {"answered": np.zeros(3)}
+  assert (
+    bootstrap.paired_differences({"share": mean("correct", "answered")}, nothing, nothing, 50)[
+      "share"
+    ].p
+    == 1
+  )
+
+
+def test_p_values_are_uniform_where_two_models_are_alike():
+  rng = np.random.default_rng(0)
+  p = []
+  for seed in range(400):
+    a, b = ({"items": np.ones(60), "x": rng.normal(size=60)} for _ in "ab")
+    p.append(bootstrap.paired_differences({"": mean("x")}, a, b, 199, seed)[""].p)
+  assert np.mean(p) == pytest.approx(0.5, abs=0.06)
+  assert np.mean(np.array(p) <= 0.05) == pytest.approx(0.05, abs=0.045)
+  assert min(p) >= 1 / 200
+
+
+def test_a_difference_that_shows_only_in_pairs_is_found():
+  rng = np.random.default_rng(0)
+  difficulty = rng.normal(0, 10, 200)
+  a, b = (
+    {"items": np.ones(200), "x": difficulty + rng.normal(shift, 0.5, 200)} for shift in (0.5, 0)
+  )
+  difference = bootstrap.paired_differences({"": mean("x")}, a, b, 2000)[""]
+  assert (
+    difference.p == pytest.approx(1 / 2001)
+    and 0 < difference.low < difference.value < difference.high < 1
+  )
+  alone = [bootstrap.intervals({"": mean("x")}, x, 2000)[""] for x in (a, b)]
+  assert alone[0].low < alone[1].high  # unpaired, the intervals overlap
+
+
+def test_the_p_value_of_few_items_is_the_exact_one():
+  """Five differences, all 1: of the 32 ways to swap them only two are as far out."""
+  a, b = answers(np.ones(5)), answers(np.zeros(5))
+  assert bootstrap.paired_differences(ACCURACY, a, b, 20_000)["accuracy"].p == pytest.approx(
+    2 / 32, abs=0.006
+  )
+
+
+def test_a_pair_turned_around_is_the_same_with_the_other_sign():
+  a, b = texts(80, 1), texts(80, 2)
+  one, other = (
+    bootstrap.paired_differences(PERPLEXITY, *pair, 1000)["perplexity"] for pair in ((a, b), (b, a))
+  )
+  assert one.value == pytest.approx(-other.value) and one.p == pytest.approx(other.p, abs=1e-9)
+  assert one.low == pytest.approx(-other.high, rel=0.05, abs=0.5)
+  assert bootstrap.paired_differences(PERPLEXITY, a, a, 100)["perplexity"] == (0, 0, 0, 1)
+
+
+def test_only_the_same_number_of_items_pairs():
+  with pytest.raises(ValueError, match="3 items do not pair with 4"):
+    bootstrap.paired_differences(ACCURACY, answers(np.ones(3)), answers(np.ones(4)))
+
+
+def test_a_metric_sees_the_sums_of_all_resamples_at_once():
+  seen = []
+  metric = Metric(lambda sums: seen.append(np.shape(sums["x"])) or sums["x"], ("x",), True, "")
+  bootstrap.intervals({"": metric}, {"x": np.arange(5.0)}, 70)
+  assert seen == [(), (70,)]

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A finished cell is computed once, and its identity decides which cell it is. Answers come from a
+fake scorer here."""
+
+import json
+import os
+import types
+
+import numpy as np
+import pytest
+
+from configs import zero_shot
+from gpt2_jax.evaluate import tasks
+from gpt2_jax.evaluate.metric import percent, perplexity
+from gpt2_jax.evaluate.sources import Source, json_lines
+from gpt2_jax.evaluate.sweep import compute
+from gpt2_jax.evaluate.task import Likelihood, Loglikelihood, Task
+from gpt2_jax.model import ModelConfig
+
+
+def toy(name: str, protocol: str = "plain", examples: Source | None = None) -> Task:
+  def requests(row):
+    return [Loglikelihood(row["text"], row["word"])]
+
+  def sums(row, answers):
+    return {"nats": answers[0].nats, "correct": float(answers[0].greedy)}
+
+  source = Source(
+    name, ("rows.jsonl",), json_lines, "https://example.org/" + name, examples=examples
+  )
+  metrics = {"accuracy": percent("correct"), "perplexity": perplexity("items")}
+  return Task(
+    name,
+    protocol,
+    "toy",
+    source,
+    requests,
+    sums,
+    metrics,
+    example=lambda row: row["text"] + row["word"],
+  )
+
+
+class FakeScorer:
+  """Answers as a scorer would, from the length of the texts, and remembers the requests."""
+
+  def __init__(self, requests: list):
+    self.model, self.requests = types.SimpleNamespace(config=ModelConfig()), requests
+
+  def answers(self, requests, contiguous=False):
+    self.requests += requests
+    return [
+      Likelihood(len(x.context) / 10, 1, len(x.context) % 2 == 0, len(x.context) > 11)
+      for x in requests
+    ]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+  """A data folder with three tasks, two models, and a config of all that; `loads` and
+  `requests` are what was done."""
+  for name in ("first", "second"):
+    monkeypatch.setitem(tasks.TASKS, name, {p: toy(name, p) for p in ("plain", "other")})
+    write_rows(tmp_path, name)
+  pool = Source("pool", ("rows.jsonl",), json_lines, "https://example.org/pool")
+  monkeypatch.setitem(tasks.TASKS, "taught", {"plain": toy("taught", examples=pool)})
+  for name in ("taught", "pool"):
+    write_rows(tmp_path, name)
+  config = zero_shot.get_config()
+  with config.unlocked():
+    config.models = tuple(str(model(tmp_path, name)) for name in "ab")
+    config.tasks, config.data, config.resamples = ("first", "second"), str(tmp_path / "data"), 50
+  loads, requests = [], []
+
+  def loaded(chosen, config):
+    loads.append(os.path.basename(chosen.path))
+    return FakeScorer(requests)
+
+  monkeypatch.setattr(compute, "_load_scorer", loaded)
+  out = tmp_path / "out"
+  return types.SimpleNamespace(
+    config=config,
+    out=str(out),
+    folder=tmp_path,
+    loads=loads,
+    requests=requests,
+    log=lambda: log(out),
+  )
+
+
+def write_rows(folder, name: str, n: int = 9, begin: int = 3):
+  path = folder / "data" / name / "rows.jsonl"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(
+    "".join(json.dumps({"text": "x" * (begin + i), "word": " w"}) + "\n" for i in range(n))
+  )
+  return path
+
+
+def model(folder, name: str):
+  path = folder / name
+  path.mkdir(exist_ok=True)
+  (path / "weights").write_text(name)
+  return path
+
+
+def log(out) -> list[str]:
+  path = out / compute.COMPUTED
+  return (
+    [json.loads(line)["cell"] for line in path.read_text().splitlines()] if path.exists() else []
+  )
+
+
+def scores(outcome) -> list:
+  return [cell["metrics"] for cell in outcome.cells]
+
+
+def test_a_finished_cell_is_kept_and_no_model_is_loaded_for_it(place, capfd):
+  first = compute.run(place.config, place.out)
+  assert place.loads == ["a", "b"] and len(set(place.log())) == 4
+  assert [(cell["identity"]["model"][-1], cell["identity"]["task"]) for cell in first.cells] == [
+    ("a", "first"), ("a", "second"), ("b", "first"), ("b", "second")
+  ]  # fmt: skip
+  again = compute.run(place.config, place.out)
+  assert place.loads == ["a", "b"] and len(place.log()) == 4 and scores(again) == scores(first)
+  assert capfd.readouterr().err.count("] kept ") == 4
+
+
+def test_a_cell_holds_what_its_items_are(place):
+  cell = compute.run(place.config, place.out).cells[0]
+  length = np.arange(3, 12)
+  np.testing.assert_allclose(cell["sums"]["nats"], length / 10)
+  assert (cell["items"], cell["of"], cell["truncated"], cell["size"]) == (9, 9, 0, "117M")
+  assert cell["metrics"]["accuracy"]["value"] == pytest.approx(100 * 4 / 9)
+  assert cell["metrics"]["perplexity"]["value"] == pytest.approx(np.exp(length.mean() / 10))
+  assert cell["metrics"]["perplexity"]["low"] < cell["metrics"]["perplexity"]["value"]
+  assert cell["parameters"] == 124_439_808
+
+
+def change(name, value):
+  def changed(place):
+    place.config[name] = value
+
+  return changed
+
+
+@pytest.mark.parametrize(
+  "changed, computed",
+  [
+    (change("limit", 5), 4),
+    (change("seed", 1), 4),
+    (change("stride", 3), 4),
+    (change("dtype", "bfloat16"), 4),
+    (change("tasks", ("first", "second:other")), 2),
+    (change("tasks", ("first", "second::2")), 2),
+    (lambda place: write_rows(place.folder, "second", begin=4), 2),
+    (lambda place: (place.folder / "b" / "weights").write_text("trained"), 2),
+    (change("batch_size", 3), 0),
+    (change("tasks", ("second:plain:0", "first:plain", "first")), 0),
+  ],
+)
+def test_the_identity_of_a_cell_decides_whether_it_is_another(place, changed, computed):
+  before = compute.run(place.config, place.out)
+  changed(place)
+  after = compute.run(place.config, place.out)
+  assert len(place.log()) == 4 + computed == len(set(place.log()))
+  assert len(after.cells) == len(before.cells) == 4
+
+
+def test_examples_belong_to_the_identity_of_a_cell(place):
+  place.config.tasks = ("taught::2",)
+  compute.run(place.config, place.out)
+  assert all(request.context.count(" w\n\n") == 2 for request in place.requests)
+  write_rows(place.folder, "pool", begin=5)
+  compute.run(place.config, place.out)
+  assert len(set(place.log())) == 4
+
+
+def test_a_limit_takes_the_first_items_and_says_of_how_many(place):
+  place.config.limit = 4
+  computed = compute.run(place.config, place.out).cells
+  assert {(cell["items"], cell["of"], len(cell["sums"]["nats"])) for cell in computed} == {
+    (4, 9, 4)
+  }
+  assert [len(request.context) for request in place.requests[:4]] == [3, 4, 5, 6]
+
+
+def test_another_number_of_resamples_draws_new_intervals_of_the_same_items(place):
+  before = compute.run(place.config, place.out)
+  place.config.resamples = 999
+  after = compute.run(place.config, place.out)
+  assert place.loads == ["a", "b"] and len(place.log()) == 4
+  for old, new in zip(before.cells, after.cells, strict=True):
+    assert old["metrics"]["perplexity"]["value"] == new["metrics"]["perplexity"]["value"]
+    assert old["metrics"]["perplexity"]["high"] != new["metrics"]["perplexity"]["high"]
+    np.testing.assert_array_equal(old["sums"]["nats"], new["sums"]["nats"])
+
+
+def test_all_missing_datasets_are_one_error_before_any_model_is_loaded(place):
+  place.config.tasks = ("first", "second", "taught::1")
+  for name in ("second", "pool"):
+    (place.folder / "data" / name / "rows.jsonl").unlink()
+  place.config.models = ("no/such/model",)
+  with pytest.raises(
+    FileNotFoundError, match="2 .*example.org/second and .*example.org/pool and .*--skip_missing"
+  ) as error:
+    compute.run(place.config, place.out)
+  assert "\n" not in str(error.value) and not place.loads
+
+
+def test_what_is_missing_is_left_out_if_asked_for_and_said(place):
+  (place.folder / "data" / "second" / "rows.jsonl").unlink()
+  outcome = compute.run(place.config, place.out, skip_missing=True)
+  assert [cell["identity"]["task"] for cell in outcome.cells] == ["first", "first"]
+  assert list(outcome.missing) == ["second:plain:0"] and not outcome.failed
+
+
+def test_a_malformed_row_is_a_line_and_the_other_cells_are_computed(place, capfd):
+  path = place.folder / "data" / "second" / "rows.jsonl"
+  path.write_text(path.read_text() + '{"text": "a"}\n')
+  outcome = compute.run(place.config, place.out)
+  assert [cell["identity"]["task"] for cell in outcome.cells] == ["first", "first"]
+  assert len(outcome.failed) == 2 and all(
+    "row 9 is malformed: it has no 'word'" in x for x in outcome.failed.values()
+  )
+  assert capfd.readouterr().err.count("failed second:plain:0") == 2
+  write_rows(place.folder, "second")
+  assert len(compute.run(place.config, place.out).cells) == 4 and len(set(place.log())) == 4
+
+
+def test_a_file_that_cannot_be_read_fails_its_task_alone(place, capfd):
+  (place.folder / "data" / "second" / "rows.jsonl").write_text("no JSON")
+  outcome = compute.run(place.config, place.out)
+  assert len(outcome.cells) == 2 and "rows.jsonl:1" in outcome.failed["second:plain:0"]
+  assert "failed second:plain:0" in capfd.readouterr().err
+
+
+def test_a_model_that_cannot_be_loaded_is_tried_once_and_the_others_are_computed(
+  place, monkeypatch
+):
+  fake, tried = compute._load_scorer, []
+
+  def loaded(chosen, config):
+    tried.append(chosen.path[-1])
+    return ValueError("it is damaged") if chosen.path.endswith("a") else fake(chosen, config)
+
+  monkeypatch.setattr(compute, "_load_scorer", loaded)
+  outcome = compute.run(place.config, place.out)
+  assert tried == ["a", "b"] and len(outcome.cells) == 2
+  assert set(outcome.failed.values()) == {"it is damaged"} and len(outcome.failed) == 2
+
+
+def test_a_file_is_whole_or_not_there(place, monkeypatch):
+  replace, calls = os.replace, []
+
+  def interrupted(source, target):
+    calls.append(target)
+    if len(calls) == 2:
+      raise KeyboardInterrupt
+    replace(source, target)
+
+  monkeypatch.setattr(os, "replace", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    compute.run(place.config, place.out)
+  assert len(place.log()) == 1
+  outcome = compute.run(place.config, place.out)
+  assert len(outcome.cells) == 4 and len(set(place.log())) == len(place.log()) == 4
+
+
+def test_a_damaged_cell_is_named_with_the_way_out(place):
+  compute.run(place.config, place.out)
+  victim = place.folder / "out" / "cells" / place.log()[0]
+  victim.write_text(victim.read_text()[:-9])
+  outcome = compute.run(place.config, place.out)
+  [text] = outcome.failed.values()
+  assert str(victim) in text and "remove it" in text and len(outcome.cells) == 3
+  victim.unlink()
+  assert len(compute.run(place.config, place.out).cells) == 4
+
+
+def test_no_number_is_null(place, monkeypatch):
+  monkeypatch.setitem(tasks.TASKS, "first", {"plain": toy("first")})
+  place.config.tasks = ("first",)
+  monkeypatch.setattr(
+    FakeScorer,
+    "answers",
+    lambda self, requests, contiguous=False: [Likelihood(1e6, 1, False, False)] * 9,
+  )
+  compute.run(place.config, place.out)
+  cell = json.loads(
+    (place.folder / "out" / "cells" / place.log()[0]).read_text(), parse_constant=pytest.fail
+  )
+  assert cell["metrics"]["perplexity"]["value"] is None and cell["sums"]["nats"] == [1e6] * 9
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("frist", "nearest is first"),
+    ("first:odd", "it has plain, other"),
+    ("first:plain:x", "is not"),
+    ("a:b:1:2", "not"),
+  ],
+)
+def test_a_task_that_is_none_is_refused(place, text, message):
+  place.config.tasks = (text,)
+  with pytest.raises(ValueError, match=message):
+    compute.run(place.config, place.out)
+
+
+def test_nothing_to_do_is_said(place):
+  place.config.models = ()
+  with pytest.raises(ValueError, match="at least one model"):
+    compute.run(place.config, place.out)
+
+
+def test_no_item_is_its_own_example_where_one_file_serves_for_both(place):
+  place.config.tasks, place.config.models = ("taught::1",), place.config.models[:1]
+  place.config.data = str(place.folder / "data" / "taught" / "rows.jsonl")
+  compute.run(place.config, place.out)
+  parts = [request.context.replace(" w", "").split("\n\n") for request in place.requests]
+  assert len(parts) == 9 and all(example != own for example, own in parts)

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which models an entry of a sweep means, and what tells their weights apart."""
+
+import jax.numpy as jnp
+import pytest
+
+from gpt2_jax.evaluate.sweep import models
+from gpt2_jax.runs.checkpoint import Checkpoints
+from gpt2_jax.sizes import SIZES
+
+
+def save(workdir, losses: dict[int, float]) -> str:
+  """A run's workdir with a checkpoint of one number for each step."""
+  checkpoints = Checkpoints(str(workdir), last=9)
+  for step, loss in losses.items():
+    checkpoints.save(step, {"model": {"x": jnp.full(3, loss)}}, {}, loss)
+  checkpoints.close()
+  return str(workdir)
+
+
+def test_the_checkpoints_of_a_run_are_models(tmp_path):
+  run = save(tmp_path / "run", {10: 3.0, 20: 1.0, 30: 2.0})
+  steps = {
+    entry: [model.step for model in models.resolve_models([run + entry])]
+    for entry in ("", "@best", "@all", "@10")
+  }
+  assert steps == {"": ["30"], "@best": ["20"], "@all": ["10", "20", "30"], "@10": ["10"]}
+  every = models.resolve_models([run + "@all", run, run + "@best"])
+  assert [model.name for model in every] == [f"{run}@{n}" for n in (10, 20, 30)]  # each once
+  assert len({model.weights for model in every}) == 3
+  other = save(tmp_path / "other", {10: 3.0, 20: 1.5})
+  a, b = (models.resolve_models([workdir + "@all"]) for workdir in (run, other))
+  # what they hold, not where they lie
+  assert a[0].weights == b[0].weights and a[1].weights != b[1].weights
+  with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 11 .* \[10, 20, 30\]"):
+    models.resolve_models([run + "@11"])
+
+
+def test_what_is_no_run_has_no_steps(tmp_path):
+  path = tmp_path / "a@b"
+  path.mkdir()
+  (path / "weights").write_text("a")
+  assert models.resolve_models([str(path)])[0].path == str(path)  # an @ may be part of a name
+  with pytest.raises(ValueError, match="no workdir of a run"):
+    models.resolve_models([f"{path}@7"])
+  (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+  with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+    models.resolve_models([str(tmp_path / "empty")])
+
+
+def test_the_papers_sizes_are_known_by_their_shape():
+  known = {name: models.paper_size(config) for name, config in SIZES.items()}
+  assert known == {name: name for name in ("117M", "345M", "762M", "1542M")} | {"distilgpt2": None}
+  assert SIZES["1542M"].n_params == 1_557_611_200

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reports of cells that are made by hand: what is computed of them, and that nothing else gets
+in."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from configs import zero_shot
+from gpt2_jax.evaluate import tasks
+from gpt2_jax.evaluate.metric import percent, perplexity
+from gpt2_jax.evaluate.sources import Source
+from gpt2_jax.evaluate.sweep import bootstrap, report
+from gpt2_jax.evaluate.sweep.cells import Outcome
+from gpt2_jax.evaluate.task import Task
+from gpt2_jax.sizes import SIZES
+
+METRICS = {"accuracy": percent("correct"), "perplexity": perplexity("items")}
+
+
+@pytest.fixture
+def config(monkeypatch):
+  source = Source("toy", ("*",), None, "https://example.org")
+  for name in ("lambada", "toy"):
+    protocols = {
+      p: Task(name, p, "", source, None, None, METRICS) for p in ("last_word", "stop_words")
+    }
+    monkeypatch.setitem(tasks.TASKS, name, protocols)
+  config = zero_shot.get_config()
+  config.resamples = 200
+  return config
+
+
+def cell(
+  model: str,
+  correct,
+  nats=None,
+  task="lambada",
+  protocol="last_word",
+  size=None,
+  parameters=10,
+  **more,
+) -> dict:
+  correct = np.asarray(correct, float)
+  sums = {
+    "items": np.ones(len(correct)),
+    "correct": correct,
+    "nats": np.ones(len(correct)) if nats is None else nats,
+  }
+  intervals = bootstrap.intervals(METRICS, sums, 200)
+  identity = {
+    "model": model,
+    "task": task,
+    "protocol": protocol,
+    "shots": 0,
+    "rows": "abc",
+    "limit": 0,
+  }
+  metrics = {
+    name: {key: x if math.isfinite(x) else None for key, x in intervals[name]._asdict().items()}
+    | {"unit": metric.unit, "higher": metric.higher}
+    for name, metric in METRICS.items()
+  }
+  about = {
+    "run": None,
+    "step": None,
+    "size": size,
+    "parameters": parameters,
+    "truncated": 0,
+    "of": len(correct),
+  }
+  return (
+    {"identity": identity, "items": len(correct), "sums": sums, "metrics": metrics} | about | more
+  )
+
+
+def write(tmp_path, config, cells, overlaps=(), failed=None, missing=None) -> str:
+  return report.write(Outcome(cells, failed or {}, missing or {}), str(tmp_path), config, overlaps)
+
+
+def entries(table: str, beginning: str) -> list[str]:
+  """The entries of the first line that begins so."""
+  line = next(line for line in table.splitlines() if line.startswith("| " + beginning))
+  return [entry.strip() for entry in line.strip("|").split(" | ")]
+
+
+def test_the_papers_figures_are_of_metrics_that_there_are():
+  assert "Radford et al. 2019" in report.paper()["source"]
+  for one in report.paper()["figures"]:
+    assert set(one["sizes"]) <= set(SIZES), one
+    for protocol in one.get("protocols", tasks.TASKS[one["task"]]):
+      assert one["metric"] in tasks.get(one["task"], protocol).metrics, one
+
+
+def test_the_papers_lambada_is_with_a_filter_where_there_is_one():
+  assert report.paper_scores("lambada", "stop_words", "accuracy")["1542M"] == 63.24
+  assert report.paper_scores("lambada", "last_word", "accuracy") == {"1542M": 52.66}
+  assert report.paper_scores("lambada", "last_word", "perplexity")["117M"] == 35.13
+  assert (
+    report.paper_scores("lambada", "last_word", "f1")
+    == report.paper_scores("piqa", "lm_eval", "accuracy")
+    == {}
+  )
+
+
+def test_all_tasks_of_the_config_exist():
+  for text in zero_shot.get_config().tasks:
+    name, protocol, shots = (text.split(":") + ["", ""])[:3]
+    assert tasks.get(name, protocol or None).example or not shots, text
+
+
+@pytest.mark.parametrize(
+  "score, expected",
+  [((30, 28, 32), 0), ((33, 31, 35), 1.5), ((29, 28, 32), -0.5), ((30, 30, 30), None)],
+)
+def test_drift_is_in_half_widths_of_the_interval(score, expected):
+  assert report.drift(dict(zip(("value", "low", "high"), score, strict=True)), 30) == expected
+
+
+def test_a_score_is_beside_the_papers_of_its_size(tmp_path, config):
+  cells = [cell("small", [1, 0, 1, 0], size="117M"), cell("own", [1, 1, 1, 0])]
+  table = write(tmp_path, config, cells)
+  head = ["task", "metric", "items", "truncated", "small", "paper 117M", "drift", "own"]
+  assert entries(table, "task | metric | items") == head
+  accuracy = entries(table, "lambada:last_word:0 | accuracy (%) ↑ | 4")
+  # 117M has none without the filter
+  assert accuracy[4:] == ["50.00 [0.000, 100.00]", "–", "–", "75.00 [25.00, 100.00]"]
+  line = entries(table, "lambada:last_word:0 | perplexity per item ↓ | 4")
+  assert line[4:] == ["2.718 [2.718, 2.718]", "35.13", "–", "2.718 [2.718, 2.718]"]
+  nats = np.log([20.0, 30, 40, 50])
+  line = entries(
+    write(tmp_path, config, [cell("small", [1, 0, 1, 0], nats, size="117M")]),
+    "lambada:last_word:0 | perp",
+  )
+  value, low, high = map(float, line[4].replace("[", "").replace("]", "").replace(",", "").split())
+  assert line[6] == f"{(value - 35.13) / ((high - low) / 2):+.1f}" and float(line[6]) < 0
+  assert (
+    "drift"
+    not in write(tmp_path, config, [cell("own", [1, 0], size="117M", task="toy")]).split(
+      "\n| task"
+    )[1]
+  )
+
+
+def test_counts_say_of_how_many_and_differ_where_models_do(tmp_path, config):
+  cells = [cell("a", [1, 0], truncated=1, of=5_153), cell("b", [1, 0], truncated=2, of=5_153)]
+  assert entries(write(tmp_path, config, cells), "lambada:last_word:0 | acc")[2:4] == [
+    "2 of 5,153",
+    "1 / 2",
+  ]
+  assert "All items." in (tmp_path / "table.md").read_text()
+  config.limit = 2
+  assert "The first 2 items of each task." in write(tmp_path, config, cells)
+
+
+def test_a_cell_that_is_not_there_is_a_dash_and_has_its_reason(tmp_path, config):
+  cells = [cell("a", [1, 0]), cell("b", [1, 0]), cell("b", [1, 1], task="toy")]
+  table = write(
+    tmp_path,
+    config,
+    cells,
+    failed={"toy:last_word:0 of a": "row 3"},
+    missing={"piqa:acc:0": "get it"},
+  )
+  assert entries(table, "toy:last_word:0 | acc")[4:] == ["–", "100.00 [100.00, 100.00]"]
+  # there is no pair
+  assert "toy:last_word:0" not in table.split("## Differences")[1].split("## Without")[0]
+  assert (
+    "- toy:last_word:0 of a: failed: row 3" in table and "- piqa:acc:0: not run: get it" in table
+  )
+  assert "Without a score" in write(tmp_path, config, [], missing={"piqa:acc:0": "get it"})
+
+
+def test_results_are_strict_json_lines_without_the_items(tmp_path, config):
+  cells = [cell("a", [1, 0], np.array([9e5, 9e5]), size="117M"), cell("b", [1, 0])]
+  write(tmp_path, config, cells)
+  lines = (tmp_path / "results.jsonl").read_text().splitlines()
+  first, second = (json.loads(line, parse_constant=pytest.fail) for line in lines)
+  assert (
+    first["metrics"]["perplexity"] | {"paper": 35.13, "drift": None, "value": None}
+    == first["metrics"]["perplexity"]
+  )
+  assert (
+    "sums" not in first
+    and first["metrics"]["accuracy"]["value"] == 50
+    and "paper" not in second["metrics"]["accuracy"]
+  )
+  assert "– [–, –]" in (tmp_path / "table.md").read_text()
+
+
+def test_neighbours_are_compared_on_the_same_items(tmp_path, config):
+  a, b = np.arange(40) % 4 == 0, np.arange(40) % 2 == 0
+  table = write(tmp_path, config, [cell("a", a), cell("b", b), cell("c", b)])
+  parts = table.split("## Differences")[1]
+  assert entries(parts, "task") == ["task", "metric", "b − a", "c − b"]
+  line = entries(parts, "lambada:last_word:0 | acc")
+  difference = bootstrap.paired_differences(
+    METRICS, {"items": np.ones(40), "correct": b, "nats": b}, cell("a", a)["sums"], 200
+  )["accuracy"]
+  assert (
+    line[2].startswith("25.00 [")
+    and line[2].endswith(f"p = {difference.p:.4f}")
+    and difference.p < 0.05
+  )
+  assert line[3] == "0.000 [0.000, 0.000], p = 1.0000"
+  assert "Differences" not in write(tmp_path, config, [cell("a", a)])
+
+
+def test_cells_of_other_items_do_not_pair():
+  a, b = cell("a", [1, 0]), cell("b", [1, 0])
+  b["identity"]["rows"] = "def"
+  with pytest.raises(ValueError, match="rows abc and def"):
+    report.compare_cells(a, b, 10, 0)
+
+
+def overlap(ngrams, found) -> dict:
+  return {
+    "task": "lambada",
+    "fingerprint": "abc",
+    "n": 8,
+    "rate": 1e-8,
+    "ngrams": ngrams,
+    "found": found,
+  }
+
+
+def test_clean_and_seen_items_have_scores_of_their_own(tmp_path, config):
+  correct, ngrams, found = [1, 1, 0, 0, 1, 1], [10, 10, 10, 10, 0, 4], [0, 5, 1, 0, 0, 4]
+  cells = [cell("a", correct), cell("b", np.ones(6)), cell("a", [1], task="toy")]
+  table = write(tmp_path, config, cells, [overlap(ngrams, found)]).split("## Clean")[1]
+  assert entries(table, "lambada:last_word:0 | accuracy (%) ↑ | clean")[3:] == [
+    "3", "66.67 [0.000, 100.00]", "100.00 [100.00, 100.00]"
+  ]  # fmt: skip
+  assert entries(table, "lambada:last_word:0 | accuracy (%) ↑ | seen")[3].startswith("3")
+  config.seen_above = 0.5
+  table = write(tmp_path, config, cells, [overlap(ngrams, found)]).split("## Clean")[1]
+  assert entries(table, "lambada:last_word:0 | accuracy (%) ↑ | seen")[3:5] == [
+    "1",
+    "100.00 [–, –]",
+  ]
+  config.seen_above = 1.0
+  table = write(tmp_path, config, cells, [overlap(ngrams, found)]).split("## Clean")[1]
+  assert entries(table, "lambada:last_word:0 | accuracy (%) ↑ | seen")[3:] == ["0", "–", "–"]
+
+
+def test_a_limit_splits_the_items_that_were_scored(tmp_path, config):
+  limited = cell("a", [1, 0], of=4)
+  table = write(tmp_path, config, [limited], [overlap([5] * 4, [5, 0, 5, 5])]).split("## Clean")[1]
+  assert entries(table, "lambada:last_word:0 | accuracy (%) ↑ | seen")[3:] == ["1", "100.00 [–, –]"]
+
+
+@pytest.mark.parametrize(
+  "other", [{"task": "toy"}, {"fingerprint": "def"}, {"ngrams": [5] * 3, "found": [0] * 3}]
+)
+def test_an_overlap_of_other_rows_splits_nothing_and_is_told(tmp_path, config, other):
+  table = write(tmp_path, config, [cell("a", [1, 0])], [overlap([5, 5], [0, 0]) | other])
+  split = table.split("## Clean")[1]
+  assert "fits no score here" in split and "|" not in split and "| 50.00 [" in table
+
+
+def test_the_paper_is_beside_its_own_protocols_alone():
+  assert report.paper_scores("wikitext2", "invertible", "perplexity") and report.paper_scores(
+    "cbt_cn", "paper", "accuracy"
+  )
+  for task, protocol in (("wikitext2", "lm_eval"), ("ptb", "megatron"), ("lm1b", "raw")):
+    assert report.paper_scores(task, protocol, "perplexity") == {}
+  named = [
+    (one["task"], name)
+    for one in report.paper()["figures"]
+    for name in one.get("protocols", [None])
+  ]
+  assert all(tasks.get(*pair) for pair in named), "no figure is of a protocol that there is not"
+
+
+def test_confidence_is_told_beside_the_scores(tmp_path, config):
+  scored = cell("a", [1, 0])
+  write(
+    tmp_path, config, [scored | {"sums": scored["sums"] | {"confidence": np.array([0.9, 0.2])}}]
+  )
+  [line] = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+  assert line["calibration"]["most_confident"] == {"count": 1, "accuracy": 100.0}
+
+
+def test_a_pipe_in_a_name_does_not_end_its_column(tmp_path, config):
+  assert r"| a\|b |" in write(tmp_path, config, [cell("a|b", [1, 0])])
+
+
+def test_sizes_and_steps_are_drawn(tmp_path, config):
+  correct = np.arange(30) % 3 == 0
+  cells = [
+    cell(name, correct, size=name, parameters=n)
+    for name, n in (("117M", 124_000_000), ("345M", 355_000_000))
+  ]
+  cells += [cell(f"run@{n}", correct, run="run", step=n, parameters=1000) for n in (10, 20)]
+  write(tmp_path, config, cells)
+  drawn = sorted(path.name for path in (tmp_path / "plots").iterdir())
+  assert drawn == ["lambada_last_word_0.parameters.png", "lambada_last_word_0.step.run.png"]
+  assert all((tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in drawn)
+
+
+def test_one_size_and_one_step_are_no_curve(tmp_path, config):
+  write(tmp_path, config, [cell("a", [1, 0]), cell("b", [1, 0], run="run", step=3)])
+  assert not (tmp_path / "plots").exists()
+
+
+def test_points_and_the_papers_are_where_they_belong(tmp_path, config, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(
+    report.matplotlib.figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self.axes[0])
+  )
+  correct = np.arange(30) % 3 == 0
+  sizes = (("345M", 355_000_000), ("117M", 124_000_000), ("broken", 10))
+  cells = [cell(name, correct, protocol="stop_words", size=name, parameters=n) for name, n in sizes]
+  cells[-1]["metrics"]["accuracy"]["value"] = None
+  write(tmp_path, config, cells)
+  here, paper = (
+    next(line for line in drawn[0].lines if line.get_marker() == marker) for marker in "os"
+  )
+  np.testing.assert_allclose(here.get_xydata(), [[124e6, 100 / 3], [355e6, 100 / 3]])
+  np.testing.assert_allclose(paper.get_ydata(), [45.99, 55.48, 60.12, 63.24])
+  assert paper.get_xdata()[0] == 124_439_808
+
+
+def test_the_listing_has_every_protocol_and_where_its_data_come_from(config):
+  listed = report.task_listing(tasks.TASKS)
+  assert {line.split()[0] for line in listed.splitlines() if not line.startswith(" ")} == {
+    f"{name}:{protocol}" for name, protocols in tasks.TASKS.items() for protocol in protocols
+  }
+  # once a task, not once a protocol
+  assert listed.count("data: toy/ with * from https://example.org") == 2
