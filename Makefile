@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 READY = $(VENV)/ready
 BENCH = $(VENV)/ready-bench
-SMOKE = tests/tokenizer $(addprefix tests/,test_linear.py test_attention.py test_loss.py test_train.py)
+SMOKE = tests/tokenizer $(addprefix tests/,test_linear.py test_attention.py test_loss.py test_seams.py test_train.py)
 SMOKE += tests/data/test_batches.py tests/decoding tests/test_quantization.py tests/convert/test_pretrained.py
 
 # Seen with Python 3.12.1 and jax 0.12.0.1: the collector crashed in the thread of gs://'s client; a beam's score and the

@@ -33,7 +33,7 @@ def get_config(size: str = "117M") -> ConfigDict:
       "mesh": {"replica": 1, "data": -1, "model": 1},  # -1 takes the devices that are left
       "steps": 600_000,  # updates; the cosine ends there
       "batch_size": 512,  # windows in one update, over all devices
-      "microbatches": 1,  # slices of a batch, computed one after the other; divides batch_size
+      "microbatches": 1,  # gradient accumulation: parts of a batch, in turn; divides batch_size
       "steps_per_call": 1,  # updates in one dispatch; more helps where a step takes milliseconds
       "learning_rate": learning_rate,  # its peak
       "warmup_steps": 2000,

@@ -25,22 +25,20 @@ class NextToken:
   """The language model's objective: -log p of each token after those before it."""
 
   def __call__(self, model, batch: Batch, key=None) -> dict:
-    """Sums over the batch: "nats" (weighted), and "tokens" (the weights)."""
+    """Sums over the batch: "nats" times the loss mask `batch.weights_BT`, and "tokens", its sum."""
     k_embd, k_h = split_or_none(key, 2)
     k_weights = None if key is None else jax.random.fold_in(key, 2)
     context = Context(k_weights, batch.extras.get("adapter_B"))
     x_BTD = model.embed(batch.tokens_BT[:, :-1], batch.positions_BT, k_embd, context)
-    attend = model.self_attend(batch.segments_BT)
-    x_BTD = model.hidden(x_BTD, k_h, attend, context)[0]
+    x_BTD = model.hidden(x_BTD, k_h, model.self_attend(batch.segments_BT), context)[0]
 
     labels_BT = batch.tokens_BT[:, 1:]
     nats_BT = cross_entropy(model.head(x_BTD, context), labels_BT, model.config.n_vocab)
 
-    # Weights of one, if none are given. The barrier hides that they are: so the program, and every
-    # bit of what it computes, is the one with weights.
-    weights_BT = batch.weights_BT
-    if weights_BT is None:
-      weights_BT = jax.lax.optimization_barrier(jnp.ones_like(nats_BT))
+    # Loss mask: weights of one, if none are given. The barrier hides that they are, and where nats
+    # come from: the sums are the same program, so the same bits, with weights, in a scan, or alone.
+    weights_BT = jnp.ones_like(nats_BT) if batch.weights_BT is None else batch.weights_BT
+    nats_BT, weights_BT = jax.lax.optimization_barrier((nats_BT, weights_BT))
     return {"nats": (nats_BT * weights_BT).sum(), "tokens": weights_BT.sum()}
 
 

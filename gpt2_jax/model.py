@@ -139,6 +139,7 @@ def split_or_none(key, n: int):
 
 @jax.checkpoint
 def layer_norm(x_BTD, g_D, b_D):
+  """LayerNorm over D: mean and variance in float32, the result in x's dtype."""
   x = x_BTD.astype(jnp.float32)
   x -= x.mean(-1, keepdims=True)
   y = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5) * g_D
@@ -293,6 +294,8 @@ class GPT2(nnx.Module):
 
     if REMAT[config.remat]:
       step = jax.checkpoint(step, policy=REMAT[config.remat], prevent_cse=False)
+
+    # One dropout key a layer, and its number for what the weights draw.
     keys_L = None if key is None else jax.random.split(key, config.n_layer)
     index_L = None if context.key is None else jnp.arange(config.n_layer)
     layers = (self.h, keys_L, index_L, prefix_L)
@@ -300,7 +303,7 @@ class GPT2(nnx.Module):
     return self.ln_f(x_BTD), rms_L, memory_L
 
   def head(self, x_BTD, context=NO_CONTEXT):
-    """Logits over the padded vocabulary, float32 [B, T, V]: what `loss.cross_entropy` takes."""
+    """Logits over the padded vocabulary, float32 [B, T, V]; who reads them masks the padding."""
     return self.wte[...].matmul(x_BTD, None, P("model", None), context, jnp.float32)
 
   def __call__(self, tokens_BT, key=None):

@@ -14,7 +14,7 @@ DECAYED = ("w", "wte", "wpe")
 
 
 def decayed(model):
-  """A tree like `model`, True where weight decay applies."""
+  """The weight decay mask: a tree like `model`, True where weight decay applies."""
   return jax.tree_util.tree_map_with_path(
     lambda path, _: name_of(path).split(".")[-1] in DECAYED, model
   )

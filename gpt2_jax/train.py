@@ -53,6 +53,7 @@ def gradients(objective, trained, frozen, batch: Batch, microbatches: int, key=N
   sums and gradients of the parts add up, and the division by the tokens comes last.
   """
 
+  # One part: the mean itself is differentiated, so that no pass over the gradients divides them.
   def mean_of(trained):
     return mean_loss(objective, merge(trained, frozen), batch, key)
 
@@ -60,6 +61,7 @@ def gradients(objective, trained, frozen, batch: Batch, microbatches: int, key=N
     (_, sums), grads = jax.value_and_grad(mean_of, has_aux=True)(trained)
     return sums, grads
 
+  # Several: sums are differentiated, for the parts may hold different numbers of tokens.
   def sums_of(trained, batch, key):
     sums = objective(merge(trained, frozen), batch, key)
     return sums["nats"], sums
@@ -209,7 +211,7 @@ def is_due(step: int, every: int, config: ConfigDict) -> bool:
   return step == config.steps or step // every > (step - config.steps_per_call) // every
 
 
-def train_loop(setup: Setup, train_call, objective) -> TrainState:
+def train_loop(setup: Setup, jitted_step, objective) -> TrainState:
   """Runs the steps from `setup.first_step` on, until the last one or a signal."""
   config, metrics, stop = setup.config, setup.metrics, setup.stop
   state, step = setup.state, setup.first_step
@@ -223,7 +225,7 @@ def train_loop(setup: Setup, train_call, objective) -> TrainState:
     if step == 0:
       log_initial_loss(metrics, state.model, batches, rows)
     setup.profile.before(step, state)
-    state, call_metrics, new_signals = train_call(state, batches, objective, stop.signals())
+    state, call_metrics, new_signals = jitted_step(state, batches, objective, stop.signals())
     step += batches.tokens_BT.shape[0]
 
     # 2. Log the call before it, whose metrics are there: the device never waits for the host.
@@ -273,7 +275,7 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     resources.enter_context(jax.set_mesh(make_mesh(**config.mesh)))
     model_config = ModelConfig(**config.model)
     check_batch(config)
-    init, train_call = make_step(config, model_config, platform())
+    init, jitted_step = make_step(config, model_config, platform())
     key = jax.random.split(jax.random.key(config.seed))[0]
     abstract_state = jax.eval_shape(init, key)
 
@@ -284,7 +286,7 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
 
     # 3. Train. The picture is drawn once metrics and checkpoints are closed, whole.
     with setup.writers:
-      state = train_loop(setup, train_call, NextToken())
+      state = train_loop(setup, jitted_step, NextToken())
     if setup.metrics.active:
       plot_losses(setup.workdir.path)
     return state

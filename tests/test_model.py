@@ -80,7 +80,11 @@ def test_parameter_counts_are_exact(size, count, parameters):
   with jax.sharding.use_abstract_mesh(abstract_mesh(1, 1, 1)):
     model = jax.eval_shape(lambda: GPT2(config, jax.random.key(0)))
     padding = (config.padded_vocab - config.n_vocab) * config.n_embd
-  assert sum(leaf.size for leaf in jax.tree.leaves(model)) - padding == count
+  assert sum(leaf.size for leaf in jax.tree.leaves(model)) - padding == count == config.n_params
+  bare = dataclasses.replace(config, use_bias=False, n_vocab=128)  # as nanoGPT trains
+  with jax.sharding.use_abstract_mesh(abstract_mesh(1, 1, 1)):
+    model = jax.eval_shape(lambda: GPT2(bare, jax.random.key(0)))
+  assert sum(leaf.size for leaf in jax.tree.leaves(model)) == bare.n_params
   assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face checkpoints: config.json with safetensors or pytorch_model.bin, maybe in shards.
 
-Both ways: `read` loads such a folder, `write` makes one that `transformers` loads.
+Parameters are renamed by names.py, and are not transposed. Both ways: `read` loads such a folder,
+`write` makes one that `transformers` loads.
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The name table of checkpoint formats: the name and layout of each parameter in every format.
 
+Parameters are renamed here, and transposed where a layout is another.
 The canonical names and layouts are OpenAI's: names with dots, matrices as [in, out], c_attn's
 columns as all queries, then all keys, then all values. Hugging Face keeps those matrices (Conv1D).
 nanoGPT and llm.c hold the transpose, [out, in], as torch.nn.Linear does. llm.c has no names: its

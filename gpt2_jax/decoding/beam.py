@@ -46,8 +46,8 @@ def beam_search(
   """Beam search as transformers does it: the `returned` best completions of each prompt.
 
   The best comes first, and has at most `n_new` tokens. A completion's `score` is the
-  log-probability, in nats, of its tokens and of the `eot` that ended it, over (their
-  number)**length_penalty. One beam is greedy decoding.
+  log-probability, in nats, of its tokens and of the `eot` that ended it. It is normalized by
+  length: divided by (their number)**length_penalty. One beam is greedy decoding.
 
   A beam that says `eot` is a hypothesis; so are those that run when `n_new` is reached. A prompt's
   search ends when it has `beams` hypotheses and the best running beam, scored at its present

@@ -6,6 +6,9 @@ one as it is; everything behind them passes it on.
 """
 
 import dataclasses
+import difflib
+import inspect
+import numbers
 
 import jax.numpy as jnp
 
@@ -83,6 +86,18 @@ class Generation:
     if isinstance(self.stop, str) or not all(self.stop):
       raise ValueError(f"stop strings {self.stop!r}: give a sequence of texts, none of them empty")
 
+    if not isinstance(self.sampler, Greedy | Sample):
+      raise ValueError(
+        f"sampler is {str(self.sampler)[:80]}; give Greedy(), Sample((TopK(40),)), "
+        f"or keywords such as top_k=40"
+      )
+    if not isinstance(self.window, SlidingWindow | None):
+      raise ValueError(f"window is {str(self.window)[:80]}; give SlidingWindow(stride) or None")
+    for name in ("n_new", "samples", "seed", "eot"):
+      value = getattr(self, name)
+      if value is not None and not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} is {str(value)[:80]}; it is a whole number")
+
     # A list is as good; a tuple can be hashed and compared.
     object.__setattr__(self, "stop", tuple(self.stop))
 
@@ -111,10 +126,19 @@ def make_generation(
   `default` samples where neither a sampler nor one of its options is given. Raises ValueError on
   two answers to one question, and TypeError on an unknown keyword.
   """
-  # 1. A whole one leaves nothing open.
+  # 1. Only what there is. A misspelled keyword would be left out silently.
+  fields = {field.name for field in dataclasses.fields(Generation)}
+  known = fields | inspect.signature(make_sampler).parameters.keys()
+  for name in options.keys() - known:
+    near = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
+    raise TypeError(f"text generation has no keyword {name!r}; did you mean {near!r}?")
+
+  # 2. A whole one leaves nothing open.
   keywords = {"n_new": n_new, "sampler": sampler} | options
   keywords = {name: value for name, value in keywords.items() if value is not None}
   if generation is not None:
+    if not isinstance(generation, Generation):
+      raise ValueError(f"generation is a {type(generation).__name__}; give Generation(...)")
     if keywords:
       raise ValueError(
         f"generation= together with {', '.join(keywords)}: give one of both, "
@@ -122,8 +146,7 @@ def make_generation(
       )
     return generation
 
-  # 2. What is no field of a Generation is an option of its sampler.
-  fields = {field.name for field in dataclasses.fields(Generation)}
+  # 3. What is no field of a Generation is an option of its sampler.
   sampling = {name: keywords.pop(name) for name in list(keywords) if name not in fields}
   if sampling and sampler is not None:
     raise ValueError(

@@ -51,9 +51,9 @@ def pad_prompts(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Pads prompts to one array of this shape; tokens [B, W] and lengths [B], int32.
 
-  Prompts begin at column 0, as a forward pass over them wants it: then a token's column is its
-  position. With `end` all of them end before that column, as the loop wants it that adds a token
-  to every row at a time. Rows without a prompt have length 0.
+  On the right: prompts begin at column 0, and a token's column is its position. With `end` on the
+  left: all prompts end before that column, for a loop that adds a token to every row at a time.
+  Rows without a prompt have length 0.
   """
   tokens_BW = np.zeros(shape, np.int32)
   lengths_B = np.zeros(shape[0], np.int32)

@@ -53,9 +53,15 @@ class Temperature:
   value: float
 
   def __post_init__(self):
+    # Below 1e-30 logits would overflow float32.
+    problem = None
     if not self.value > 0:
+      problem = "not above 0"
+    elif not 1e-30 <= self.value < math.inf:
+      problem = "not a finite number of 1e-30 or more"
+    if problem:
       raise ValueError(
-        f"a temperature of {self.value} is not above 0; "
+        f"a temperature of {self.value} is {problem}; "
         f"greedy=True (--greedy, /set greedy true) takes the likeliest token"
       )
 

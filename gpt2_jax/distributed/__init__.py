@@ -164,7 +164,7 @@ def all_gather_json(what: str, value, seconds: float = BARRIER_TIMEOUT) -> list:
 
 
 def is_primary() -> bool:
-  """Whether this process has rank 0, the one that writes for all."""
+  """Whether this is the primary process, process 0 (rank 0), which writes for all."""
   return _group is None or _group.process_index == 0
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Log-likelihood of tokens under a model, in nats: rows in batches of few shapes, over the mesh.
 
+scorers.py makes the rows of contexts and continuations, and sums their tokens.
+
 Logits exist only where tokens are scored. Rows are padded on the right, where a causal model cannot
 see it, so neither their order nor their batch changes a result. Letters as in model.py; C columns
 of scored tokens whose logits exist at once, P columns of scored tokens in all.

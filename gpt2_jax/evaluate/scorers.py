@@ -361,6 +361,7 @@ def _pair_row(pair: tuple[Ids, Ids], count: int, n_ctx: int) -> ScoredRow:
 
 
 def _likelihood(scores: Scores, truncated: bool = False) -> Likelihood:
+  """Sums the log-likelihood of a continuation over its tokens; nats are -log p."""
   nats_T, first_T = scores
   nats = float(nats_T.sum(dtype=np.float64))
   return Likelihood(nats, len(nats_T), bool(first_T.all()), truncated)

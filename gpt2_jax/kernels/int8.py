@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Int8 matmul: activations times an int8 weight, in the form that each backend does fastest.
+"""Int8 quantization of rows (their scales), and the int8 matmul as each backend does it fastest.
 
 Accelerators convert int8 as they read it. XLA's CPU backend writes a converted copy first, which
 costs more than a few rows do. But it has a kernel for int8 by int8, so few rows are multiplied limb

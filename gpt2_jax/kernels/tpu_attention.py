@@ -132,7 +132,7 @@ def _chunks(T: int):
 
 
 def _hide_future(x_SQ, value: float):
-  """`x` of a square on the diagonal, with `value` where the key comes after the query."""
+  """Causal mask of a square on the diagonal: `value` where the key comes after the query."""
   key, query = (jax.lax.broadcasted_iota(jnp.int32, x_SQ.shape, axis) for axis in (0, 1))
   return jnp.where(key <= query, x_SQ, value)
 

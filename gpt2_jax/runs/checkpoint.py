@@ -2,7 +2,8 @@
 """Checkpoint and resume: asynchronous, whole or absent, restored on any mesh and in any dtype.
 
 An array is saved under its name on disk (`model.h.attn.c_attn.w`), so a checkpoint depends on no
-Python class. The names are a format with a version. Zero padding of heads and vocabulary lies at
+Python class. The names are a format with a version. A damaged (corrupt) checkpoint is quarantined,
+and the one before it is taken. Zero padding of heads and vocabulary lies at
 the end of an axis: a restore onto another mesh cuts it off or adds it.
 """
 
@@ -83,6 +84,10 @@ def format_of(metadata: dict) -> int:
 def check_same_run(metadata: dict, saved: dict, workdir: str):
   """Raises ValueError with the differences if `metadata` would not resume the run that was
   `saved`."""
+  if saved["config"].keys() == {"model"}:
+    raise ValueError(
+      f"{workdir} holds converted weights, and no run that could resume; take another --workdir"
+    )
   differing = knobs.differences(saved["config"], metadata["config"])
 
   # Of the data and the tokenizer their content counts: where the data lay and when it was made may

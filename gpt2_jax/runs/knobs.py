@@ -11,6 +11,8 @@ import json
 import math
 import numbers
 
+FLOAT32_MAX = 3.4028234e38
+
 
 @dataclasses.dataclass(frozen=True)
 class Knob:
@@ -28,14 +30,18 @@ class Knob:
   def problem(self, value) -> str | None:
     """What is wrong with a value, or None."""
     if not self._is_of_type(value):
-      return f"is not of type {self.type.__name__}"
+      name = "tuple of names" if self.type is tuple else self.type.__name__
+      return f"is not of type {name}"
     if self.type not in (int, float):
       return None
-    too_low = value <= self.low if self.above_low else not value >= self.low
-    too_high = value >= self.high if self.below_high else not value <= self.high
-    if too_low or too_high or not math.isfinite(value):
-      return f"is not {self.range()}"
-    return None
+    # Steps run in 32 bits: what is larger would be infinite there, or another number.
+    if not abs(value) <= FLOAT32_MAX:
+      return "is not a finite number of 32 bits"
+    if self.type is int and self.high == math.inf and value > 2**31 - 1:
+      return "is not below 2^31"
+    too_low = value <= self.low if self.above_low else value < self.low
+    too_high = value >= self.high if self.below_high else value > self.high
+    return f"is not {self.range()}" if too_low or too_high else None
 
   def _is_of_type(self, value) -> bool:
     if self.type is bool or isinstance(value, bool):
@@ -45,11 +51,11 @@ class Knob:
     if self.type is int:
       return isinstance(value, numbers.Integral)
     if self.type is tuple:
-      return isinstance(value, tuple | list)
+      return isinstance(value, tuple | list) and all(isinstance(name, str) for name in value)
     return isinstance(value, self.type)
 
   def range(self) -> str:
-    """The range in words; empty where every value of the type is in it."""
+    """The range in words: "at least 0 and below 1"."""
     low = f"{'above' if self.above_low else 'at least'} {self.low:g}"
     high = f"{'below' if self.below_high else 'at most'} {self.high:g}"
     if self.high == 2**32 - 1:
@@ -59,7 +65,7 @@ class Knob:
       bounds.append(low)
     if self.high < math.inf:
       bounds.append(high)
-    return " and ".join(bounds) or "a finite number"
+    return " and ".join(bounds)
 
 
 def _count(help: str, low: int = 1, resumable: bool = False) -> Knob:

@@ -35,6 +35,8 @@ def as_path(path: str) -> "epath.Path":
 
   Raises ValueError for another scheme, ImportError if gcsfs is missing.
   """
+  if not str(path):
+    raise ValueError("the path is empty; give a folder, or gs://BUCKET/PATH")
   if is_remote(path):
     if not re.match("gs://[^/]", path):
       raise ValueError(f"{path} is neither a local path nor gs://BUCKET/PATH; take one of these")

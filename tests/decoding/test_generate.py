@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
@@ -176,7 +177,7 @@ def test_options_are_keywords_or_one_value(model, prompts, greedy):
       generate(model, prompts, generation=generation, **options)
   with pytest.raises(ValueError, match="sampler= together with top_k, greedy: give one of both"):
     generate(model, prompts, 3, Greedy(), top_k=5, greedy=True)
-  with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
+  with pytest.raises(TypeError, match="no keyword 'temprature'; did you mean 'temperature'"):
     generate(model, prompts, 3, temprature=0.8)
   with pytest.raises(ValueError, match="stop strings end texts, and generate works on tokens"):
     generate(model, prompts, 3, stop=["a"])
@@ -525,3 +526,22 @@ def test_greedy_with_filters_is_that_of_transformers(theirs, hf_prompts, mesh, p
   with mesh(1, 4, 2):
     model = place(HF, arrays_of(theirs))
   assert tokens_of(generate(model, hf_prompts, 40, Greedy(filters), eot=eot)) == expected
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    ({"window": 16}, r"window is 16; give SlidingWindow\(stride\)"),
+    ({"sampler": TopK(4)}, r"sampler is TopK\(k=4\); give Greedy\(\), Sample"),
+    ({"n_new": 2.5}, "n_new is 2.5; it is a whole number"),
+    ({"seed": 1.5}, "seed is 1.5; it is a whole number"),
+    ({"eot": [5, 6]}, r"eot is \[5, 6\]; it is a whole number"),
+    ({"generation": {"n_new": 8}}, r"generation is a dict; give Generation\(...\)"),
+    ({"temperature": math.inf}, "temperature of inf is not a finite number of 1e-30 or more"),
+    ({"temperature": 1e-45}, "temperature of 1e-45 is not a finite number of"),
+  ],
+)
+def test_an_option_of_another_type_is_one_line(model, options, message):
+  with pytest.raises(ValueError, match=message) as raised:
+    generate(model, [[5, 6]], **options)
+  assert "\n" not in str(raised.value)

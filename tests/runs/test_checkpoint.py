@@ -175,3 +175,17 @@ def test_weights_of_one_are_no_weights(mesh, parameters, place, put, tokens):
         leaves = [np.asarray(x).tobytes() for x in jax.tree.leaves((after, metrics["loss"]))]
         found.setdefault(microbatches, []).append(leaves)
   assert found[1][0] == found[1][1] and found[2][0] == found[2][1]
+
+
+def test_converted_weights_are_no_run_to_resume(data, tmp_path, two_devices):
+  """One line that says so, and nothing lost."""
+  config = config_for(data, "float32", steps=6)
+  model = {"model": config.to_dict()["model"]}
+  checkpoints = Checkpoints(str(tmp_path))
+  checkpoints.save(
+    0, {"model": {"wte": np.ones(3, np.float32)}}, {"config": model, "tokenizer": None}
+  )
+  checkpoints.close()
+  with pytest.raises(ValueError, match="holds converted weights, and no run that could resume"):
+    train.run(config, str(tmp_path))
+  assert Checkpoints(str(tmp_path), create=False).steps() == [0]

@@ -25,8 +25,12 @@ def test_every_config_holds_every_knob_in_its_range(file):
 @pytest.mark.parametrize(
   "name, value, problem",
   [
-    ("learning_rate", math.inf, "is not above 0"),
-    ("learning_rate", math.nan, "is not above 0"),
+    ("learning_rate", math.inf, "is not a finite number of 32 bits"),
+    ("learning_rate", 1e39, "is not a finite number of 32 bits"),
+    ("steps", 2**31, r"is not below 2\^31"),
+    ("model.n_vocab", 10**20, r"is not below 2\^31"),
+    ("trainable", (1,), "is not of type tuple of names"),
+    ("learning_rate", math.nan, "is not a finite number of 32 bits"),
     ("learning_rate", -1e-3, "is not above 0"),
     ("learning_rate", 0.0, "is not above 0"),
     ("b1", 2.0, "is not at least 0 and below 1"),
@@ -34,7 +38,7 @@ def test_every_config_holds_every_knob_in_its_range(file):
     ("b2", -0.1, "is not at least 0 and below 1"),
     ("final_lr_fraction", 5.0, "is not at least 0 and at most 1"),
     ("weight_decay", -0.1, "is not at least 0"),
-    ("weight_decay", math.inf, "is not at least 0"),
+    ("weight_decay", math.inf, "is not a finite number of 32 bits"),
     ("clip_norm", -1.0, "is not at least 0"),
     ("seed", 2**32, r"is not at least 0 and below 2\^32"),
     ("seed", -1, r"is not at least 0 and below 2\^32"),
