@@ -19,7 +19,7 @@ from gpt2_jax.loss import NextToken, mean_loss
 from gpt2_jax.model import ModelConfig, name_of
 from gpt2_jax.optimizer import adamw, schedule
 from gpt2_jax.quantization import quantize
-from gpt2_jax.sharding import BATCH
+from gpt2_jax.sharding import BATCH, ROWS
 
 TINY = ModelConfig(n_vocab=97, n_ctx=24, n_embd=24, n_head=3, n_layer=2, dtype="float32")
 
@@ -52,7 +52,9 @@ class Adapter:
     y_BTO = self.base.matmul(x_BTI, bias_O, gathered, context, out_dtype)
     if context.key is not None:
       x_BTI = x_BTI * jax.random.bernoulli(context.key, 0.5, x_BTI.shape)
-    a_BIR, b_BRO = (x.at[context.adapter_B].get(out_sharding=P()) for x in (self.a_NIR, self.b_NRO))
+    rows = P(ROWS, None, None)
+    a_BIR = self.a_NIR.at[context.adapter_B].get(out_sharding=rows)
+    b_BRO = self.b_NRO.at[context.adapter_B].get(out_sharding=rows)
     return y_BTO + jnp.einsum("bti,bir,bro->bto", x_BTI, a_BIR, b_BRO)
 
 
