@@ -125,7 +125,7 @@ def cloud(tmp_path, tree):
 def processes_of(path: pathlib.Path) -> list[psutil.Process]:
   """Those that were started, however indirectly, with this folder as their fake cloud."""
   processes = []
-  for process in psutil.process_iter(["environ"]):
+  for process in psutil.process_iter(["environ", "name"]):
     if (process.info["environ"] or {}).get("FAKE_CLOUD") == str(path):
       processes.append(process)
   return processes
@@ -291,6 +291,9 @@ def test_ctrl_c_leaves_all_in_place_and_the_same_command_follows_again_until_sto
   wait_for(
     lambda: len(cloud.trained()) == 1 and any("follow" in call[-1] for call in cloud.calls("ssh"))
   )
+
+  # A shell that is about to start `tail` may hand it no signal: it has to run first.
+  wait_for(lambda: any(child.info["name"] == "tail" for child in processes_of(cloud.path)))
   os.killpg(process.pid, signal.SIGINT)
   _, err = process.communicate(timeout=20)
   assert process.returncode == 130 and cloud.there
