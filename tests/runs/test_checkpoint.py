@@ -3,6 +3,7 @@
 
 import json
 import pathlib
+import shutil
 import zipfile
 
 import jax
@@ -138,7 +139,9 @@ def test_a_later_format_is_refused():
 
 def test_a_checkpoint_of_newer_code_is_refused_and_stays(data, workdir, two_devices):
   """It is no damage: moving it aside would resume from an older one."""
-  metadata = workdir / "float32/checkpoints/20/about/metadata"
+  checkpoints = workdir / "float32/checkpoints"
+  shutil.copytree(checkpoints / "20", checkpoints / "10")  # an older one that can be read
+  metadata = checkpoints / "20/about/metadata"
   metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"format": FORMAT + 1}))
   with pytest.raises(ValueError, match=f"its format is {FORMAT + 1}"):
     train.run(config_for(data, "float32"), str(workdir / "float32"))
