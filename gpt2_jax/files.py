@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Atomic writes of files and folders, SHA-256, the first line of an error, progress bars."""
+"""Atomic writes, locks, paths that people type, JSON that nobody vouches for, SHA-256, progress."""
 
 import contextlib
+import fcntl
 import hashlib
+import json
 import os
 import pathlib
 import secrets
@@ -14,23 +16,69 @@ from collections.abc import Iterable, Iterator
 def atomic_write(path: pathlib.Path, overwrite: bool = False) -> Iterator[pathlib.Path]:
   """Atomic write: yields a path for a file or a folder, which becomes `path` at the end.
 
-  It is removed if anything goes wrong. Raises FileExistsError if `path` exists, unless `overwrite`
-  allows to replace it, which only a file can.
+  It is removed if anything goes wrong; what a killed process left of the same name is removed, too.
+  Raises FileExistsError if `path` exists, unless `overwrite` allows to replace it, which only a
+  file can.
   """
   if path.exists() and not overwrite:
     raise FileExistsError(f"{path} is there already; take another name, or move it away")
 
-  # The name is hidden, and its own for each writer: two of one process may write the same path.
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-  try:
+  _remove_stale(path)
+  with _partial_folder(path) as folder:
+    partial = folder / path.name
     yield partial
     if overwrite:
       os.replace(partial, path)
     else:
       _publish(partial, path)
+
+
+@contextlib.contextmanager
+def _partial_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A hidden folder beside `path`, each writer's own: two of one process may write the same path.
+
+  It is locked while its writer lives. The kernel drops the lock with the process, however that
+  ends.
+  """
+  folder, descriptor = _locked_folder(path)
+  try:
+    yield folder
   finally:
-    _remove(partial)
+    os.close(descriptor)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked_folder(path: pathlib.Path) -> tuple[pathlib.Path, int]:
+  """A new hidden folder beside `path`, and the open descriptor that locks it."""
+  while True:
+    folder = path.with_name(f".{path.name[:150]}.{secrets.token_hex(8)}.partial")
+    folder.mkdir()
+    # Another writer may take it for stale until it is locked; then the next name is tried.
+    with contextlib.suppress(FileNotFoundError):
+      descriptor = os.open(folder, os.O_RDONLY)
+      # Some filesystems have no locks. There nothing is ever taken for stale.
+      with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+      if folder.exists():
+        return folder, descriptor
+      os.close(descriptor)
+
+
+def _remove_stale(path: pathlib.Path) -> None:
+  """Removes what killed writers of `path` left beside it: their folders, which nobody locks."""
+  prefix = f".{path.name[:150]}."
+  for folder in path.parent.iterdir():
+    if not (folder.name.startswith(prefix) and folder.name.endswith(".partial")):
+      continue
+    # A writer that ends, or starts, at this moment is no fault.
+    with contextlib.suppress(OSError):
+      descriptor = os.open(folder, os.O_RDONLY)
+      try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder)
+      finally:
+        os.close(descriptor)
 
 
 def _publish(partial: pathlib.Path, path: pathlib.Path) -> None:
@@ -50,10 +98,76 @@ def _publish(partial: pathlib.Path, path: pathlib.Path) -> None:
     raise
 
 
-def _remove(path: pathlib.Path) -> None:
-  if path.is_dir():
-    shutil.rmtree(path)
-  path.unlink(missing_ok=True)
+@contextlib.contextmanager
+def file_lock(path: pathlib.Path, busy: str) -> Iterator[None]:
+  """Holds an exclusive lock (flock) on a local file, made if need be, while the context lasts.
+
+  Raises OSError with the text `busy` if another process, or another part of this one, holds it.
+  The kernel drops the lock when the process ends, however it does: no lock is left behind.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with open(path, "a") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise OSError(busy) from error
+    yield
+
+
+def user_path(path: str) -> str:
+  """A path as a person typed it, with ~ expanded; a URL such as gs://BUCKET/PATH stays as it is.
+
+  Raises ValueError for an empty path, and for the home of a user that this machine does not have.
+  """
+  if not str(path).strip():
+    raise ValueError("a path is empty; give a file or a folder")
+  if "\0" in str(path):
+    raise ValueError(f"{str(path)[:80]!r} is no path: it has a NUL in it")
+  expanded = os.path.expanduser(path)
+  if expanded.startswith("~") and not os.path.lexists(expanded):
+    raise ValueError(
+      f"{path[:80]}: this machine has no such user; give the path in full, or as ./~"
+    )
+  return expanded
+
+
+def local_path(path: str) -> pathlib.Path:
+  """`user_path` for what cannot be on gs://. Raises ValueError for a URL, too."""
+  if "://" in str(path):
+    raise ValueError(f"{path[:80]} is a URL, and only a local path will do; copy it here, or there")
+  return pathlib.Path(user_path(path))
+
+
+def read_text(path: pathlib.Path) -> str:
+  """A text file's content. Raises ValueError with the path and the place if it is not UTF-8."""
+  content = path.read_bytes()
+  try:
+    return content.decode("utf-8")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path} is not UTF-8 at byte {error.start:,}") from error
+
+
+def parse_json(text: str | bytes, place: str) -> object:
+  """The value of a JSON text. Raises ValueError with the place, for any text, however deep."""
+  try:
+    return json.loads(text)
+  except RecursionError as error:
+    raise ValueError(f"{place} is JSON that is nested too deep") from error
+  except ValueError as error:
+    raise ValueError(f"{place} is no JSON ({error})") from error
+
+
+def parse_json_object(text: str | bytes, place: str) -> dict:
+  """`parse_json` where an object is expected. Raises ValueError for another kind of value."""
+  payload = parse_json(text, place)
+  if not isinstance(payload, dict):
+    raise ValueError(f"{place} holds a {type(payload).__name__}, not an object of names and values")
+  return payload
+
+
+def read_json_object(path: pathlib.Path) -> dict:
+  """The object in a JSON file. Raises ValueError with the path."""
+  return parse_json_object(read_text(path), str(path))
 
 
 def sha256(content: bytes | pathlib.Path) -> str:
@@ -71,6 +185,15 @@ def first_line(error: BaseException, limit: int = 300) -> str:
   """
   lines = str(error).strip().splitlines() or [type(error).__name__]
   return lines[0][:limit]
+
+
+def summarize(items: Iterable[object], limit: int = 8, each: int = 80) -> str:
+  """The first items for a message, each cut to a length, and how many more there are."""
+  texts = [str(item) for item in items]
+  shown = [text if len(text) <= each else text[: each - 3] + "..." for text in texts[:limit]]
+  if len(texts) > limit:
+    shown.append(f"and {len(texts) - limit:,} more")
+  return ", ".join(shown)
 
 
 def progress(items: Iterable, what: str, unit: str = "it", disable: bool | None = None) -> Iterable:

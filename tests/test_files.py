@@ -1,9 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 import hashlib
+import os
+import pathlib
+import signal
+import subprocess
+import sys
 
 import pytest
 
-from gpt2_jax.files import atomic_write, first_line, progress, sha256
+from gpt2_jax.files import (
+  atomic_write,
+  file_lock,
+  first_line,
+  local_path,
+  progress,
+  read_json_object,
+  sha256,
+  summarize,
+  user_path,
+)
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_an_overwrite_leaves_the_old_file_or_the_new_one(tmp_path):
@@ -49,3 +66,76 @@ def test_the_first_line_of_an_error_is_bounded_and_never_empty(error, line):
 def test_progress_gives_the_items_and_draws_on_a_terminal_alone(capfd):
   assert list(progress(range(3), "counting")) == [0, 1, 2]
   assert capfd.readouterr() == ("", "")
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from gpt2_jax.files import atomic_write
+with atomic_write(pathlib.Path(sys.argv[1])) as partial:
+  partial.write_text("half")
+  os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_kill_leaves_is_removed_by_the_next_writer_and_a_living_one_is_not(tmp_path):
+  path = tmp_path / "file"
+  environment = os.environ | {"PYTHONPATH": str(ROOT)}
+  killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], env=environment, timeout=60)
+  assert killed.returncode == -signal.SIGKILL
+  assert len(list(tmp_path.glob(".file.*.partial"))) == 1
+
+  with atomic_write(path, overwrite=True) as living:
+    living.write_text("living")
+    with atomic_write(path, overwrite=True) as other:
+      other.write_text("other")
+    assert path.read_text() == "other" and living.read_text() == "living"
+    assert list(tmp_path.glob(".file.*.partial")) == [living.parent]
+  assert path.read_text() == "living" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_lock_is_held_by_one_and_free_afterwards(tmp_path):
+  path = tmp_path / "new folder" / "lock"
+  with file_lock(path, "busy"), pytest.raises(OSError, match="^busy$"), file_lock(path, "busy"):
+    pass
+  with file_lock(path, "busy"):
+    pass
+
+
+def test_paths_as_people_type_them(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  assert user_path("~/runs") == f"{tmp_path}/runs" and user_path("a/~") == "a/~"
+  assert user_path("gs://bucket/a") == "gs://bucket/a"
+  assert str(local_path("~/runs")) == f"{tmp_path}/runs"
+  for path in ("", " ", "~no_such_user/runs", "a\0b"):
+    with pytest.raises(ValueError, match="path|user"):
+      user_path(path)
+  with pytest.raises(ValueError, match="is a URL"):
+    local_path("gs://bucket/a")
+  (tmp_path / "~here").touch()
+  assert user_path("~here") == "~here"
+
+
+@pytest.mark.parametrize(
+  ("content", "fault"),
+  [
+    (b"[" * 200_000, "nested too deep|no JSON"),
+    (b'{"a": ' * 100_000, "nested too deep|no JSON"),
+    (b"\xff{}", "is not UTF-8 at byte 0"),
+    (b"", "no JSON"),
+    (b"[]", "holds a list, not an object"),
+    (b"null", "holds a NoneType, not an object"),
+    (b"1" * 5000, "no JSON|holds a int"),
+  ],
+)
+def test_json_of_any_kind_is_one_line_with_its_path(content, fault, tmp_path):
+  (tmp_path / "file.json").write_bytes(content)
+  with pytest.raises(ValueError, match=fault) as error:
+    read_json_object(tmp_path / "file.json")
+  assert "file.json" in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_long_list_is_summed_up():
+  assert summarize(["a", 2]) == "a, 2"
+  assert summarize(range(1000), limit=3) == "0, 1, 2, and 997 more"
+  assert len(summarize(["x" * 1000] * 20)) < 8 * 82 + 20

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Safe loading of untrusted files: JSON, torch files and pickles, none of which can run code."""
+"""Safe loading of untrusted files: torch files and pickles, none of which can run code."""
 
-import json
 import pathlib
 import pickle
 import warnings
 
-from gpt2_jax.files import first_line
+from gpt2_jax.files import first_line, read_json_object
 
 PICKLED = (
   "it is no torch file of tensors alone (a pickle may run code, so nothing else in it is read)"
@@ -20,15 +19,9 @@ def check_there(path: pathlib.Path) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict:
-  """The object in a JSON file. Raises ValueError with the path."""
+  """The object in a JSON file of a checkpoint. Raises OSError or ValueError with the path."""
   check_there(path)
-  try:
-    payload = json.loads(path.read_text(encoding="utf-8"))
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path} is no JSON ({error})") from error
-  if not isinstance(payload, dict):
-    raise ValueError(f"{path} holds a {type(payload).__name__}, not an object of names and values")
-  return payload
+  return read_json_object(path)
 
 
 def import_torch(path: pathlib.Path):
