@@ -21,6 +21,7 @@ setup(
     "importlib_resources>=6.0",  # tensorflow-datasets imports it without asking for it
     "tensorstore>=0.1.86",
     "safetensors>=0.8",
+    "google-crc32c>=1.9",  # the checksums in OpenAI's checkpoints, at memory's speed
     "huggingface_hub>=2.4",
     "tokenizers>=0.23",
     "sentencepiece>=0.2.3",
@@ -37,7 +38,7 @@ setup(
     "gcs": ["gcsfs>=2026.10.1"],
     "plan": ["jax[tpu]>=0.10.2"],  # libtpu, for its compiler: launch/plan.py needs no TPU
     "cuda": ["jax[cuda12]>=0.10.2"],
-    "convert": ["torch>=2.13", "tensorflow-cpu>=2.21"],  # nanoGPT's and pickled files; OpenAI's
+    "convert": ["torch>=2.13"],  # nanoGPT's and pickled files
     "eval": ["rouge-score>=0.1.2", "sacrebleu>=2.6"],  # of summaries and translations
     "harness": ["lm_eval>=0.4.13"],  # this project's models under lm-evaluation-harness
     "test": [

@@ -12,7 +12,10 @@ import tempfile
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start, too
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+# TensorFlow and the triton that torch brings crash in one process, and several libraries import
+# TensorFlow wherever it is installed. The one test that asks it for anything starts a process.
+sys.modules["tensorflow"] = None
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """OpenAI's TensorFlow checkpoints: hparams.json, model.ckpt.*, and the vocabulary; read only."""
 
-import os
 import pathlib
 import re
 
 from gpt2_jax.convert import names
 from gpt2_jax.convert.safe_load import read_json
+from gpt2_jax.convert.tensor_bundle import open_bundle
 from gpt2_jax.convert.vocabulary import read_vocabulary
 from gpt2_jax.convert.weights import Weights
+from gpt2_jax.files import read_text
 
 SIZES = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 
@@ -19,7 +20,7 @@ OPTIMIZER_STATE = re.compile(r"/Adam(_1)?$|^(?!model/)")
 def read(path: pathlib.Path) -> Weights:
   """Reads the weights of OpenAI's folder.
 
-  Raises ValueError if they are not those of its hparams, ImportError without TensorFlow.
+  Raises ValueError if they are not those of its hparams, or damaged.
   """
   # 1. Sizes.
   hparams = read_json(path / "hparams.json")
@@ -30,23 +31,22 @@ def read(path: pathlib.Path) -> Weights:
 
   # 2. Names and shapes: those of the config and no others. A matrix is a convolution of width 1
   #    there, [1, in, out].
-  prefix = _checkpoint_prefix(path)
-  reader = _open_checkpoint(prefix)
+  bundle = open_bundle(_checkpoint_prefix(path))
   actual = {}
-  for name, shape in reader.get_variable_to_shape_map().items():
+  for name, entry in bundle.entries.items():
     if not OPTIMIZER_STATE.search(name):
-      actual[name] = tuple(shape)
+      actual[name] = entry.shape
   expected = {}
   for name, shape in names.shapes(config).items():
     expected[_graph_name(name)] = (1, *shape) if names.is_matrix(name) else shape
   names.check_shapes(actual, expected, str(path))
 
+  # 3. What can be known of the data before a byte of it is read.
+  for name in expected:
+    bundle.check_entry(name)
+
   def read_tensor(name):
-    try:
-      tensor = reader.get_tensor(_graph_name(name))
-    except Exception as error:
-      # Any kind: TensorFlow's own, and IndexError for a file that ends too soon.
-      raise ValueError(f"{prefix}.data-* is damaged or not there; fetch it again") from error
+    tensor = bundle.read(_graph_name(name))
     return tensor[0] if names.is_matrix(name) else tensor
 
   return Weights(config, read_tensor, read_vocabulary(path, config.n_vocab), f"{path} (OpenAI)")
@@ -68,7 +68,7 @@ def _checkpoint_prefix(path: pathlib.Path) -> pathlib.Path:
 
   if len(prefixes) > 1 and (path / "checkpoint").is_file():
     # Of the path that is written there only the last part holds: the folder may have moved.
-    text = (path / "checkpoint").read_text(encoding="utf-8")
+    text = read_text(path / "checkpoint")
     latest = re.match(r'model_checkpoint_path: "(?:.*/)?([^"/]+)"', text)
     if latest and latest[1] in prefixes:
       return prefixes[latest[1]]
@@ -79,21 +79,3 @@ def _checkpoint_prefix(path: pathlib.Path) -> pathlib.Path:
       f"it takes one, model.ckpt.index, or a file `checkpoint` that names one"
     )
   return next(iter(prefixes.values()))
-
-
-def _open_checkpoint(prefix: pathlib.Path):
-  """TensorFlow's reader of a checkpoint."""
-  # Read once, at TensorFlow's import: without them it prints lines about its own build.
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-  try:
-    import tensorflow as tf
-  except ImportError as error:
-    raise ImportError(
-      f"{prefix} is a TensorFlow checkpoint: pip install tensorflow-cpu to read it"
-    ) from error
-
-  try:
-    return tf.train.load_checkpoint(str(prefix))
-  except (tf.errors.OpError, ValueError, RuntimeError) as error:
-    raise ValueError(f"{prefix}.* is no whole TensorFlow checkpoint; fetch it again") from error

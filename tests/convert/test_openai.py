@@ -3,6 +3,8 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,8 +13,7 @@ from gpt2_jax.convert import pretrained
 from gpt2_jax.convert.vocabulary import write_vocabulary
 from gpt2_jax.convert.weights import weights_sha256
 from gpt2_jax.tokenizer import Gpt2Bpe
-
-tf = pytest.importorskip("tensorflow")
+from tests.convert.tensor_bundles import write_bundle
 
 DATA = os.environ.get("GPT2_JAX_TEST_DATA", "")
 needs_data = pytest.mark.skipif(
@@ -41,12 +42,7 @@ def write(model, folder: pathlib.Path, **others) -> None:
       tensors[f"model/{scope}/{kind[0]}"] = x.numpy()[None] if kind == "weight" else x.numpy()
   tensors |= others
   folder.mkdir()
-  tf.raw_ops.SaveV2(
-    prefix=str(folder / "model.ckpt"),
-    tensor_names=list(tensors),
-    shape_and_slices=[""] * len(tensors),
-    tensors=list(tensors.values()),
-  )
+  write_bundle(folder / "model.ckpt", tensors)
   c = model.config
   sizes = {"n_vocab": c.vocab_size, "n_ctx": c.n_positions, "n_embd": c.n_embd, "n_head": c.n_head}
   (folder / "hparams.json").write_text(json.dumps(sizes | {"n_layer": c.n_layer}))
@@ -56,6 +52,25 @@ def write(model, folder: pathlib.Path, **others) -> None:
 def test_logits_are_those_of_openais_graph(logits):
   expected = np.load(CHECKPOINT / "expected_logits.npz")
   assert np.abs(logits(CHECKPOINT, expected["tokens"]) - expected["logits"]).max() <= 2e-5
+
+
+WITHOUT = """
+import sys
+for name in ("tensorflow", "torch", "transformers"):
+  sys.modules[name] = None
+from gpt2_jax.convert import pretrained, weights
+print(weights.weights_sha256(pretrained.open_weights(sys.argv[1])))
+"""
+
+
+@needs_data
+def test_tensorflow_need_not_be_installed():
+  """Nor torch: an import of either fails in this process."""
+  command = [sys.executable, "-c", WITHOUT, str(CHECKPOINT)]
+  root = pathlib.Path(__file__).parents[2]
+  process = subprocess.run(command, cwd=root, capture_output=True, text=True)
+  assert process.returncode == 0, process.stderr[-2000:]
+  assert process.stdout.strip() == weights_sha256(pretrained.open_weights(str(CHECKPOINT)))
 
 
 def test_logits_are_transformers(folder, random_gpt2, logits, their_logits):
@@ -83,26 +98,30 @@ def test_missing_files_are_one_line(folder, tmp_path, refused):
   (tmp_path / "a" / "hparams.json").unlink()
   refused(tmp_path / "a", "hparams.json is not there; the checkpoint is not complete")
   (folder / "model.ckpt.data-00000-of-00001").rename(tmp_path / "data")
-  refused(folder, "model.ckpt.data-. is damaged or not there; fetch it again")
+  refused(folder, "model.ckpt.data-00000-of-00001 is not there; the checkpoint is not complete")
   (folder / "model.ckpt.index").unlink()
   refused(folder, r"has 0 files \*.index; it takes one")
 
 
 def test_damaged_files_are_one_line(folder, refused):
+  """A short file is found at the start, a changed byte when its tensor is read."""
   data, index = folder / "model.ckpt.data-00000-of-00001", folder / "model.ckpt.index"
   whole = data.read_bytes()
   for size in (0, 100, len(whole) - 1):
     data.write_bytes(whole[:size])
-    refused(folder, "model.ckpt.data-. is damaged or not there; fetch it again")
+    with pytest.raises(
+      ValueError, match=f"{data} is damaged: it ends at byte {size:,}, and model/"
+    ):
+      pretrained.open_weights(str(folder))
   flipped = bytearray(whole)
   flipped[len(whole) // 2] ^= 1
   data.write_bytes(flipped)
-  refused(folder, "model.ckpt.data-. is damaged")
+  refused(folder, f"{data} is damaged: model/h1/.* has another checksum; fetch it again")
   data.write_bytes(whole)
   weights_sha256(pretrained.open_weights(str(folder)))
   for content in (b"", b"junk" * 50, index.read_bytes()[:-10]):
     index.write_bytes(content)
-    refused(folder, "model.ckpt.. is no whole TensorFlow checkpoint; fetch it again")
+    refused(folder, f"{index} is no whole TensorFlow checkpoint: it does not end as one; fetch it")
 
 
 @pytest.mark.parametrize(

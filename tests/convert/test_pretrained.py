@@ -16,6 +16,7 @@ from gpt2_jax.convert.weights import from_model, weights_sha256
 from gpt2_jax.model import ModelConfig
 from gpt2_jax.sharding import BATCH, make_mesh
 from gpt2_jax.tokenizer import Characters, HuggingFace
+from tests.convert.tensor_bundles import write_bundle
 
 CONFIG = ModelConfig(131, 16, 16, 4, 2, dtype="float32", pad_heads=True)
 ERF = dataclasses.replace(CONFIG, gelu="erf")
@@ -55,7 +56,6 @@ def logits(device_mesh, tokens):
 
 def write_openai(weights, path) -> None:
   """A folder as OpenAI's, which this project does not write."""
-  tf = pytest.importorskip("tensorflow")
   tensors = {}
   for name in names.shapes(weights.config):
     theirs = (
@@ -67,12 +67,7 @@ def write_openai(weights, path) -> None:
       weights.read(name)[None] if name.endswith(".w") else weights.read(name)
     )
   path.mkdir()
-  tf.raw_ops.SaveV2(
-    prefix=str(path / "model.ckpt"),
-    tensor_names=list(tensors),
-    shape_and_slices=[""] * len(tensors),
-    tensors=list(tensors.values()),
-  )
+  write_bundle(path / "model.ckpt", tensors)
   sizes = {
     name: getattr(weights.config, name)
     for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
@@ -81,8 +76,8 @@ def write_openai(weights, path) -> None:
 
 
 def write(weights, path, form) -> None:
-  if form in ("openai", "nanogpt"):
-    pytest.importorskip({"openai": "tensorflow", "nanogpt": "torch"}[form])
+  if form == "nanogpt":
+    pytest.importorskip("torch")
   writer = (
     write_openai
     if form == "openai"
