@@ -64,7 +64,7 @@ def _resolve_run(path: str, workdir: pathlib.Path, step: str) -> list[SweptModel
   elif step == "latest":
     wanted = steps[-1:]
   elif step == "best":
-    wanted = [checkpoints.manager.best_step()]
+    wanted = [checkpoints.best_step()]
   else:
     wanted = [n for n in steps if str(n) == step]
   if not wanted:
