@@ -9,6 +9,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 
 
@@ -99,18 +100,22 @@ def _publish(partial: pathlib.Path, path: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def file_lock(path: pathlib.Path, busy: str) -> Iterator[None]:
+def file_lock(path: pathlib.Path, busy: str, wait: bool = False) -> Iterator[None]:
   """Holds an exclusive lock (flock) on a local file, made if need be, while the context lasts.
 
-  Raises OSError with the text `busy` if another process, or another part of this one, holds it.
-  The kernel drops the lock when the process ends, however it does: no lock is left behind.
+  If another process, or another part of this one, holds it: raises OSError with the text `busy`,
+  or prints that text and waits. The kernel drops the lock when the process ends, however it does:
+  no lock is left behind.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   with open(path, "a") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-      raise OSError(busy) from error
+      if not wait:
+        raise OSError(busy) from error
+      print(busy, file=sys.stderr)
+      fcntl.flock(file, fcntl.LOCK_EX)
     yield
 
 

@@ -6,18 +6,20 @@ imported where a corpus is opened. `Documents` pickles as the name of a folder, 
 processes reopen the corpus by themselves.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpt2_jax.files import first_line
+from gpt2_jax.data.skipped import BadRecord, Skipped
+from gpt2_jax.files import first_line, user_path
 
 if TYPE_CHECKING:
   import tensorflow_datasets as tfds
@@ -27,21 +29,30 @@ if TYPE_CHECKING:
 class Documents(Sequence):
   """The documents of a corpus, random access: `len(documents)`, `documents[i] -> str`.
 
-  They are one split of a prepared dataset; `source` says in JSON which. Raises ValueError for a
-  split that does not exist or is empty, a key that is no text, or (when read) text that is not
-  UTF-8.
+  They are one split of a prepared dataset; `source` says in JSON which, and `former_source` what an
+  older version said of the same text. `skipped` are records that are no documents, of all splits.
+  Raises ValueError for a split that does not exist or is empty, or a key that is no text, and
+  BadRecord for a document that is not UTF-8, when it is read.
   """
 
   folder: str
   split: str
   text_key: str
   source: dict = dataclasses.field(repr=False)
+  skipped: Skipped = Skipped()
+  former_source: dict | None = dataclasses.field(default=None, repr=False)
 
   @functools.cached_property
   def _records(self) -> Sequence[dict]:
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(self.folder)
+    try:
+      builder = tfds.builder_from_directory(self.folder)
+    except Exception as error:
+      # What TFDS finds in a damaged folder, it raises as whatever its parsers raise.
+      raise ValueError(
+        f"{self.folder} cannot be read: {first_line(error)}; remove it and prepare it again"
+      ) from error
     features = builder.info.features
     text_keys = sorted(key for key in features if isinstance(features[key], tfds.features.Text))
     if self.text_key not in text_keys:
@@ -53,19 +64,32 @@ class Documents(Sequence):
 
   def __reduce__(self):
     # Without the dataset that this process has opened: each process opens its own.
-    return Documents, (self.folder, self.split, self.text_key, self.source)
+    return Documents, (
+      self.folder,
+      self.split,
+      self.text_key,
+      self.source,
+      self.skipped,
+      self.former_source,
+    )
 
   def __len__(self) -> int:
     return len(self._records)
 
   def __getitem__(self, i: int) -> str:
     # The range turns negative indices into positive ones, and raises IndexError.
-    text = self._records[range(len(self))[i]][self.text_key]
+    place = range(len(self))[i]
     try:
-      return text.decode("utf-8")
+      return self._records[place][self.text_key].decode("utf-8")
     except UnicodeDecodeError as error:
+      raise BadRecord(
+        f"document {place:,} of {self.folder} is not UTF-8 at byte {error.start:,}"
+      ) from error
+    except (RuntimeError, IndexError) as error:
+      # What ArrayRecord's reader raises where a file is damaged, or shorter than it was.
       raise ValueError(
-        f"document {i:,} of {self.folder} is not UTF-8 at byte {error.start:,}"
+        f"document {place:,} of {self.folder} cannot be read: {first_line(error)}; "
+        "remove that folder and prepare it again"
       ) from error
 
 
@@ -91,42 +115,78 @@ def tfds_records(tfds_name: str, split: str, data_dir: str | None = None) -> Seq
 
 
 def file_documents(
-  patterns: str, split: str = "train", text_key: str = "text", data_dir: str | None = None
+  patterns: str,
+  split: str = "train",
+  text_key: str = "text",
+  data_dir: str | None = None,
+  strict: bool = False,
 ) -> Documents:
   """Opens local files as a TFDS dataset, prepared in `data_dir` once for each content.
 
   `patterns` are globs with commas between them; ** crosses folders. Each line of a .jsonl file is a
-  document, with its text under `text_key`. Any other file is one document. Files that are not UTF-8
-  are skipped and counted on stderr, for a model would learn the U+FFFD in their place. Empty
+  document, with its text under `text_key`. Any other file is one document. A file that is found by
+  several names is read once. Documents and lines that are not UTF-8, or have no text, are skipped
+  and counted on stderr, unless `strict`: a model would learn the U+FFFD in their place. Empty
   documents are dropped. TFDS shuffles documents by a hash of their names, so a slice of the split
   ("train[:90%]") is a sample. Raises FileNotFoundError if nothing matches, ValueError if there is
   no text, and as `Documents` does.
   """
   from gpt2_jax.data.local_files import prepare_local_files
 
-  folder, fingerprint = prepare_local_files(patterns, text_key, data_dir)
+  prepared = prepare_local_files(patterns, text_key, data_dir, strict)
   source = {
     "kind": "files",
     "patterns": patterns,
     "split": split,
     "text_key": text_key,
-    "sha256": fingerprint,
+    "sha256": prepared.fingerprint,
   }
-  return _opened(Documents(folder, split, "text", source))
+  former = source | {"sha256": prepared.former_fingerprint}
+  return _opened(Documents(prepared.folder, split, "text", source, prepared.skipped, former))
+
+
+def is_same_source(saved: object, source: dict, former_source: dict | None = None) -> bool:
+  """Whether a `source` that was saved tells the same documents.
+
+  The content counts, and not the patterns by which it was found. `former_source` is what an older
+  version said of the documents of `source`.
+  """
+  if not isinstance(saved, dict):
+    return False
+  for known in (source, former_source):
+    if known is not None and saved | {"patterns": None} == known | {"patterns": None}:
+      return True
+  return False
+
+
+def readable(documents: Sequence[str]) -> Iterator[str]:
+  """The documents without those that cannot be read."""
+  for i in range(len(documents)):
+    # Whoever encodes the documents counts these.
+    with contextlib.suppress(BadRecord):
+      yield documents[i]
 
 
 @dataclasses.dataclass(frozen=True)
 class CharacterSlice(Sequence):
   """Characters [low, high) of the documents' text, as if nothing stood between documents.
 
-  `starts` is the character at which each document starts, and the end of the last one.
+  `readable` are the documents that can be read, `starts` the character at which each of them
+  starts, and the end of the last one. `skipped` are the others, in the slice or outside of it.
   """
 
   documents: Sequence[str]
   low: int
   high: int
+  readable: np.ndarray = dataclasses.field(repr=False)
   starts: np.ndarray = dataclasses.field(repr=False)
   source: dict = dataclasses.field(repr=False)
+  skipped: Skipped
+
+  @property
+  def former_source(self) -> dict | None:
+    former = self.documents.former_source
+    return former and former | {"characters": self.source["characters"]}
 
   @property
   def _covered(self) -> range:
@@ -145,7 +205,8 @@ class CharacterSlice(Sequence):
 
     # Of the first and the last document, only a part may be in the slice.
     start = int(self.starts[document])
-    return self.documents[document][max(0, self.low - start) : self.high - start]
+    text = self.documents[int(self.readable[document])]
+    return text[max(0, self.low - start) : self.high - start]
 
 
 def slice_characters(documents: Documents, bounds: str) -> CharacterSlice:
@@ -154,25 +215,42 @@ def slice_characters(documents: Documents, bounds: str) -> CharacterSlice:
   A bound of p % is rounded down to a character, so ":90%" and "90%:" share out the text exactly.
   Reads all documents. Raises ValueError for other syntax or an empty slice.
   """
-  number = r"(\d+(?:\.\d+)?%|\d+)?"
-  match = re.fullmatch(f"{number}:{number}", bounds)
-  if not match:
-    raise ValueError(
-      f"characters {bounds!r} is not FROM:TO, each a number, a percentage or nothing, as in :90%"
-    )
+  first, last = parse_bounds(bounds)
 
   # Only lengths are kept: the text may not fit into memory.
-  lengths = list(map(len, documents))
+  lengths = []
+  places = []
+  skipped = documents.skipped
+  for i in range(len(documents)):
+    try:
+      lengths.append(len(documents[i]))
+      places.append(i)
+    except BadRecord as error:
+      skipped += Skipped(1, first_line(error))
   starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
   total = int(starts[-1])
 
-  low = _bound_to_characters(match[1] or "0", total)
-  high = _bound_to_characters(match[2] or "100%", total)
+  low = _bound_to_characters(first, total)
+  high = _bound_to_characters(last, total)
   if low >= high:
     raise ValueError(
       f"characters {bounds} are none: they run from {low:,} to {high:,} of {total:,}"
     )
-  return CharacterSlice(documents, low, high, starts, documents.source | {"characters": bounds})
+  source = documents.source | {"characters": bounds}
+  return CharacterSlice(documents, low, high, np.array(places), starts, source, skipped)
+
+
+def parse_bounds(bounds: str) -> tuple[str, str]:
+  """The two bounds of a slice FROM:TO. Raises ValueError for other syntax."""
+  # No file has more characters than 18 digits tell; Python refuses to read thousands of them.
+  number = r"(\d{1,18}(?:\.\d{1,18})?%|\d{1,18})?"
+  match = re.fullmatch(f"{number}:{number}", bounds, re.ASCII)
+  if not match:
+    raise ValueError(
+      f"characters {bounds[:40]!r} is not FROM:TO, "
+      "each a number, a percentage or nothing, as in :90%"
+    )
+  return match[1] or "0", match[2] or "100%"
 
 
 def _bound_to_characters(bound: str, total: int) -> int:
@@ -185,12 +263,14 @@ def _bound_to_characters(bound: str, total: int) -> int:
 def _open_builder(tfds_name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":
   import tensorflow_datasets as tfds
 
+  data_dir = data_dir and user_path(data_dir)
   try:
     builder = tfds.builder(tfds_name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError as error:
     raise ValueError(_unknown_name(tfds_name, data_dir)) from error
-  except (ValueError, RuntimeError, AssertionError) as error:
-    # The name is known, but not its config or version.
+  except Exception as error:
+    # Mostly, the name is known, but not its config or version. What TFDS finds in a damaged folder,
+    # it raises as whatever its parsers raise.
     raise ValueError(f"TFDS cannot open {tfds_name!r}: {first_line(error)}") from error
 
   # Nothing is downloaded here: that may take hours, and is done once, by hand.

@@ -2,6 +2,7 @@
 """The token stores of a run, and the tokenizer that made them."""
 
 from gpt2_jax.data.token_store import TokenStore
+from gpt2_jax.files import user_path
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -12,6 +13,7 @@ def open_stores(
 
   Raises ValueError if they do not belong together, or the model's vocabulary is another.
   """
+  tokenizer = user_path(tokenizer)
   vocabulary = load_tokenizer(tokenizer)
   if vocabulary.vocab_size != n_vocab:
     raise ValueError(

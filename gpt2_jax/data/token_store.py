@@ -9,28 +9,46 @@ A store is a folder, local or on gs://:
   ...
   manifest.json     written last: the job, the tokenizer itself, the totals, each part's counts
                     and sha256
+  lock              held by the process that writes (flock); empty, and never on gs://
 
 One worker process writes a part from its first token to its last. A killed job leaves complete
 parts, which a rerun keeps, and parts without their .json, which a rerun replaces. It leaves no
 manifest, and nothing reads a store without one.
+
+The manifest's "skipped" counts the records of the corpus that could not be read, and names the
+first. A part's .json has it only if there are any. Stores of older versions have none.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 
 import numpy as np
 import tensorstore as ts
 
-from gpt2_jax.data.zarr_files import get_json, open_arrays, read_shards, tensorstore_reason
+from gpt2_jax.data.skipped import Skipped
+from gpt2_jax.data.zarr_files import (
+  get_json,
+  list_names,
+  open_arrays,
+  read_shards,
+  tensorstore_reason,
+)
+from gpt2_jax.files import progress, summarize, user_path
 from gpt2_jax.tokenizer import Tokenizer, from_json
 
 # The version of the layout above.
 FORMAT = 1
 # Memory for chunks that were read: neighbouring windows share some.
 CACHE_BYTES = 1 << 28
+# What job.json says, and the manifest repeats.
+JOB_KEYS = {"format", "source", "tokenizer_fingerprint", "documents", "documents_per_part"}
+# The way out, wherever a store is damaged.
+REPAIR = "the same tokenize command writes what is damaged again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +65,7 @@ class TokenStore:
 
     Raises FileNotFoundError for no store or a half-written one, ValueError for an unreadable one.
     """
+    path = user_path(path)
     manifest = get_json(path, "manifest.json")
     if manifest is None:
       raise FileNotFoundError(_what_is_missing(path))
@@ -54,24 +73,41 @@ class TokenStore:
     # A layout of another version may look alike and mean something else.
     if manifest.get("format") != FORMAT:
       raise ValueError(
-        f"{path}: format {manifest.get('format')}, this version reads {FORMAT}; tokenize again"
+        f"{path}: format {str(manifest.get('format'))[:40]}, this version reads {FORMAT}; "
+        "tokenize again"
       )
 
-    parts = open_arrays(path, manifest["parts"], CACHE_BYTES)
-    return cls(str(path), manifest, parts)
+    check_manifest(manifest, f"{path}/manifest.json")
+    lengths = {name: entry["tokens"] for name, entry in manifest["parts"].items()}
+    parts = open_arrays(path, lengths, manifest["dtype"], CACHE_BYTES)
+    return cls(path, manifest, parts)
 
   def __len__(self) -> int:
     return self.manifest["tokens"]
 
   @functools.cached_property
   def tokenizer(self) -> Tokenizer:
-    """The tokenizer with which the corpus was encoded: the manifest holds it."""
-    return from_json(self.manifest["tokenizer"])
+    """The tokenizer with which the corpus was encoded: the manifest holds it.
+
+    Raises ValueError if it is not the one that the manifest's fingerprint tells.
+    """
+    tokenizer = from_json(self.manifest["tokenizer"])
+    if tokenizer.fingerprint != self.fingerprint:
+      raise ValueError(
+        f"{self.path}/manifest.json holds a tokenizer with fingerprint "
+        f"{tokenizer.fingerprint[:12]} and says {self.fingerprint[:12]}; {REPAIR}"
+      )
+    return tokenizer
 
   @property
   def fingerprint(self) -> str:
     """The tokenizer's fingerprint."""
     return self.manifest["tokenizer_fingerprint"]
+
+  @property
+  def skipped(self) -> Skipped:
+    """The records of the corpus that are not in the store."""
+    return Skipped.from_json(self.manifest.get("skipped"))
 
   @functools.cached_property
   def _tokens(self) -> ts.TensorStore:
@@ -104,29 +140,36 @@ class TokenStore:
     return windows
 
   def verify(self) -> None:
-    """Checks every token against the checksums. Raises ValueError that names the damaged parts."""
-    # Without a cache: what is in memory must not vouch for what is on disk.
+    """Holds all files of the store against each other, and every token against the checksums.
+
+    Raises ValueError that names what is damaged.
+    """
+    # The manifest repeats what job.json and the parts' .json say.
+    job = get_json(self.path, "job.json")
+    if job is None:
+      raise ValueError(f"{self.path}: job.json is gone; {REPAIR}")
+    other = [key for key in job if key in self.manifest and job[key] != self.manifest[key]]
+    if other or not job.keys() >= JOB_KEYS:
+      names = summarize(other or sorted(JOB_KEYS - job.keys()), each=40)
+      raise ValueError(f"{self.path}: manifest.json and job.json differ in {names}; {REPAIR}")
+
     entries = self.manifest["parts"]
-    parts = open_arrays(self.path, entries, cache_bytes=0)
+    other = [name for name in entries if get_json(self.path, f"{name}.json") != entries[name]]
+    if other:
+      raise ValueError(
+        f"{self.path}: manifest.json and the .json of {summarize(other)} differ; {REPAIR}"
+      )
 
-    damaged = []
-    for (name, entry), part in zip(entries.items(), parts, strict=True):
-      digest = hashlib.sha256()
-      try:
-        for tokens in read_shards(part):
-          digest.update(tokens.tobytes())
-      except ValueError:
-        # A chunk is gone, or does not agree with its own crc32c.
-        damaged.append(name)
-        continue
-      if digest.hexdigest() != entry["sha256"]:
-        damaged.append(name)
+    # It is compared with its fingerprint when it is opened.
+    vocab_size = self.tokenizer.vocab_size
+    if np.dtype(self.manifest["dtype"]) != token_dtype(vocab_size):
+      raise ValueError(f"{self.path}: {self.manifest['dtype']} for {vocab_size:,} ids; {REPAIR}")
 
+    damaged = damaged_parts(self.path, entries, self.manifest["dtype"])
     if damaged:
       raise ValueError(
-        f"{self.path}: {len(damaged)} of {len(parts)} parts are damaged "
-        f"({', '.join(damaged[:8])}); remove manifest.json and their .json files, "
-        "and the same tokenize command writes those parts again"
+        f"{self.path}: {len(damaged)} of {len(entries)} parts are damaged "
+        f"({summarize(damaged)}); {REPAIR}"
       )
 
 
@@ -135,18 +178,108 @@ def part_name(index: int) -> str:
   return f"part-{index:05d}"
 
 
+def token_dtype(vocab_size: int) -> np.dtype:
+  """Two bytes a token where the largest id fits, else four; little-endian."""
+  return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def damaged_parts(path: str, entries: dict[str, dict], dtype: str) -> list[str]:
+  """The parts whose tokens are not those that `entries` count and hash. Reads all tokens."""
+
+  def is_damaged(item: tuple[str, dict]) -> bool:
+    name, entry = item
+    digest = hashlib.sha256()
+    try:
+      # Without a cache: what is in memory must not vouch for what is on disk.
+      (part,) = open_arrays(path, {name: entry["tokens"]}, dtype, cache_bytes=0)
+      for tokens in read_shards(part):
+        digest.update(tokens.tobytes())
+    except ValueError:
+      # A chunk is gone, or does not agree with its own crc32c.
+      return True
+    return digest.hexdigest() != entry["sha256"]
+
+  with concurrent.futures.ThreadPoolExecutor(4) as threads:
+    results = progress(threads.map(is_damaged, entries.items()), "checking", " parts")
+    return list(itertools.compress(entries, results))
+
+
+def check_manifest(manifest: dict, place: str) -> None:
+  """Raises ValueError unless a manifest is whole in itself: its parts make up its totals."""
+  # 1. Everything is there, and of its type.
+  for key in ("tokens", "bytes", "documents", "documents_per_part"):
+    if not _is_count(manifest.get(key)):
+      raise ValueError(f"{place}: {key} is {str(manifest.get(key))[:40]!r}, no count; {REPAIR}")
+  for key, kind in (("parts", dict), ("source", dict), ("tokenizer_fingerprint", str)):
+    if not isinstance(manifest.get(key), kind):
+      raise ValueError(f"{place} has no {key}; {REPAIR}")
+  if manifest.get("dtype") not in ("uint16", "uint32"):
+    raise ValueError(f"{place}: dtype {str(manifest.get('dtype'))[:40]!r} is no id's; {REPAIR}")
+
+  # 2. The parts are those of that many documents. Their names are made and never taken from the
+  # file, where they could lead out of the folder.
+  parts = manifest["parts"]
+  n_parts = count_parts(manifest)
+  if len(parts) != n_parts or list(parts) != list(map(part_name, range(n_parts))):
+    raise ValueError(
+      f"{place}: {len(parts):,} parts ({summarize(parts, 2, 40)}) where "
+      f"{manifest['documents']:,} documents make {n_parts:,} from part-00000 on; {REPAIR}"
+    )
+  for index, name in enumerate(parts):
+    if not is_entry(parts[name], len(documents_of_part(manifest, index))):
+      raise ValueError(f"{place}: the counts of {name} are damaged; {REPAIR}")
+
+  Skipped.from_json(manifest.get("skipped"))
+
+  # 3. They make up the totals.
+  for key in ("tokens", "bytes"):
+    total = sum(entry[key] for entry in parts.values())
+    if manifest[key] != total:
+      raise ValueError(
+        f"{place} says {manifest[key]:,} {key}, and its parts have {total:,}; {REPAIR}"
+      )
+
+
+def count_parts(job: dict) -> int:
+  """The number of parts of a job."""
+  return math.ceil(job["documents"] / max(1, job["documents_per_part"]))
+
+
+def documents_of_part(job: dict, index: int) -> range:
+  """The documents of a part: all parts have the same number, but for the last one."""
+  first = index * job["documents_per_part"]
+  return range(first, min(first + job["documents_per_part"], job["documents"]))
+
+
+def is_entry(entry: object, documents: int) -> bool:
+  """Whether this is what is said of a part with that many documents."""
+  if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
+    return False
+  if not (_is_count(entry.get("tokens")) and _is_count(entry.get("bytes"))):
+    return False
+  try:
+    Skipped.from_json(entry.get("skipped"))
+  except ValueError:
+    return False
+  return entry.get("documents") == documents
+
+
+def _is_count(value: object) -> bool:
+  # True is an int, too.
+  return type(value) is int and value >= 0
+
+
 def _what_is_missing(path: str) -> str:
   """Says why a folder without a manifest is no store, and what to do."""
   job = get_json(path, "job.json")
   if job is None:
     return f"no token store at {path}; launch/tokenize.py writes one"
 
-  n_parts = math.ceil(job["documents"] / job["documents_per_part"])
-  n_complete = 0
-  for index in range(n_parts):
-    if get_json(path, f"{part_name(index)}.json") is not None:
-      n_complete += 1
+  if not _is_count(job.get("documents")) or not _is_count(job.get("documents_per_part")):
+    return f"{path} is no token store: its job.json is of something else; choose another folder"
+
+  n_complete = len(list_names(path, r"part-\d+\.json"))
   return (
-    f"{path} is half-written: {n_complete} of {n_parts} parts; "
+    f"{path} is half-written: {n_complete:,} of {count_parts(job):,} parts; "
     "run the same tokenize command again, it resumes"
   )

@@ -7,22 +7,28 @@ are few files, and a random window reads a few KiB.
 
 import json
 import math
+import os
 import pathlib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import tensorstore as ts
 
-from gpt2_jax.files import first_line
+from gpt2_jax.files import first_line, parse_json_object
 
 # Tokens that are read at once.
 CHUNK = 2048
 # Tokens in one file.
 SHARD = 1 << 24
+# How a chunk is written: plain little-endian tokens, and a crc32c.
+CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
 
-def open_arrays(path: str, names: Iterable[str], cache_bytes: int) -> list[ts.TensorStore]:
-  """Opens zarr arrays for reading. Raises ValueError if one is gone or damaged."""
+def open_arrays(
+  path: str, lengths: Mapping[str, int], dtype: str, cache_bytes: int
+) -> list[ts.TensorStore]:
+  """Opens zarr arrays of these lengths for reading. Raises ValueError if one is gone or damaged."""
   context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
 
   # A store never changes once it is complete: what is in the cache needs no second look.
@@ -30,15 +36,37 @@ def open_arrays(path: str, names: Iterable[str], cache_bytes: int) -> list[ts.Te
 
   # All are opened at once and not one after another: on gs:// each costs a round trip.
   opening = []
-  for name in names:
+  for name in lengths:
     spec = _spec(path, name) | options
     opening.append(ts.open(spec, context=context, read=True, write=False))
-  try:
-    return [array.result() for array in opening]
-  except ValueError as error:
+
+  arrays = []
+  for (name, length), array in zip(lengths.items(), opening, strict=True):
+    try:
+      arrays.append(array.result())
+      _check_metadata(arrays[-1], length, dtype)
+
+    # NotImplementedError is TensorStore's answer to a codec that it does not know.
+    except (ValueError, NotImplementedError) as error:
+      raise ValueError(
+        f"{path} has lost a part: {name}, {tensorstore_reason(error)}; "
+        "the same tokenize command writes it again"
+      ) from error
+  return arrays
+
+
+def _check_metadata(array: ts.TensorStore, length: int, dtype: str) -> None:
+  """Raises ValueError unless the array's metadata says what `write_array` writes.
+
+  Metadata has no checksum. Other codecs would read other tokens, or none of the chunks' crc32c.
+  """
+  if array.shape != (length,) or array.dtype.name != dtype:
     raise ValueError(
-      f"{path} has lost a part: {tensorstore_reason(error)}; remove that folder and tokenize again"
-    ) from error
+      f"an array of {array.dtype.name} {list(array.shape)} where {dtype} [{length}] was written"
+    )
+  (codec,) = array.spec().to_json()["metadata"]["codecs"]
+  if codec["name"] != "sharding_indexed" or codec["configuration"]["codecs"] != CODECS:
+    raise ValueError("its zarr.json names other codecs than were written")
 
 
 def write_array(path: str, name: str, tokens: np.ndarray) -> None:
@@ -46,7 +74,12 @@ def write_array(path: str, name: str, tokens: np.ndarray) -> None:
   metadata = _zarr_metadata(len(tokens), tokens.dtype)
   spec = _spec(path, name) | {"metadata": metadata}
   try:
-    array = ts.open(spec, create=True, delete_existing=True).result()
+    try:
+      # Over the same array and not after removing it: where there are no locks, another process may
+      # be writing the same tokens, and may have said already that they are there.
+      array = ts.open(spec, open=True, create=True).result()
+    except ValueError:
+      array = ts.open(spec, create=True, delete_existing=True).result()
 
     # One shard at a time bounds the memory that encoded shards take.
     for shard in _shards(len(tokens)):
@@ -65,19 +98,58 @@ def get_json(path: str, name: str) -> dict | None:
   """Reads a JSON object; None if there is no such file. Raises ValueError if it is unreadable."""
   try:
     # TensorStore reads keys of local folders and of gs:// alike. A missing key is no error.
-    answer = ts.KvStore.open(_url(path)).result().read(name).result()
-    return json.loads(answer.value) if answer.state == "value" else None
+    answer = _folder(path).read(name).result()
   except ValueError as error:
     raise ValueError(f"cannot read {path}/{name}: {tensorstore_reason(error)}") from error
+
+  if answer.state != "value":
+    return None
+  return parse_json_object(answer.value, f"{path}/{name}")
 
 
 def put_json(path: str, name: str, content: dict) -> None:
   """Writes a JSON object. The write is atomic, as all of TensorStore's are."""
-  text = json.dumps(content, indent=1)
+  _write(path, name, json.dumps(content, indent=1))
+
+
+def create_json(path: str, name: str, content: dict) -> bool:
+  """`put_json` unless there is such a file; says whether it was written. Of two writers, one is."""
   try:
-    ts.KvStore.open(_url(path)).result().write(name, text.encode()).result()
+    missing = _folder(path).read(name).result()
+  except ValueError as error:
+    raise ValueError(f"cannot read {path}/{name}: {tensorstore_reason(error)}") from error
+  if missing.state == "value":
+    return False
+
+  stamp = _write(path, name, json.dumps(content, indent=1), if_equal=missing.stamp.generation)
+  # TensorStore answers with the empty generation if the condition did not hold.
+  return bool(stamp.generation)
+
+
+def list_names(path: str, pattern: str) -> list[str]:
+  """The files of a folder whose whole name matches a regular expression."""
+  try:
+    names = map(os.fsdecode, _folder(path).list().result())
+    return [name for name in names if re.fullmatch(pattern, name)]
+  except ValueError as error:
+    raise ValueError(f"cannot list {path}: {tensorstore_reason(error)}") from error
+
+
+def delete(path: str, name: str) -> None:
+  """Removes a file, if it is there."""
+  _write(path, name, None)
+
+
+def _write(path: str, name: str, content: str | None, **options) -> object:
+  """Writes a file, or removes it, and returns TensorStore's stamp of that."""
+  try:
+    return _folder(path).write(name, content, **options).result()
   except ValueError as error:
     raise ValueError(f"cannot write {path}/{name}: {tensorstore_reason(error)}") from error
+
+
+def _folder(path: str) -> ts.KvStore:
+  return ts.KvStore.open(_url(path)).result()
 
 
 def tensorstore_reason(error: Exception) -> str:
@@ -92,8 +164,7 @@ def _shards(n_tokens: int) -> Iterator[slice]:
 
 def _zarr_metadata(n_tokens: int, dtype: np.dtype) -> dict:
   """Metadata of zarr3: chunks of plain little-endian tokens with a crc32c, in shards."""
-  codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-  sharding = {"chunk_shape": [CHUNK], "codecs": codecs, "index_codecs": codecs}
+  sharding = {"chunk_shape": [CHUNK], "codecs": CODECS, "index_codecs": CODECS}
 
   # A short array gets one shard of its own length, in complete chunks.
   n_chunks = max(1, math.ceil(n_tokens / CHUNK))

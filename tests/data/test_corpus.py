@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
+import glob
+import hashlib
 import json
 import os
 import pathlib
 import pickle
+import re
+import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +17,9 @@ import tensorflow_datasets as tfds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2_jax.data import corpus
+from gpt2_jax.data import corpus, encode_corpus, local_files
+from gpt2_jax.data.skipped import Skipped
+from gpt2_jax.tokenizer import Characters
 
 TEXTS = {
   "a.txt": "first\r\nline\tand \0 \u2581\n",
@@ -23,6 +30,7 @@ TEXTS = {
 
 class Texts(list):
   source: dict = {}
+  skipped = Skipped()
 
 
 class ToyTexts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -145,7 +153,174 @@ def test_unchanged_files_are_prepared_once(files, tmp_path):
 def test_files_that_are_not_utf8_are_skipped_aloud(files, tmp_path, capsys):
   (files / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
   assert len(read(f"{files}/**/*", tmp_path)) == 3
-  assert "1 of 4 files are not UTF-8, skipped" in capsys.readouterr().err
+  assert "4 files; skipped 1 record: " in (err := capsys.readouterr().err)
+  assert "latin.txt is not UTF-8 at byte 3" in err
+
+
+def test_a_file_that_many_names_lead_to_is_read_once(files, tmp_path, capsys):
+  """Two loops: Python's own glob would follow 2 ** 40 names."""
+  whole = list(read(f"{files}/**/*", tmp_path))
+  (files / "deep" / "loop").symlink_to(files)
+  (files / "deep" / "er" / "loop").symlink_to(files / "deep")
+  (files / "deep" / "er" / "other.txt").symlink_to(files / "a.txt")
+  (files / "zz").symlink_to(files / "deep" / "er")
+  documents = read(f"{files}/**/*", tmp_path)
+  assert list(documents) == whole
+  assert "4 names lead to 3 files; each is read once" in capsys.readouterr().err
+  assert list(read(f"{files}/*/*/*.py, {files}/**/b.py", tmp_path)) == [TEXTS["deep/er/b.py"]]
+
+
+def test_folders_behind_a_symlink_are_read(files, tmp_path):
+  (tmp_path / "corpus").mkdir()
+  (tmp_path / "corpus" / "link").symlink_to(files)
+  assert sorted(read(f"{tmp_path}/corpus/**/*", tmp_path)) == sorted(TEXTS.values())
+
+
+@given(pattern=st.lists(st.sampled_from(["**", "*", "a*", "d?", "**x", ".h"]), max_size=4))
+def test_globs_match_what_pythons_match(tree, pattern):
+  pattern = os.path.join(str(tree), *pattern)
+  expected = filter(os.path.isfile, glob.glob(pattern, recursive=True))
+  ours = filter(os.path.isfile, local_files._glob(pattern))
+  assert set(map(os.path.abspath, ours)) == set(map(os.path.abspath, expected))
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> pathlib.Path:
+  root = tmp_path_factory.mktemp("tree")
+  for name in ("a", "a1/a", "a1/d2/a.x", ".h/a", "d1/.h/b", "d1/.b", "d1/a[1]/a", "d1/a1/d2/x"):
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text(name)
+  return root
+
+
+def test_symlinks_that_lead_nowhere_are_told(files, tmp_path, capsys):
+  (files / "gone.txt").symlink_to(files / "nothing")
+  assert len(read(f"{files}/*.txt", tmp_path)) == 1
+  assert f"lead nowhere, left out: {files}/gone.txt" in capsys.readouterr().err
+
+
+def test_the_extension_is_read_in_any_case(tmp_path):
+  (tmp_path / "a.JSONL").write_text('{"text": "one"}\n{"text": "two"}\n')
+  assert sorted(read(f"{tmp_path}/*", tmp_path)) == ["one", "two"]
+
+
+def test_the_same_text_in_another_folder_is_the_same_corpus(files, tmp_path):
+  copy = tmp_path / "elsewhere" / "copy"
+  shutil.copytree(files, copy)
+  first = read(f"{files}/**/*", tmp_path)
+  second = read(f"{copy}/**/*", tmp_path)
+  assert first.source["sha256"] == second.source["sha256"]
+  assert corpus.is_same_source(first.source, second.source)
+  assert list(first) == list(second)
+  (copy / "a.txt").rename(copy / "c.txt")
+  assert not corpus.is_same_source(first.source, read(f"{copy}/**/*", tmp_path).source)
+
+
+def test_what_an_older_version_said_of_the_files_is_told(files, tmp_path):
+  digest = hashlib.sha256()
+  for name in sorted(TEXTS):
+    content = hashlib.sha256(TEXTS[name].encode()).hexdigest()
+    digest.update(f"{files / name}\n{content}\n".encode())
+  older = hashlib.sha256(f"text\n{digest.hexdigest()}".encode()).hexdigest()
+  documents = read(f"{files}/**/*", tmp_path)
+  assert documents.former_source == documents.source | {"sha256": older}
+  part = corpus.slice_characters(documents, ":50%")
+  assert corpus.is_same_source(
+    part.source | {"sha256": older, "patterns": "x"}, part.source, part.former_source
+  )
+
+  # It read this file otherwise.
+  (files / "d.JSONL").write_text('{"text": "one"}')
+  assert read(f"{files}/**/*", tmp_path).former_source["sha256"] is None
+
+
+BAD_LINES = {
+  b'{"text": "caf\xe9"}': "is not UTF-8 at byte 13 of the line",
+  b'{"text": null}': r"has NoneType under 'text' \(of text\)",
+  b'{"text": 5}': "has int under 'text'",
+  b'{"body": "b"}': r"has no text under 'text' \(of body\)",
+  b'{"text": "a\\ud800b"}': "has a lone surrogate in its text",
+  b'{"text": ': "is no JSON",
+  b"null": "holds a NoneType, not an object",
+  b"[" * 100_000: "is JSON that is nested too deep",
+  b'{"text": {"text": "a"}}': "has dict under 'text'",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: BAD_LINES[line][:20])
+def test_a_line_that_is_no_text_costs_no_other_line(tmp_path, capsys, line):
+  (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n\n' + line + b'\n{"text": "two"}\n')
+  documents = read(f"{tmp_path}/a.jsonl", tmp_path)
+  assert sorted(documents) == ["one", "two"] and documents.skipped.count == 1
+  assert re.fullmatch(f"a.jsonl:3 {BAD_LINES[line]}.*", documents.skipped.first)
+  assert documents.skipped.first in capsys.readouterr().err
+
+  # Prepared already, it is told again. So it is by a copy of `documents`.
+  again = read(f"{tmp_path}/a.jsonl", tmp_path)
+  assert again.skipped == pickle.loads(pickle.dumps(documents)).skipped == documents.skipped
+
+  for folder in (tmp_path, tmp_path / "new"):
+    with pytest.raises(ValueError, match=f"a.jsonl:3 {BAD_LINES[line]}") as error:
+      read(f"{tmp_path}/a.jsonl", folder, strict=True)
+    assert len(one_line(error)) < 600
+  assert not list((tmp_path / "new").rglob("dataset_info.json"))
+
+
+def test_a_file_that_is_not_utf8_stops_a_strict_job(files, tmp_path):
+  (files / "latin.txt").write_bytes(b"caf\xe9")
+  with pytest.raises(ValueError, match="latin.txt is not UTF-8 at byte 3; without --strict"):
+    read(f"{files}/**/*", tmp_path, strict=True)
+
+
+def test_a_line_that_is_mended_does_not_shuffle_the_others(tmp_path):
+  lines = [json.dumps({"text": str(i)}) for i in range(20)]
+  (tmp_path / "a.jsonl").write_text("\n".join(lines))
+  whole = list(read(f"{tmp_path}/a.jsonl", tmp_path))
+  (tmp_path / "a.jsonl").write_text("\n".join([*lines[:3], "{", *lines[4:]]))
+  assert list(read(f"{tmp_path}/a.jsonl", tmp_path)) == [text for text in whole if text != "3"]
+
+
+def test_two_processes_prepare_one_corpus_side_by_side(files, tmp_path):
+  """Both succeed, and what a killed one left is gone."""
+  for i in range(300):
+    (files / f"{i}.txt").write_text(f"document {i}")
+  code = (
+    "import sys; from gpt2_jax.data import corpus; input();"
+    "documents = corpus.file_documents(sys.argv[1], data_dir=sys.argv[2]);"
+    "print(len(documents), documents.folder)"
+  )
+  command = [sys.executable, "-c", code, f"{files}/**/*", str(tmp_path / "prepared")]
+  environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+  pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+  jobs = [subprocess.Popen(command, env=environment, **pipes) for _ in range(2)]
+  time.sleep(1)
+  for job in jobs:
+    job.stdin.write("\n")
+    job.stdin.flush()
+  answers = {job.communicate()[0] for job in jobs}
+  (answer,) = answers
+  assert answer.startswith("303 ") and [job.returncode for job in jobs] == [0, 0]
+
+  folder = pathlib.Path(answer.split()[1])
+  shutil.rmtree(folder)
+  (folder.parent / "incomplete.ABCDEF_1.0.0").mkdir()
+  assert len(read(f"{files}/**/*", tmp_path)) == 303
+  assert sorted(path.name for path in folder.parent.iterdir()) == ["1.0.0", "lock"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "[" * 9**5, "\xff", '{"skipped": []}'])
+@pytest.mark.parametrize(
+  "name", ["dataset_info.json", "features.json", "metadata.json", "*.array*"]
+)
+def test_a_prepared_dataset_that_is_damaged_is_one_line(files, tmp_path, name, content):
+  documents = read(f"{files}/**/*", tmp_path)
+  (path,) = pathlib.Path(documents.folder).glob(name)
+  path.write_text(content, "latin-1")
+  try:
+    assert sorted(read(f"{files}/**/*", tmp_path)) == sorted(TEXTS.values())
+  except (ValueError, OSError) as error:
+    assert str(tmp_path / "prepared") in str(error)
+    assert "\n" not in str(error) and len(str(error)) < 600
 
 
 def test_slices_of_a_split_share_out_the_documents(tmp_path):
@@ -223,6 +398,18 @@ def test_text_that_is_not_utf8_is_named(toy_dir):
     corpus.tfds_documents("toy_texts", "broken", "body", toy_dir)[0]
 
 
+def test_text_that_is_not_utf8_is_skipped_by_whoever_reads_all(toy_dir, tmp_path):
+  documents = corpus.tfds_documents("toy_texts", "train+broken", "body", toy_dir)
+  assert sorted(corpus.readable(documents)) == ["one", "two"] and len(documents) == 3
+  part = corpus.slice_characters(documents, "0%:100%")
+  store = encode_corpus(
+    documents, Characters("enotw"), str(tmp_path), documents.source, processes=1
+  )
+  assert list(part) == list(corpus.readable(documents)) and part.skipped == store.skipped
+  assert store.manifest["tokens"] == 6 and store.skipped.count == 1
+  assert "is not UTF-8 at byte 2" in store.skipped.first
+
+
 @pytest.mark.parametrize(
   ("name", "split", "text_key", "message"),
   [
@@ -257,9 +444,10 @@ def test_a_dataset_without_random_access_says_how_to_prepare_it(tmp_path):
     (None, b"", "no file matches"),
     ("empty.txt", b" \n", "none holds text"),
     ("latin.txt", b"\xff", "none holds text"),
-    ("a.jsonl", b'{"text": "a"}\n{"body": "b"}', "a.jsonl:2 has no text under 'text', only body"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": ', "a.jsonl:2 is no JSON"),
-    ("a.jsonl", b"[1]", "a.jsonl:1 is no JSON object but a list"),
+    ("a.jsonl", b'\n{"body": "b"}', r"a.jsonl:2 has no text under 'text' \(of body\)"),
+    ("a.jsonl", b'{"text": "a', "skipped 1 record: a.jsonl:1 is no JSON"),
+    ("a.jsonl", b"[1]\n[2]", "skipped 2 records, the first: a.jsonl:1 holds a list"),
+    ("a.jsonl", b'{"text": ""}', "none holds text"),
   ],
 )
 def test_files_that_cannot_be_read_are_one_line(tmp_path, name, content, message):

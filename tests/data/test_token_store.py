@@ -49,8 +49,9 @@ def write(
   source=SOURCE,
   processes=1,
   per_part=7,
+  **options,
 ):
-  return encode_corpus(documents, tokenizer, str(path), source, processes, per_part)
+  return encode_corpus(documents, tokenizer, str(path), source, processes, per_part, **options)
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
@@ -205,6 +206,33 @@ def test_a_killed_job_is_never_taken_for_complete_and_resumes(tmp_path):
   assert kept == {path: path.stat().st_mtime_ns for path in kept}
 
 
+def test_random_kills_lose_nothing(tmp_path):
+  """GPT2_JAX_KILLS gives another number of them."""
+  (tmp_path / "job.py").write_text(SLOW_JOB)
+  command = [sys.executable, str(tmp_path / "job.py"), str(tmp_path / "store"), "0.3"]
+  options = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "stderr": subprocess.DEVNULL}
+  documents = [chr(97 + i) * 5000 for i in range(12)]
+  tokenizer = Characters("abcdefghijkl")
+  whole = write(tmp_path / "whole", documents, tokenizer, source={}, per_part=1)
+
+  random = np.random.default_rng(int(os.environ.get("GPT2_JAX_KILLS", 2)))
+  for _ in range(int(os.environ.get("GPT2_JAX_KILLS", 2))):
+    job = subprocess.Popen([*command], **options)
+    while not (tmp_path / "store" / "lock").exists():
+      assert job.poll() is None
+      time.sleep(0.01)
+    time.sleep(random.uniform(0, 3))
+    job.kill()
+    job.wait()
+    try:
+      TokenStore.open(str(tmp_path / "store")).verify()
+    except FileNotFoundError as error:
+      assert "run the same tokenize command" in str(error) or "no token store" in str(error)
+  store = write(tmp_path / "store", documents, tokenizer, source={}, per_part=1)
+  assert store.manifest == whole.manifest
+  assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+
+
 def test_ctrl_c_ends_the_workers_too(tmp_path):
   (tmp_path / "job.py").write_text(SLOW_JOB)
   command = [sys.executable, str(tmp_path / "job.py"), str(tmp_path / "store"), "60"]
@@ -281,10 +309,202 @@ def test_damage_is_found_named_and_repaired(store, tmp_path):
   with pytest.raises(ValueError, match="is damaged") as error:
     TokenStore.open(str(folder)).read([0], len(store))
   one_line(error)
-  for name in ("manifest", "part-00003", "part-00005"):
-    (folder / f"{name}.json").unlink()
+  # the same command is the way out
   write(folder).verify()
   assert contents(folder) == contents(pathlib.Path(store.path))
+
+
+def change_json(folder: pathlib.Path, name: str, change) -> None:
+  content = json.loads((folder / name).read_text())
+  change(content)
+  (folder / name).write_text(json.dumps(content))
+
+
+def rename_part(manifest: dict) -> None:
+  names = {name: name.replace("00003", "00033") for name in manifest["parts"]}
+  manifest["parts"] = {names[name]: entry for name, entry in manifest["parts"].items()}
+
+
+def lead_outside(manifest: dict) -> None:
+  parts = list(manifest["parts"].values())
+  manifest["parts"] = {f"../letters/part-{i:05d}": entry for i, entry in enumerate(parts)}
+
+
+def move_a_token(manifest: dict) -> None:
+  manifest["parts"]["part-00000"]["tokens"] += 1
+  manifest["parts"]["part-00001"]["tokens"] -= 1
+
+
+CONTRADICTIONS = {
+  "no parts": lambda manifest: manifest.update(parts={}),
+  "a part less": lambda manifest: manifest["parts"].popitem(),
+  "another name": rename_part,
+  "outside": lead_outside,
+  "totals": lambda manifest: manifest.update(tokens=manifest["tokens"] - 1),
+  "bytes": lambda manifest: manifest.update(bytes=1),
+  "lengths": move_a_token,
+  "dtype": lambda manifest: manifest.update(dtype="uint32"),
+  "documents": lambda manifest: manifest.update(documents=61),
+  "many documents": lambda manifest: manifest.update(documents=10**18, documents_per_part=1),
+  "no documents a part": lambda manifest: manifest.update(documents_per_part=0),
+  "hash": lambda manifest: manifest["parts"]["part-00002"].update(sha256="0" * 64),
+  "tokenizer": lambda manifest: manifest.update(tokenizer=Characters(DIGITS).to_json()),
+  "fingerprint": lambda manifest: manifest.update(tokenizer_fingerprint="0" * 64),
+  "source": lambda manifest: manifest.update(source={"kind": "list", "version": 2}),
+}
+DIGITS = "0123456789abcdefghijklmnop"
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_a_manifest_that_contradicts_the_parts_is_refused_and_repaired(store, tmp_path, name):
+  folder = tmp_path / "store"
+  shutil.copytree(store.path, folder)
+  change_json(folder, "manifest.json", CONTRADICTIONS[name])
+  with pytest.raises(ValueError) as error:
+    TokenStore.open(str(folder)).verify()
+  assert str(folder) in one_line(error) and len(one_line(error)) < 600
+  write(folder).verify()
+  assert contents(folder) == contents(pathlib.Path(store.path))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "7", "{}", '{"tokens": "x"}', "[" * 9**5, "\xff"])
+@pytest.mark.parametrize("name", ["job.json", "manifest.json", "part-00004.json"])
+def test_json_of_another_shape_is_one_line_and_repaired(store, tmp_path, name, content):
+  folder = tmp_path / "store"
+  shutil.copytree(store.path, folder)
+  (folder / name).write_text(content, "latin-1")
+  with pytest.raises(ValueError) as error:
+    TokenStore.open(str(folder)).verify()
+  assert len(one_line(error)) < 600
+  write(folder).verify()
+  assert contents(folder) == contents(pathlib.Path(store.path))
+
+
+@pytest.mark.parametrize(
+  "content", ["{", "[]", "{}", '{"documents": 5, "documents_per_part": "x"}']
+)
+def test_a_folder_whose_job_nobody_tells_is_refused(store, tmp_path, content):
+  folder = tmp_path / "store"
+  shutil.copytree(store.path, folder)
+  (folder / "manifest.json").unlink()
+  (folder / "job.json").write_text(content)
+  before = contents(folder)
+  with pytest.raises((ValueError, FileNotFoundError)) as error:
+    TokenStore.open(str(folder))
+  one_line(error)
+  with pytest.raises(ValueError, match="choose another --out, or remove it") as error:
+    write(folder)
+  assert len(one_line(error)) < 600 and contents(folder) == before
+
+
+def break_codecs(metadata: dict) -> None:
+  metadata["codecs"][0]["configuration"]["codecs"][0]["configuration"]["endian"] = "big"
+
+
+def no_crc(metadata: dict) -> None:
+  metadata["codecs"][0]["configuration"]["codecs"].pop()
+
+
+@pytest.mark.parametrize(
+  "change", [break_codecs, no_crc, lambda m: m.update(shape=[2]), lambda m: m.update(shape=[9999])]
+)
+def test_metadata_of_an_array_is_held_against_what_is_written(store, tmp_path, change):
+  folder = tmp_path / "store"
+  shutil.copytree(store.path, folder)
+  change_json(folder, "part-00001/zarr.json", change)
+  with pytest.raises(ValueError, match="has lost a part: part-00001") as error:
+    TokenStore.open(str(folder))
+  assert len(one_line(error)) < 600
+  write(folder).verify()
+  assert contents(folder) == contents(pathlib.Path(store.path))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "part-00001.json", "part-00001/zarr.json"])
+def test_mutants_of_a_store_are_refused_or_the_same(store, tmp_path, name):
+  """Flipped, removed and doubled bytes. GPT2_JAX_MUTANTS gives another number of them."""
+  folder = tmp_path / "store"
+  shutil.copytree(store.path, folder)
+  whole = (folder / name).read_bytes()
+  tokens = store.read([0], len(store))
+  random = np.random.default_rng(len(whole))
+  for _ in range(int(os.environ.get("GPT2_JAX_MUTANTS", 60))):
+    place, length = random.integers(len(whole)), random.integers(1, 9)
+    change = [bytes(random.integers(0, 256, 1, np.uint8)), b"", whole[place : place + length] * 2]
+    kept = whole[place + [1, length, length][kind := random.integers(3)] :]
+    (folder / name).write_bytes(whole[:place] + change[kind] + kept)
+    try:
+      opened = TokenStore.open(str(folder))
+      np.testing.assert_array_equal(opened.read([0], len(store)), tokens)
+      opened.verify()
+      assert opened.manifest["parts"] == store.manifest["parts"]
+    except (ValueError, OSError) as error:
+      assert len(str(error)) < 600 and "\n" not in str(error)
+
+
+def test_a_store_of_an_older_version_is_complete_and_left_as_it_is(store, tmp_path):
+  folder = tmp_path / "store"
+  shutil.copytree(store.path, folder)
+  (folder / "lock").unlink()
+  change_json(folder, "manifest.json", lambda manifest: manifest.pop("skipped"))
+  before = contents(folder)
+  write(folder).verify()
+  assert contents(folder) == before and not TokenStore.open(str(folder)).skipped.count
+
+
+def test_a_half_written_store_of_an_older_version_is_resumed(store, tmp_path):
+  shutil.copytree(store.path, tmp_path / "store")
+  (tmp_path / "store" / "manifest.json").unlink()
+  (tmp_path / "store" / "part-00002.json").unlink()
+  newer = SOURCE | {"patterns": "elsewhere/*", "sha256": "new"}
+  with pytest.raises(ValueError, match="holds another job"):
+    write(tmp_path / "store", source=newer)
+  assert write(tmp_path / "store", source=newer, former_source=SOURCE).manifest == store.manifest
+
+
+def test_a_document_that_is_no_text_is_skipped_and_counted(tmp_path, sentencepiece):
+  documents = ["a b", "a\ud800b", "c", "\udfff"]
+  store = write(tmp_path / "store", documents, sentencepiece, per_part=2)
+  whole = write(tmp_path / "whole", ["a b", "c"], sentencepiece)
+  np.testing.assert_array_equal(store.read([0], len(store)), whole.read([0], len(whole)))
+  assert store.manifest["skipped"] == {
+    "count": 2,
+    "first": "document 1 has a lone surrogate: no UTF-8 writes it",
+  }
+  assert store.manifest["bytes"] == 4 and whole.manifest["skipped"]["count"] == 0
+  for folder in ("store", "strict"):
+    with pytest.raises(ValueError, match="document 1 has a lone surrogate") as error:
+      write(tmp_path / folder, documents, sentencepiece, per_part=2, strict=True)
+    one_line(error)
+
+
+def test_a_character_that_the_alphabet_lacks_names_the_document(tmp_path):
+  with pytest.raises(ValueError, match="document 1 of the corpus: character '!' at position 2"):
+    write(tmp_path, ["ab", "cd!"])
+
+
+def test_a_store_that_another_process_writes_is_refused(store, tmp_path):
+  (tmp_path / "job.py").write_text(SLOW_JOB)
+  command = [sys.executable, str(tmp_path / "job.py"), str(tmp_path / "store"), "0.4"]
+  job = subprocess.Popen(
+    command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL
+  )
+  while not (tmp_path / "store" / "part-00000.json").exists():
+    assert job.poll() is None
+    time.sleep(0.02)
+  documents = [chr(97 + i) * 5000 for i in range(12)]
+  options = {"tokenizer": Characters("abcdefghijkl"), "source": {}, "per_part": 1}
+  with pytest.raises(OSError, match="another process is writing .*store; wait") as error:
+    write(tmp_path / "store", documents, **options)
+  one_line(error)
+  assert job.wait() == 0
+  TokenStore.open(str(tmp_path / "store")).verify()
+
+
+def test_of_two_jobs_that_start_at_once_on_gs_one_is_refused(bucket):
+  job = {"documents": 1}
+  assert zarr_files.create_json("gs://bucket/store", "job.json", job)
+  assert not zarr_files.create_json("gs://bucket/store", "job.json", {"documents": 2})
+  assert zarr_files.get_json("gs://bucket/store", "job.json") == job
 
 
 def test_tokens_that_are_all_zero_are_still_written(tmp_path):
@@ -299,7 +519,7 @@ def test_tokens_that_are_all_zero_are_still_written(tmp_path):
   ("name", "content", "message"),
   [
     (None, None, "no token store at"),
-    ("manifest.json", "{", "cannot read .*manifest.json"),
+    ("manifest.json", "{", "manifest.json is no JSON"),
     ("manifest.json", json.dumps({"format": 99}), "format 99, this version reads 1"),
     ("part-00002/zarr.json", None, "has lost a part"),
   ],
@@ -324,7 +544,7 @@ def test_no_tokens_are_no_store(tmp_path, documents):
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(ValueError, match="cannot (read|write)") as error:
+  with pytest.raises((ValueError, OSError), match="cannot (read|write)|Not a directory") as error:
     write(tmp_path / "file" / "store")
   one_line(error)
 

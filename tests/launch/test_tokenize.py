@@ -16,9 +16,14 @@ SCRIPT = str(ROOT / "launch" / "tokenize.py")
 
 
 def start(
-  *flags: str, cwd: pathlib.Path = ROOT, script: tuple[str, ...] = (SCRIPT,)
+  *flags: str,
+  cwd: pathlib.Path = ROOT,
+  script: tuple[str, ...] = (SCRIPT,),
+  home: pathlib.Path | None = None,
 ) -> subprocess.Popen:
   environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+  if home:
+    environment["HOME"] = str(home)
   pipe = subprocess.PIPE
   return subprocess.Popen(
     [sys.executable, *script, *flags], cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True
@@ -91,6 +96,45 @@ def test_a_killed_job_started_again_gives_the_same_store(corpus, tmp_path):
   assert manifest(tmp_path / "killed") == manifest(tmp_path / "whole")
 
 
+def test_records_that_are_no_text_are_counted_in_the_last_line(tmp_path):
+  """And ~ is the home in every flag; the folders of the store and the tokenizer are made."""
+  lines = [b'{"text": "one"}', b'{"text": null}', b'{"text": "caf\xe9"}', b'{"text": "two"}']
+  (tmp_path / "a.JSONL").write_bytes(b"\n".join(lines))
+  flags = ["--files=~/*.jsonl,~/*.JSONL", "--data_dir=~/prepared", "--tokenizer=~/t/new/t.json"]
+  flags += ["--train_tokenizer=characters", "--processes=1"]
+  (tmp_path / "b.jsonl").write_text('{"text": "one"}')
+  code, out, err = run(*flags, "--out=~/new/store", home=tmp_path)
+  assert code == 0, err
+  assert "tokens of 3 documents" in out
+  skipped = "skipped 2 records, the first: a.JSONL:2 has NoneType under 'text'"
+  assert skipped in out and out.count("\n") == 1
+  assert manifest(tmp_path / "new" / "store")["skipped"]["count"] == 2
+
+  before = sorted(tmp_path.rglob("*"))
+  code, out, err = run(*flags, "--out=~/strict", "--strict", home=tmp_path)
+  assert (code, out) == (2, "") and err.splitlines()[-1].startswith("error: a.JSONL:2 has NoneType")
+  assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_two_jobs_side_by_side_are_both_whole_or_one_is_refused(corpus, tmp_path):
+  """The two commands of the README on one corpus; and twice the same one."""
+  tokenizer = f"--tokenizer={tmp_path}/t.json"
+  learn = [*corpus, tokenizer, "--train_tokenizer=characters", "--processes=1"]
+  learn += ["--split=train[:90%]"]
+  outs = ("train", "train", "other")
+  jobs = [start(*learn, f"--out={tmp_path}/{name}") for name in outs]
+  codes = []
+  for job in jobs:
+    _, err = job.communicate(timeout=60)
+    codes.append(job.returncode)
+    if job.returncode:
+      assert job.returncode == 2 and "another process is writing" in err.splitlines()[-1]
+  assert codes[2] == 0 and 0 in codes[:2]
+  for name in outs[1:]:
+    TokenStore.open(str(tmp_path / name)).verify()
+  assert manifest(tmp_path / "train") == manifest(tmp_path / "other")
+
+
 def test_another_tokenizers_file_is_not_overwritten(corpus, tmp_path):
   (tmp_path / "t.json").write_text("mine")
   code, _, err = run(
@@ -113,5 +157,57 @@ def test_another_tokenizers_file_is_not_overwritten(corpus, tmp_path):
 def test_what_the_user_got_wrong_is_one_line_and_status_2(tmp_path, flags, message):
   code, out, err = run(*flags, cwd=tmp_path)
   assert (code, out, err.count("\n")) == (2, "", 1)
-  assert err.startswith("error: ") and message in err
+  assert err.startswith("error: ") and message in err and len(err) < 600
+  assert not list(tmp_path.iterdir())
+
+
+# Calls the command with each row of flags; one process is enough for all of them.
+MANY = """
+import json, sys
+from absl import flags
+from launch import tokenize
+for row in json.loads(sys.argv[1]):
+  flags.FLAGS.unparse_flags()
+  flags.FLAGS(["tokenize.py", *row])
+  try:
+    tokenize.main()
+    print(json.dumps("no error"))
+  except (ValueError, OSError) as error:
+    print(json.dumps(str(error)))
+  for name in flags.FLAGS.flags_by_module_dict()["launch.tokenize"]:
+    name.unparse()
+"""
+BAD_FLAGS = [
+  (["--verify="], "a path is empty"),
+  (["--verify=~nobody-here/x"], "no such user"),
+  (["--files=~nobody-here/x", "--out=x"], "no such user"),
+  (["--files=a.txt", "--out=~nobody-here/x"], "no such user"),
+  (["--files=a.txt", "--out=x", "--data_dir="], "a path is empty"),
+  (["--files=a.txt", "--out=x", "--tokenizer=none.json"], "none.json"),
+  (["--files=a.txt", "--out=x", "--characters=1"], "characters '1' is not FROM:TO"),
+  (["--files=a.txt", "--out=/dev/null/x"], "/dev/null is no folder"),
+  (
+    ["--files=a.txt", "--out=x", "--train_tokenizer=characters", "--tokenizer=/dev/null/t.json"],
+    "/dev/null is no folder",
+  ),
+  (
+    ["--files=a.txt", "--out=x", "--train_tokenizer=characters", "--tokenizer=gs://b/t.json"],
+    "only a local path",
+  ),
+]
+
+
+def test_what_is_known_at_the_start_is_said_at_the_start(tmp_path):
+  rows = json.dumps([row for row, _ in BAD_FLAGS])
+  done = subprocess.run(
+    [sys.executable, "-c", MANY, rows],
+    cwd=tmp_path,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    check=True,
+    capture_output=True,
+    text=True,
+  )
+  answers = list(map(json.loads, done.stdout.splitlines()))
+  for (row, message), answer in zip(BAD_FLAGS, answers, strict=True):
+    assert message in answer and len(answer) < 600, row
   assert not list(tmp_path.iterdir())
