@@ -3,7 +3,7 @@
 
 import contextlib
 import dataclasses
-import pathlib
+import difflib
 from collections.abc import Callable
 
 from gpt2_jax.decoding import (
@@ -15,6 +15,8 @@ from gpt2_jax.decoding import (
   make_sampler,
   stream,
 )
+from gpt2_jax.files import atomic_write, local_path
+from launch import shell
 
 # Arrow keys and line history in input(); not on every platform.
 with contextlib.suppress(ImportError):
@@ -94,7 +96,10 @@ class Settings:
     """
     fields = {field.name: field for field in dataclasses.fields(self)}
     if name not in fields:
-      raise ValueError(f"no setting {name!r}; there are {', '.join(fields)}")
+      near = difflib.get_close_matches(name, fields, 1, cutoff=0)[0]
+      raise ValueError(
+        f"no setting {name[:80]!r}; there are {', '.join(fields)}; did you mean {near}?"
+      )
     if not text:
       raise ValueError(f"/set {name} wants a value; none is its default")
 
@@ -107,14 +112,23 @@ class Settings:
     elif value_type is str:
       value = (newlines(text),)
     else:
-      value = value_type(text)
+      value = _number(name, text, value_type)
     if value is None and value_type is bool:
-      raise ValueError(f"{name} is true or false, not {text!r}")
+      raise ValueError(f"{name} is true or false, not {text[:80]!r}")
 
     # 2. Filters refuse numbers that cannot be, before the setting is taken.
     settings = dataclasses.replace(self, **{name: value})
     settings.generation()
     return settings
+
+
+def _number(name: str, text: str, number_type: type):
+  """The number that a text says. Raises ValueError with the setting's name, of bounded length."""
+  try:
+    return number_type(text)
+  except ValueError as error:
+    kind = "a whole number" if number_type is int else "a number"
+    raise ValueError(f"{name} is {kind}, not {text[:80]!r}") from error
 
 
 class Console:
@@ -128,6 +142,8 @@ class Console:
   /save FILE      write them to a file
   /quit           or Ctrl-D; Ctrl-C ends a text that is being written"""
 
+  COMMANDS = "/help /settings /set /history /save /more /again /quit /exit".split()
+
   def __init__(
     self, model, tokenizer, settings: Settings, read: Callable[[str], str] = input, write=print
   ):
@@ -138,22 +154,32 @@ class Console:
     self.texts: list[tuple[str, str]] = []  # prompts, and what was added to each
 
   def run(self) -> None:
-    """Reads lines until the end. An error is one line, and the session goes on."""
+    """Reads lines until the end. An error is one line, and the session goes on.
+
+    Only a terminal that cannot be read or written ends it early, with an OSError.
+    """
     self.write("Type a text to continue, or /help.")
+    self._say_error(self._check, self.settings)
     while True:
       # Ctrl-D ends the session; Ctrl-C ends a line, or a text that is being written.
       try:
         line = self._line()
         if line.strip() in ("/quit", "/exit"):
           return
-        self._answer(line)
+        self._say_error(self._answer, line)
       except EOFError:
         self.write("")
         return
       except KeyboardInterrupt:
         self.write("")
-      except (ValueError, OSError) as error:
-        self.write(f"error: {error}")
+
+  def _say_error(self, do: Callable, argument) -> None:
+    """Calls `do(argument)`; an error of it is one line."""
+    try:
+      do(argument)
+    # Whatever it is, a defect too: the session has texts that nobody has saved.
+    except Exception as error:
+      self.write(f"error: {shell.message(error)}")
 
   def _line(self) -> str:
     line = self.read("gpt2> ")
@@ -184,27 +210,43 @@ class Console:
           self.write(f"  {field.name:<12} {text:<10} {field.metadata['help']}")
       case "/set":
         name, _, value = rest.strip().partition(" ")
-        self.settings = self.settings.changed(name, value.strip())
+        settings = self.settings.changed(name, value.strip())
+        self._check(settings)
+        self.settings = settings
 
       # The texts so far
       case "/history":
         for prompt, added in self.texts:
           self.write(f"{'-' * 40}\n{prompt}{added}")
       case "/save" if rest:
-        # "x": nothing is overwritten.
+        # Nothing is overwritten, and no half of a file is left.
         text = "\n".join(prompt + added for prompt, added in self.texts) + "\n"
-        with open(pathlib.Path(rest.strip()).expanduser(), "x", encoding="utf-8") as file:
-          file.write(text)
+        with atomic_write(local_path(rest.strip())) as partial:
+          partial.write_text(text, encoding="utf-8")
       case "/more" | "/again":
         # With the same seed the same random numbers would come again.
         prompt, added = self._last()
-        self.settings = dataclasses.replace(self.settings, seed=self.settings.seed + 1)
+        seed = (self.settings.seed + 1) % 2**32
+        self.settings = dataclasses.replace(self.settings, seed=seed)
         self._continue(prompt + added if command == "/more" else prompt)
       case _:
+        near = difflib.get_close_matches(command, self.COMMANDS, 1, cutoff=0)[0]
         raise ValueError(
-          f"no command {line.strip()}; "
+          f"no command {line.strip()[:80]}; did you mean {near}? "
           f"/help shows those there are, and a space before it makes it a text"
         )
+
+  def _check(self, settings: Settings) -> None:
+    """Raises ValueError for settings with which this model can continue no prompt."""
+    n_ctx = self.decoder.model.config.n_ctx
+    window = settings.generation().window
+    if window is not None:
+      window.check(n_ctx)
+    elif settings.n_new > n_ctx:
+      raise ValueError(
+        f"n_new of {settings.n_new:,} exceeds the context of {n_ctx:,}: set a smaller one, "
+        f"or first a window, as in /set window {max(1, n_ctx // 2)}"
+      )
 
   def _last(self) -> tuple[str, str]:
     if not self.texts:
@@ -215,9 +257,11 @@ class Console:
     """Writes the text as it is made, and remembers it, whole or interrupted."""
     generation = self.settings.generation()
     added = []
-    self.write(prompt, end="", flush=True)
     try:
-      for chunk in stream(self.decoder, self.tokenizer, prompt, generation=generation):
+      # It reads the prompt now, and raises here if that cannot be continued.
+      chunks = stream(self.decoder, self.tokenizer, prompt, generation=generation)
+      self.write(prompt, end="", flush=True)
+      for chunk in chunks:
         added.append(chunk)
         self.write(chunk, end="", flush=True)
     finally:

@@ -17,6 +17,9 @@ import sys
 # The root in place of launch/, where tokenize.py would hide the standard library's.
 if __name__ == "__main__":
   sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  from launch import interrupts
+
+  interrupts.end_process()  # Ctrl-C during the imports below
 
 import pathlib
 

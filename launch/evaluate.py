@@ -33,6 +33,9 @@ import sys
 # The root in place of launch/, whose tokenize.py would hide the standard library's.
 if __name__ == "__main__":
   sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  from launch import interrupts
+
+  interrupts.end_process()  # Ctrl-C during the imports below
 
 import pathlib
 
@@ -47,8 +50,8 @@ from launch import shell
 _ZERO_SHOT = str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "zero_shot.py")
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
-  _ZERO_SHOT,
-  "The sweep: all knobs, with their meaning. --config.KNOB=VALUE changes one.",
+  None,
+  "The sweep (default: configs/zero_shot.py): all knobs. --config.KNOB=VALUE changes one.",
 )
 _MODEL = flags.DEFINE_multi_string(
   "model",
@@ -103,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  shell.run(main)
+  shell.run(main, config=_ZERO_SHOT)

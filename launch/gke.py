@@ -33,7 +33,9 @@ class Parser(argparse.ArgumentParser):
   """An ArgumentParser whose errors are one line."""
 
   def error(self, message):
-    self.exit(2, f"error: {message}\n")
+    # What was typed is in it: of any length, and with any characters.
+    line = "".join(c if c.isprintable() else " " for c in message)
+    self.exit(2, f"error: {line[:1000]}\n")
 
 
 def make_parser() -> Parser:
@@ -106,6 +108,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.error(
       f"--workdir={options.workdir!r} has to be gs://BUCKET/PATH: pods and their disks go"
     )
+  if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*", options.image):
+    parser.error(
+      f"--image={options.image!r} is no image's name; "
+      "one looks like us-docker.pkg.dev/PROJECT/REPOSITORY/gpt2_jax"
+    )
+  for word in (*flags, options.workdir, options.cluster):
+    if not word.isascii() and not _is_unicode(word):
+      parser.error(f"{ascii(word)} is not valid Unicode (UTF-8)")
   names = [flag.split("=")[0] for flag in flags]
   if "--workdir" in names or not any(name.startswith("--config") for name in names):
     parser.error(
@@ -113,6 +123,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
   options.flags = [f"--workdir={options.workdir}", *flags]
   return options
+
+
+def _is_unicode(text: str) -> bool:
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
 
 
 def manifest(options: argparse.Namespace) -> str:
@@ -189,6 +207,9 @@ def main(arguments: list[str]) -> int:
   except FileNotFoundError:
     print("error: no kubectl on the PATH; gcloud components install kubectl", file=sys.stderr)
     return 2
+  except OSError as error:
+    print(f"error: kubectl cannot be started: {error}", file=sys.stderr)
+    return 2
 
   if status == 0:
     print("follow, look, delete:", *map(shlex.join, follow_up_commands(options)), sep="\n  ")
@@ -196,4 +217,8 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))
+  try:
+    sys.exit(main(sys.argv[1:]))
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)

@@ -16,6 +16,9 @@ import sys
 if __name__ == "__main__":
   # The root in place of launch/, whose tokenize.py would hide the standard library's.
   sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  from launch import interrupts
+
+  interrupts.end_process()  # Ctrl-C during the imports below
   # libtpu only compiles: nothing is run on a TPU, even if there is one.
   os.environ["JAX_PLATFORMS"] = "cpu"
 

@@ -7,11 +7,15 @@ python launch/sample.py --model=gpt2-xl --quantize=int8 --interactive
 """
 
 import os
+import signal
 import sys
 
 # The root in place of launch/, whose tokenize.py would hide the standard library's.
 if __name__ == "__main__":
   sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  from launch import interrupts
+
+  interrupts.end_process()  # Ctrl-C during the imports below
 
 import dataclasses
 
@@ -19,6 +23,7 @@ from absl import flags
 
 from gpt2_jax.convert.pretrained import load_pretrained
 from gpt2_jax.decoding import complete, stream
+from gpt2_jax.files import user_path
 from gpt2_jax.sharding import make_mesh
 from launch import shell
 from launch.console import Console, Settings, newlines
@@ -67,14 +72,30 @@ def settings() -> Settings:
   return Settings(**values | {"stop": tuple(map(newlines, values["stop"]))})
 
 
+def _console(model, tokenizer) -> None:
+  # Bytes that are no UTF-8 make an error of their line, and not of the session. A second Ctrl-C
+  # does not end the session either: it has texts that nobody has saved.
+  if sys.stdin.encoding:
+    sys.stdin.reconfigure(errors="surrogateescape")
+  if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+  Console(model, tokenizer, settings()).run()
+
+
 def main() -> None:
-  # 1. A number that cannot be is refused before anything is loaded.
+  # 1. What cannot be is refused before anything is loaded.
   generation = settings().generation()
+  if _INTERACTIVE.value and (_PROMPT.value or _SAMPLES.value > 1):
+    raise ValueError(
+      "--interactive reads prompts from the terminal, one text each; leave out --prompt, --samples"
+    )
+  if _INTERACTIVE.value and sys.stdin is None:
+    raise ValueError("the standard input is closed, and --interactive reads it; give --prompt")
 
   # 2. Load.
   mesh = make_mesh(1, _DATA.value, _MESH_MODEL.value)
   model, tokenizer = load_pretrained(
-    _MODEL.value,
+    user_path(_MODEL.value),
     mesh,
     _DTYPE.value,
     revision=_REVISION.value,
@@ -86,7 +107,7 @@ def main() -> None:
 
   # 3. Generate: in a session, one text as it comes, or several when all of them are there.
   if _INTERACTIVE.value:
-    return Console(model, tokenizer, settings()).run()
+    return _console(model, tokenizer)
   prompts = _PROMPT.value or [""]
   if len(prompts) * _SAMPLES.value == 1:
     chunks = stream(model, tokenizer, prompts[0], generation=generation)

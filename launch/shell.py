@@ -1,23 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Command-line entry of the scripts: parses flags, turns errors into one line and status 2."""
 
+import difflib
 import logging as standard_logging
+import os
 import sys
 import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
+from launch import interrupts
 
-def run(main: Callable[[], None], exit_process: Callable[[int], None] = sys.exit) -> None:
+# Characters of an error's line at most: it is for people, at a terminal.
+LINE_LIMIT = 1000
+
+# These carry our own messages, or are of the machine; any other is a defect.
+EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError, RecursionError)
+
+
+def run(
+  main: Callable[[], None],
+  exit_process: Callable[[int], None] = sys.exit,
+  config: str | None = None,
+) -> None:
   """Parses the flags and calls `main`; an error with a message for the user becomes that line.
 
-  After an error the process exits through `exit_process`.
+  After an error the process exits through `exit_process`. `config` is the file that the flag
+  --config has if it is not given.
   """
 
   def parse(argv):
     try:
-      return flags.FLAGS(argv)
+      return _parse(argv, config)
     except (flags.Error, AttributeError, ValueError, OSError) as error:
       sys.exit(_line(error))
 
@@ -29,33 +44,113 @@ def run(main: Callable[[], None], exit_process: Callable[[int], None] = sys.exit
       # An unquoted glob comes as several words, and only the first would be the flag's.
       if argv[1:]:
         raise ValueError(f"{argv[1]!r} is no flag; see --help, and quote patterns")
-      main()
+      with interrupts.raise_interrupts():
+        main()
+        sys.stdout.flush()
 
-    # These carry our own messages; any other is a defect, and its traceback is what helps.
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-      if flags.FLAGS.traceback:
-        traceback.print_exc()
-      exit_process(_line(error))
-    except Exception:
-      traceback.print_exc()
-      exit_process(1)
+    # Any error may come of the output's end, or leave something that cannot be written to it.
     except KeyboardInterrupt:
+      _discard_unwritable_output()
       print("interrupted", file=sys.stderr)
       exit_process(130)
+    except Exception as error:
+      _discard_unwritable_output()
+      is_expected = isinstance(error, EXPECTED) or type(error).__name__ in _OF_JAX
+      # Of a defect, the traceback is what helps.
+      if flags.FLAGS.traceback or not is_expected:
+        traceback.print_exc()
+      exit_process(_line(error) if is_expected else 1)
 
+  # A script whose output nobody can read would do its work for nothing; and a file that is opened
+  # next would get the number of the output, and what libraries write there.
+  if sys.stdout is None:
+    sys.exit(_line(OSError("the standard output is closed; give it a file, or /dev/null")))
   app.run(guarded, flags_parser=parse)
 
 
+# JAX's errors, by name: the scripts that need no JAX do not import it for them.
+_OF_JAX = ("JaxRuntimeError", "XlaRuntimeError")
+
+
+def _parse(argv: list[str], config: str | None) -> list[str]:
+  """Parses the flags. Raises ValueError with the nearest name for an unknown flag or knob."""
+  if "config" in flags.FLAGS:
+    from launch import config_file
+
+    config_file.check_errors(argv)
+    is_given = any(word in ("--config", "-config") or word.startswith(_CONFIG) for word in argv)
+    if config is not None and not is_given:
+      argv = [argv[0], f"--config={config}", *argv[1:]]
+
+  # absl names near flags only where they are very near, and none for --confg.KNOB.
+  try:
+    return flags.FLAGS(argv)
+  except flags.UnrecognizedFlagError as error:
+    group, dot, knob = error.flagname.partition(".")
+    near = difflib.get_close_matches(group, list(flags.FLAGS), 1, cutoff=0)[0]
+    raise ValueError(
+      f"there is no flag --{error.flagname[:80]}; did you mean --{near}{dot}{knob[:80]}? "
+      f"--help shows all"
+    ) from error
+
+
+_CONFIG = ("--config=", "-config=")
+
+
+def _discard_unwritable_output() -> None:
+  """Points the output at /dev/null if what is left to write cannot be written.
+
+  Otherwise Python would try again at its end, and print a traceback. Raises nothing.
+  """
+  try:
+    sys.stdout.flush()
+  except OSError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _line(error: BaseException) -> int:
-  """Prints the error as one line, and returns the exit status."""
+  """Prints the error as one line of bounded length, and returns the exit status."""
+  print(f"error: {message(error)}", file=sys.stderr)
+  return 2
+
+
+def message(error: BaseException) -> str:
+  """An error as one line of bounded length; the class stands before what is no message of ours."""
   text = str(error).replace("\\n", "\n").replace("\\'", "'")
   lines = [line.strip() for line in text.splitlines() if line.strip()]
 
-  # config_flags puts a traceback into the text: what matters is before and after it.
+  # 1. What the machine has too little of: by name, since the texts are the libraries'.
+  if isinstance(error, BrokenPipeError):
+    lines = ["nobody reads the output any more (broken pipe)"]
+  elif isinstance(error, MemoryError):
+    lines = [f"out of memory; give less at a time {' '.join(lines[:1])}"]
+  elif isinstance(error, RecursionError):
+    lines = ["something that was given is nested too deep; --traceback shows where"]
+  elif type(error).__name__ in _OF_JAX:
+    lines = [_of_jax(lines[:1])]
+  elif not lines or not isinstance(error, EXPECTED):
+    lines = [": ".join((type(error).__name__, *lines[-1:]))]
+
+  # 2. Some libraries put a traceback into the text: what matters is before and after it.
   if len(lines) > 2:
     lines = [lines[0], lines[-1]]
-  print(f"error: {' '.join(lines)}", file=sys.stderr)
-  return 2
+
+  # 3. No control characters, which a terminal would obey. The way out is at the end: it stays.
+  line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(lines))
+  if len(line) > LINE_LIMIT:
+    line = f"{line[: LINE_LIMIT - 305]} ... {line[-300:]}"
+  return line
+
+
+def _of_jax(lines: list[str]) -> str:
+  """JAX's error with the ways out of too little memory."""
+  text = lines[0] if lines else "JAX gives no reason"
+  if "RESOURCE_EXHAUSTED" not in text and "ut of memory" not in text:
+    return text
+  return (
+    f"out of device memory: {text[:400]}; give less at a time (batch_size, samples, shorter "
+    f"texts), more microbatches, remat, a larger mesh, or --quantize where there is that flag"
+  )
 
 
 flags.DEFINE_bool("traceback", False, "Show where in the code an error came from.")

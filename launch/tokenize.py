@@ -19,6 +19,9 @@ import sys
 # The project's root takes its place.
 if __name__ == "__main__":
   sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  from launch import interrupts
+
+  interrupts.end_process()  # Ctrl-C during the imports below
 
 import contextlib
 import json

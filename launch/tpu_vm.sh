@@ -54,7 +54,12 @@ EOF
 }
 
 say() { printf '[%s] %s\n' "$(date +%H:%M:%S)" "$*" >&2; }
-refuse() { printf 'error: %s\n' "$*" >&2; exit 2; }
+# One line of bounded length, whatever was typed.
+refuse() {
+  local line="${*//[[:cntrl:]]/ }"
+  printf 'error: %s\n' "${line:0:1000}" >&2
+  exit 2
+}
 is_integer() { case "$1" in '' | *[!0-9]* | 0[0-9]*) return 1 ;; esac; }
 
 # ---- Input

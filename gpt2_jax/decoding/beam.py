@@ -22,10 +22,12 @@ from gpt2_jax.decoding.generation_config import Completion
 from gpt2_jax.decoding.kv_cache import (
   InferenceModel,
   cache_write,
+  check_finite,
   decode,
   for_inference,
   last_token,
   logits,
+  not_finite,
   prefill,
 )
 from gpt2_jax.decoding.prompts import batch_prompts
@@ -63,7 +65,8 @@ def beam_search(
   rule = _rule(decoder, n_new, beams, length_penalty, eot, early_stopping, returned)
   with jax.set_mesh(decoder.mesh):
     tokens_BT, lengths_B = batch_prompts(decoder, prompts, n_new)
-    best = jax.device_get(_search(decoder, tokens_BT, lengths_B, n_new, beams, rule))
+    best, has_nonfinite = jax.device_get(_search(decoder, tokens_BT, lengths_B, n_new, beams, rule))
+  check_finite(has_nonfinite)
 
   rows = []
   for row in range(len(prompts)):
@@ -169,20 +172,23 @@ def _best(k: int, tree):
 @functools.partial(jax.jit, static_argnames=("n_new", "W"))
 def _search(
   decoder: InferenceModel, tokens_BT, lengths_B, n_new: int, W: int, rule: BeamRule
-) -> Hypotheses:
-  """The hypotheses of every row, leaves [B, W, ...]."""
+) -> tuple[Hypotheses, jax.Array]:
+  """The hypotheses of every row, leaves [B, W, ...]; whether a logit was NaN or infinite."""
   # 1. Prefill. Behind the prompt each step takes W slots, a beam one; the last token is never read.
   B, T = tokens_BT.shape
   S = T + (n_new - 1) * W
   x_BTD, caches = prefill(decoder, tokens_BT, S)
   last_B1D = last_token(x_BTD, lengths_B)
 
-  def choose(n, x_BWD, state):
-    log_p_BWV = jax.nn.log_softmax(logits(decoder, x_BWD))
-    return jax.vmap(functools.partial(_advance, rule, n))(log_p_BWV, *state)
+  def choose(n, x_BWD, state, has_nonfinite):
+    logits_BWV = logits(decoder, x_BWD)
+    searching_B = state[2]
+    has_nonfinite |= jnp.any(not_finite(logits_BWV) & searching_B[:, None])
+    log_p_BWV = jax.nn.log_softmax(logits_BWV)
+    return jax.vmap(functools.partial(_advance, rule, n))(log_p_BWV, *state), has_nonfinite
 
   def step(carry):
-    n, (beams, hypotheses, searching), caches = carry
+    n, (beams, hypotheses, searching), has_nonfinite, caches = carry
 
     # A beam reads what it has read before, and the slot into which its newest token goes.
     slot = T + (n - 1) * W
@@ -192,7 +198,8 @@ def _search(
     tokens_BW = jax.lax.dynamic_index_in_dim(beams.new, n - 1, 2, keepdims=False)
     positions_BW = jnp.broadcast_to((lengths_B + n - 1)[:, None], (B, W))
     x_BWD, caches = decode(decoder, tokens_BW, positions_BW, beams.mask, caches, cache_write(slot))
-    return n + 1, choose(n, x_BWD, (beams, hypotheses, searching)), caches
+    state, has_nonfinite = choose(n, x_BWD, (beams, hypotheses, searching), has_nonfinite)
+    return n + 1, state, has_nonfinite, caches
 
   def for_all_rows(x):
     return jax.sharding.reshard(jnp.broadcast_to(x, (B, *x.shape)), P(ROWS))
@@ -209,11 +216,12 @@ def _search(
 
   # 3. The first token is that of the prefill, the others are a pass each.
   x_BWD = jnp.broadcast_to(last_B1D, (B, W, last_B1D.shape[2]))
-  state = choose(0, x_BWD, (beams, hypotheses, lengths_B > 0))
+  state, has_nonfinite = choose(0, x_BWD, (beams, hypotheses, lengths_B > 0), jnp.bool_(False))
 
   def goes_on(carry):
-    n, (_, _, searching), _ = carry
+    n, (_, _, searching), _, _ = carry
     return (n < n_new) & jnp.any(searching)
 
-  _, (_, hypotheses, _), _ = jax.lax.while_loop(goes_on, step, (1, state, caches))
-  return hypotheses
+  carry = (1, state, has_nonfinite, caches)
+  _, (_, hypotheses, _), has_nonfinite, _ = jax.lax.while_loop(goes_on, step, carry)
+  return hypotheses, has_nonfinite

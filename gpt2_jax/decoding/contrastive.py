@@ -17,10 +17,12 @@ from gpt2_jax.decoding.generation_config import Completion
 from gpt2_jax.decoding.kv_cache import (
   InferenceModel,
   cache_write,
+  check_finite,
   decode,
   for_inference,
   last_token,
   logits,
+  not_finite,
   prefill,
 )
 from gpt2_jax.decoding.prompts import batch_prompts
@@ -56,11 +58,13 @@ def contrastive_search(
     )
 
   with jax.set_mesh(decoder.mesh):
-    tokens_BT, lengths_B = batch_prompts(decoder, prompts, n_new)
+    # Candidates are compared by what the model makes of them: it reads the last new token, too.
+    tokens_BT, lengths_B = batch_prompts(decoder, prompts, n_new, reads_last=True)
     end = -1 if eot is None else eot
-    new_BN, count_B = jax.device_get(
+    new_BN, count_B, has_nonfinite = jax.device_get(
       _search(decoder, tokens_BT, lengths_B, n_new, k, jnp.float32(alpha), end)
     )
+  check_finite(has_nonfinite)
 
   # Without `eot` a row has all `n_new` tokens, with it fewer: it does not count as one.
   rows = []
@@ -94,7 +98,7 @@ def _move_to_first(x_BHSK, chosen_B, slot):
 
 @functools.partial(jax.jit, static_argnames=("n_new", "C"))
 def _search(decoder: InferenceModel, tokens_BT, lengths_B, n_new: int, C: int, alpha, eot):
-  """The new tokens [B, N], and how many of them come before `eot`, [B]."""
+  """The new tokens [B, N], how many of them come before `eot` [B], and `has_nonfinite`."""
   # 1. Prefill. S tokens are kept; the candidates for the last of them need C - 1 slots more.
   B, T = tokens_BT.shape
   S = T + n_new
@@ -104,10 +108,12 @@ def _search(decoder: InferenceModel, tokens_BT, lengths_B, n_new: int, C: int, a
   slots_S = jnp.arange(S + C - 1)
 
   def step(carry):
-    n, x_B1D, units_BSD, new_BN, count_B, done_B, caches = carry
+    n, x_B1D, units_BSD, new_BN, count_B, done_B, has_nonfinite, caches = carry
 
     # 2. One pass over all candidates: each reads the text before it, and its own slot.
-    p_BC, tokens_BC = jax.lax.top_k(jax.nn.softmax(logits(decoder, x_B1D)[:, 0]), C)
+    logits_BV = logits(decoder, x_B1D)[:, 0]
+    has_nonfinite |= jnp.any(not_finite(logits_BV) & ~done_B)
+    p_BC, tokens_BC = jax.lax.top_k(jax.nn.softmax(logits_BV), C)
     of_prompt_BS = slots_S < lengths_B[:, None]
     of_new_S = (slots_S >= T) & (slots_S < T + n)
     past_BS = of_prompt_BS | of_new_S
@@ -127,15 +133,16 @@ def _search(decoder: InferenceModel, tokens_BT, lengths_B, n_new: int, C: int, a
     done_B |= token_B == eot
     new_BN = jax.lax.dynamic_update_slice_in_dim(new_BN, token_B[:, None], n, 1)
     units_BSD = jax.lax.dynamic_update_slice_in_dim(units_BSD, _unit(x_B1D), T + n, 1)
-    return n + 1, x_B1D, units_BSD, new_BN, count_B + ~done_B, done_B, caches
+    count_B += ~done_B
+    return n + 1, x_B1D, units_BSD, new_BN, count_B, done_B, has_nonfinite, caches
 
   def goes_on(carry):
-    n, *_, done_B, _ = carry
+    n, *_, done_B, _, _ = carry
     return (n < n_new) & ~jnp.all(done_B)
 
   # Rows that only fill the mesh have length 0, and are done.
   new_BN = jnp.zeros((B, n_new), jnp.int32, out_sharding=BATCH)
   count_B, done_B = jnp.zeros_like(lengths_B), lengths_B == 0
-  carry = (0, x_B1D, units_BSD, new_BN, count_B, done_B, caches)
-  _, _, _, new_BN, count_B, _, _ = jax.lax.while_loop(goes_on, step, carry)
-  return new_BN, count_B
+  carry = (0, x_B1D, units_BSD, new_BN, count_B, done_B, jnp.bool_(False), caches)
+  *_, new_BN, count_B, _, has_nonfinite, _ = jax.lax.while_loop(goes_on, step, carry)
+  return new_BN, count_B, has_nonfinite

@@ -23,9 +23,12 @@ from gpt2_jax.decoding.generation_config import Completion, Generation, make_gen
 from gpt2_jax.decoding.kv_cache import (
   InferenceModel,
   cache_write,
+  check_finite,
+  check_memory,
   decode,
   for_inference,
   logits,
+  not_finite,
   prefill,
   random_key,
 )
@@ -47,7 +50,7 @@ class State(NamedTuple):
   prompt_start_B: jax.Array  # the column at which a row begins
   count_B: jax.Array  # new tokens
   done_B: jax.Array
-  has_nan: jax.Array  # whether a row's logits were not numbers
+  has_nonfinite: jax.Array  # whether a logit of any row was NaN or infinite
   keys_B: jax.Array
   prompt_end: jax.Array
   n: jax.Array  # steps taken
@@ -95,6 +98,9 @@ def check_generation(decoder: InferenceModel, prompts, generation: Generation) -
   n_new = 1 if generation.n_new is None else generation.n_new
   check_prompts(decoder, prompts, n_new, generation.samples)
   generation = generation.with_n_new(max(map(len, prompts)), n_ctx)
+  slots = padded(max(map(len, prompts)), BUCKET) + padded(generation.n_new, BUCKET)
+  slots = slots if generation.window is None else min(slots, n_ctx)
+  check_memory(decoder, len(prompts) * generation.samples, slots)
 
   if generation.window is not None:
     generation.window.check(n_ctx)
@@ -166,12 +172,11 @@ def advance(decoder: InferenceModel, state: State, n: int, generation: Generatio
 def completions(state: State, begin: int = 0) -> list[Completion]:
   """What the rows hold beyond their first `begin` new tokens.
 
-  Raises FloatingPointError where logits were NaN.
+  Raises FloatingPointError where logits were NaN or infinite.
   """
   # One transfer for all, and not the caches with them.
   state = jax.device_get(state._replace(caches=[], mask_BS=None, keys_B=None))
-  if state.has_nan:
-    raise FloatingPointError("the model's logits are not numbers (NaN); are its weights?")
+  check_finite(state.has_nonfinite)
 
   def new_values(values_BW, row):
     first, last = state.prompt_end + begin, state.prompt_end + state.count_B[row]
@@ -221,7 +226,7 @@ def _start(
     prompt_start_B=prompt_start_B,
     count_B=jnp.zeros_like(prompt_start_B),
     done_B=done_B,
-    has_nan=jnp.bool_(False),
+    has_nonfinite=jnp.bool_(False),
     keys_B=keys_B,
     prompt_end=jnp.int32(prompt_end),
     n=jnp.int32(0),
@@ -343,15 +348,15 @@ def _step(decoder: InferenceModel, state: State, eot, sampler, window) -> State:
     chosen_B = jnp.sum(jnp.where(is_token_BV, logits_BV, 0.0), axis=1)
     logprobs_BW = put(logprobs_BW, chosen_B - jax.nn.logsumexp(logits_BV, axis=1))
 
-  # 4. Keep book. One NaN before the head makes NaN of every logit: the first tells of all.
+  # 4. Keep book. All logits are looked at: a weight of the head or of ln_f may spoil only some.
   done_B = state.done_B | (token_B == eot)
-  nan_B = jnp.isnan(logits_BV[:, 0]) & ~state.done_B
+  nonfinite_B = not_finite(logits_BV) & ~state.done_B
   return state._replace(
     tokens_BW=put(state.tokens_BW, token_B),
     logprobs_BW=logprobs_BW,
     count_B=state.count_B + ~done_B,
     done_B=done_B,
-    has_nan=state.has_nan | jnp.any(nan_B),
+    has_nonfinite=state.has_nonfinite | jnp.any(nonfinite_B),
     n=state.n + 1,
     slot=(state.slot + 1) % S,
     mask_BS=mask_BS,

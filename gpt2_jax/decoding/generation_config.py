@@ -12,9 +12,14 @@ import numbers
 
 import jax.numpy as jnp
 
+from gpt2_jax.decoding.kv_cache import check_seed
 from gpt2_jax.decoding.samplers import Greedy, Sample, make_sampler
 
 DEFAULT_N_NEW = 128
+
+# With a window a row may have any length, but it is one array of tokens.
+MAX_N_NEW = 2**24
+MAX_SAMPLES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +35,17 @@ class Completion:
   logprobs: list[float] | None = None
   score: float | None = None
   finished: bool = False
+
+
+def check_unicode(text: str, what: str) -> None:
+  """Raises ValueError for a lone surrogate, which stands for a byte that is not UTF-8."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      f"{what} is not valid Unicode at character {error.start:,}: "
+      f"{ascii(text[error.start :])[:40]}; give UTF-8"
+    ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +101,8 @@ class Generation:
   def __post_init__(self):
     if isinstance(self.stop, str) or not all(self.stop):
       raise ValueError(f"stop strings {self.stop!r}: give a sequence of texts, none of them empty")
+    for text in self.stop:
+      check_unicode(text, "the stop string")
 
     if not isinstance(self.sampler, Greedy | Sample):
       raise ValueError(
@@ -97,9 +115,18 @@ class Generation:
       value = getattr(self, name)
       if value is not None and not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} is {str(value)[:80]}; it is a whole number")
+    self._check_ranges()
 
     # A list is as good; a tuple can be hashed and compared.
     object.__setattr__(self, "stop", tuple(self.stop))
+
+  def _check_ranges(self) -> None:
+    """Raises ValueError for numbers that no model could take."""
+    check_seed(self.seed)
+    for name, limit in (("n_new", MAX_N_NEW), ("samples", MAX_SAMPLES)):
+      value = getattr(self, name)
+      if value is not None and not 1 <= value <= limit:
+        raise ValueError(f"{name} is {str(value)[:80]}; it is from 1 to {limit:,}")
 
   def with_n_new(self, longest: int, n_ctx: int) -> "Generation":
     """Fills in `n_new` if it is None: 128, or the room behind the longest prompt."""
@@ -108,8 +135,9 @@ class Generation:
     if self.window is not None:
       return dataclasses.replace(self, n_new=DEFAULT_N_NEW)
 
-    # At least 1, so that a full context is refused with the numbers, like any other request.
-    room = max(1, n_ctx - longest)
+    # A full context predicts one token more. At least 1, so that a longer prompt is refused with
+    # the numbers, like any other request.
+    room = max(1, n_ctx + 1 - longest)
     return dataclasses.replace(self, n_new=min(DEFAULT_N_NEW, room))
 
 

@@ -5,6 +5,7 @@ A cache holds, for each layer, keys and values [B, H, S, K]: S slots for the tok
 says which slots a token reads, so rows of any lengths share one cache.
 """
 
+import os
 from typing import NamedTuple
 
 import jax
@@ -124,14 +125,42 @@ def decode(decoder: InferenceModel, tokens_BT, positions_BT, mask_BTS, caches, w
   return decoder.model.ln_f(x_BTD), after
 
 
-def random_key(seed: int):
-  """The random key of a seed. Raises ValueError unless the seed has 32 bits or fewer.
-
-  JAX would take a longer seed for one of those.
-  """
+def check_seed(seed: int) -> None:
+  """Raises ValueError unless the seed has 32 bits or fewer: JAX would drop the others."""
   if not 0 <= seed < 2**32:
-    raise ValueError(f"a seed of {seed} is not from 0 to {2**32 - 1}")
+    raise ValueError(f"a seed of {str(seed)[:80]} is not from 0 to {2**32 - 1}")
+
+
+def random_key(seed: int):
+  """The random key of a seed. Raises ValueError as `check_seed` does."""
+  check_seed(seed)
   return jax.random.key(seed)
+
+
+def check_memory(decoder: InferenceModel, rows: int, slots: int) -> None:
+  """Raises ValueError if so many rows of so many slots cannot be held, before anything is made.
+
+  It is an estimate from below: keys and values, the widest activations of a prefill, and what a
+  sampler makes of the logits. Elsewhere the kernel would end the process without a word.
+  """
+  config = decoder.model.config
+  item = jnp.dtype(config.dtype).itemsize
+  cache = 2 * config.n_layer * config.n_embd * item * slots
+  activations = 8 * config.n_embd * item * slots // 2  # half of the slots hold prompts, or more
+  sampling = 4 * 4 * config.n_vocab
+  needed = rows * (cache + activations + sampling)
+
+  # Only some backends say what they have; what is over the host's memory is over the device's, too.
+  devices = decoder.mesh.devices.flatten()
+  stats = devices[0].memory_stats() or {}
+  host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  available = stats["bytes_limit"] * len(devices) if "bytes_limit" in stats else host
+  if needed > available:
+    raise ValueError(
+      f"{rows:,} texts of {slots:,} tokens need {needed / 1e9:,.1f} GB or more, most of it for "
+      f"the KV cache, and there are {available / 1e9:,.1f} GB; ask for fewer samples or prompts, "
+      f"or for shorter texts"
+    )
 
 
 def last_token(x_BTD, lengths_B):
@@ -143,3 +172,14 @@ def logits(decoder: InferenceModel, x_BTD):
   """The logits [B, T, V], float32, all-gathered over `model`, without the vocabulary's padding."""
   logits_BTV = jax.sharding.reshard(decoder.model.head(x_BTD), RESIDUAL)
   return logits_BTV[..., : decoder.model.config.n_vocab]
+
+
+def not_finite(logits_BTV):
+  """Whether a logit is NaN or infinite, [B, T]: no finite weights make one."""
+  return ~jnp.all(jnp.isfinite(logits_BTV), axis=-1)
+
+
+def check_finite(has_nonfinite, whose: str = "the model") -> None:
+  """Raises FloatingPointError if logits were NaN or infinite, so that nothing is made of them."""
+  if has_nonfinite:
+    raise FloatingPointError(f"{whose}'s logits are not numbers (NaN or Inf); are its weights?")

@@ -37,13 +37,25 @@ def check_prompts(decoder: InferenceModel, prompts, n_new: int, samples: int = 1
     )
 
 
-def check_room(decoder: InferenceModel, prompts, n_new: int, remedy: str = "ask for fewer") -> None:
-  """Raises ValueError unless the longest prompt and `n_new` tokens fit the context."""
+def check_room(
+  decoder: InferenceModel,
+  prompts,
+  n_new: int,
+  remedy: str = "ask for fewer",
+  reads_last: bool = False,
+) -> None:
+  """Raises ValueError unless the context holds every token that is read.
+
+  Those are the longest prompt and `n_new` tokens, but for the last of them unless `reads_last`.
+  """
   longest, n_ctx = max(map(len, prompts)), decoder.model.config.n_ctx
-  if longest + n_new > n_ctx:
-    raise ValueError(
-      f"{longest} prompt and {n_new} new tokens exceed the context of {n_ctx}; {remedy}"
-    )
+  if longest + n_new - (not reads_last) <= n_ctx:
+    return
+
+  behind = "" if reads_last else " and the one token behind it"
+  raise ValueError(
+    f"{longest} prompt and {n_new} new tokens exceed the context of {n_ctx}{behind}; {remedy}"
+  )
 
 
 def pad_prompts(
@@ -71,14 +83,19 @@ def shard_rows(decoder: InferenceModel, *arrays):
   return jax.device_put(arrays, NamedSharding(decoder.mesh, P(ROWS)))
 
 
-def batch_prompts(decoder: InferenceModel, prompts: Sequence[Sequence[int]], n_new: int):
+def batch_prompts(
+  decoder: InferenceModel,
+  prompts: Sequence[Sequence[int]],
+  n_new: int,
+  reads_last: bool = False,
+):
   """Checks and pads the prompts of a search; tokens [B, T] and lengths [B] on the mesh in force.
 
   B and T are rounded up; rows that only fill the mesh have length 0. Raises ValueError as
   `check_prompts` and `check_room` do.
   """
   check_prompts(decoder, prompts, n_new)
-  check_room(decoder, prompts, n_new)
+  check_room(decoder, prompts, n_new, reads_last=reads_last)
 
   # Whole multiples: of the devices that split the rows, and of a bucket, so that few shapes are
   # compiled.

@@ -23,10 +23,12 @@ from jax.sharding import PartitionSpec as P
 from gpt2_jax.decoding.generation_config import Completion
 from gpt2_jax.decoding.kv_cache import (
   InferenceModel,
+  check_finite,
   decode,
   for_inference,
   last_token,
   logits,
+  not_finite,
   prefill,
   random_key,
 )
@@ -85,11 +87,13 @@ def speculative(
   with jax.set_mesh(target.mesh):
     tokens_BT, lengths_B = batch_prompts(smaller, prompts, n_new)
     key = random_key(seed)
-    tokens_BS, *counts = jax.device_get(
+    tokens_BS, nonfinite, *counts = jax.device_get(
       _speculate(
         target, draft, tokens_BT, lengths_B, key, end, n_new, draft_tokens, sampler or Greedy()
       )
     )
+  check_finite(nonfinite.target, "the target")
+  check_finite(nonfinite.draft, "the draft")
 
   # The last pass over a row may have written beyond its end.
   completions = []
@@ -195,7 +199,10 @@ class TokenBuffer(NamedTuple):
   end_B: jax.Array
 
   def distributions(self, decoder: InferenceModel, x_BTD, sampler):
-    """What the sampler draws from, [B, T, V]; `x_BTD` are outputs from the newest token on."""
+    """What the sampler draws from, [B, T, V]; `x_BTD` are outputs from the newest token on.
+
+    Returns with it whether the logits were NaN or infinite, [B, T].
+    """
     ends_BT = self.end_B[:, None] + jnp.arange(x_BTD.shape[1])
     of_token = functools.partial(sampling_distribution, sampler=sampler)
 
@@ -204,11 +211,15 @@ class TokenBuffer(NamedTuple):
       histories = History(tokens_S, 0, prompt_end, ends_T)
       return jax.vmap(of_token, (0, History(None, None, None, 0)))(logits_TV, histories)
 
-    return jax.vmap(of_row)(logits(decoder, x_BTD), self.tokens_BS, self.prompt_end_B, ends_BT)
+    logits_BTV = logits(decoder, x_BTD)
+    p_BTV = jax.vmap(of_row)(logits_BTV, self.tokens_BS, self.prompt_end_B, ends_BT)
+    return p_BTV, not_finite(logits_BTV)
 
 
 def _propose(draft: InferenceModel, buffer: TokenBuffer, keys_B, caches, n: int, sampler):
   """N proposals: the tokens with them at the end [B, S], their distributions [B, N, V], caches.
+
+  The last result says in which rows logits were NaN or infinite, [B].
 
   Each pass takes the two newest tokens: the draft has not seen the last proposal of a round in
   which all were accepted, and to see a token twice changes nothing.
@@ -219,14 +230,16 @@ def _propose(draft: InferenceModel, buffer: TokenBuffer, keys_B, caches, n: int,
     buffer, caches = carry
     newest_B2 = _slice_rows(buffer.tokens_BS, buffer.end_B - 2, 2)
     x_B2D, caches = extend(draft, newest_B2, buffer.end_B - 2, caches)
-    q_BV = buffer.distributions(draft, x_B2D[:, 1:], sampler)[:, 0]
+    q_B1V, nonfinite_B1 = buffer.distributions(draft, x_B2D[:, 1:], sampler)
+    q_BV = q_B1V[:, 0]
     token_B = jax.vmap(draw)(_fold(keys_B, i), q_BV)
 
     tokens_BS = _update_rows(buffer.tokens_BS, token_B[:, None], buffer.end_B)
-    return (TokenBuffer(tokens_BS, buffer.prompt_end_B, buffer.end_B + 1), caches), q_BV
+    buffer = TokenBuffer(tokens_BS, buffer.prompt_end_B, buffer.end_B + 1)
+    return (buffer, caches), (q_BV, nonfinite_B1[:, 0])
 
-  (buffer, caches), q_NBV = jax.lax.scan(step, (buffer, caches), jnp.arange(n))
-  return buffer.tokens_BS, jnp.swapaxes(q_NBV, 0, 1), caches
+  (buffer, caches), (q_NBV, nonfinite_NB) = jax.lax.scan(step, (buffer, caches), jnp.arange(n))
+  return buffer.tokens_BS, jnp.swapaxes(q_NBV, 0, 1), caches, jnp.any(nonfinite_NB, axis=0)
 
 
 @functools.partial(jax.jit, static_argnames=("n_new", "n", "sampler"))
@@ -241,7 +254,7 @@ def _speculate(
   n: int,
   sampler,
 ):
-  """The prompts with their new tokens behind them [B, S], and the counts of a Speculation."""
+  """The prompts with their new tokens behind them [B, S], `_Nonfinite`, a Speculation's counts."""
   # Rows draw by their number; those that only fill the mesh have length 0, and are done.
   rows_B = jax.sharding.reshard(jnp.arange(tokens_BT.shape[0]), P(ROWS))
   keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(rows_B)
@@ -255,9 +268,10 @@ def _speculate(
   buffer = TokenBuffer(tokens_BS, prompt_end_B, prompt_end_B)
 
   # 2. The first token is the target's, from the pass over the prompts.
-  p_BV = buffer.distributions(target, last_token(x_BTD, prompt_end_B), sampler)[:, 0]
+  p_B1V, nonfinite_B1 = buffer.distributions(target, last_token(x_BTD, prompt_end_B), sampler)
   draw = functools.partial(draw_token, sampler=sampler)
-  token_B = jax.vmap(draw)(_fold(keys_B, 0), p_BV)
+  token_B = jax.vmap(draw)(_fold(keys_B, 0), p_B1V[:, 0])
+  nonfinite = _Nonfinite(jnp.any(nonfinite_B1[:, 0] & (lengths_B > 0)), jnp.bool_(False))
   tokens_BS = _update_rows(tokens_BS, token_B[:, None], prompt_end_B)
   buffer = TokenBuffer(tokens_BS, prompt_end_B, prompt_end_B + 1)
   done_B = (lengths_B == 0) | (token_B == eot) | (n_new == 1)
@@ -266,9 +280,17 @@ def _speculate(
   def step(state):
     return _round(target, draft, state, keys_B, eot, n_new, n, sampler)
 
-  state = _Rounds(buffer, done_B, caches, draft_caches, proposed=0, accepted=0, passes=1)
+  state = _Rounds(buffer, done_B, nonfinite, caches, draft_caches, 0, 0, passes=1)
   state = jax.lax.while_loop(lambda state: ~jnp.all(state.done_B), step, state)
-  return state.buffer.tokens_BS, state.proposed, state.accepted, state.passes
+  counts = (state.proposed, state.accepted, state.passes)
+  return state.buffer.tokens_BS, state.nonfinite, *counts
+
+
+class _Nonfinite(NamedTuple):
+  """Whether logits of a row that counts were NaN or infinite."""
+
+  target: jax.Array
+  draft: jax.Array
 
 
 class _Rounds(NamedTuple):
@@ -276,6 +298,7 @@ class _Rounds(NamedTuple):
 
   buffer: TokenBuffer
   done_B: jax.Array
+  nonfinite: _Nonfinite
   caches: list
   draft_caches: list
   proposed: jax.Array | int
@@ -290,14 +313,15 @@ def _round(target, draft, state: _Rounds, keys_B, eot, n_new: int, n: int, sampl
   k_propose, k_accept = _fold(keys_B, 0), _fold(keys_B, 1)
 
   # 1. The draft proposes, one token a pass.
-  tokens_BS, q_BNV, draft_caches = _propose(
+  tokens_BS, q_BNV, draft_caches, draft_nonfinite_B = _propose(
     draft, buffer, k_propose, state.draft_caches, n, sampler
   )
 
   # 2. The target reads the newest token and the proposals in one pass, and accepts some.
   newest_BT = _slice_rows(tokens_BS, buffer.end_B - 1, n + 1)
   x_BTD, caches = extend(target, newest_BT, buffer.end_B - 1, state.caches)
-  p_BTV = buffer._replace(tokens_BS=tokens_BS).distributions(target, x_BTD, sampler)
+  proposed = buffer._replace(tokens_BS=tokens_BS)
+  p_BTV, nonfinite_BT = proposed.distributions(target, x_BTD, sampler)
   sample_row = functools.partial(rejection_sample, sampler=sampler)
   accepted_B, new_BT = jax.vmap(sample_row)(k_accept, p_BTV, q_BNV, newest_BT[:, 1:])
 
@@ -311,9 +335,17 @@ def _round(target, draft, state: _Rounds, keys_B, eot, n_new: int, n: int, sampl
   has_eot_B = jnp.any((new_BT == eot) & counts_BT, axis=1)
   is_full_B = end_B == prompt_end_B + n_new
 
+  # 5. Finite weights give finite logits everywhere, also beyond a row's end: all of them count.
+  running_B = ~state.done_B
+  nonfinite = _Nonfinite(
+    state.nonfinite.target | jnp.any(nonfinite_BT & running_B[:, None]),
+    state.nonfinite.draft | jnp.any(draft_nonfinite_B & running_B),
+  )
+
   return _Rounds(
     grown,
     state.done_B | has_eot_B | is_full_B,
+    nonfinite,
     caches,
     draft_caches,
     state.proposed + n * jnp.sum(~state.done_B),

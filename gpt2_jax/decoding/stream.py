@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 from gpt2_jax.decoding.generate import advance, check_generation, completions, start
-from gpt2_jax.decoding.generation_config import Generation, make_generation
+from gpt2_jax.decoding.generation_config import Generation, check_unicode, make_generation
 from gpt2_jax.decoding.kv_cache import InferenceModel, for_inference
 from gpt2_jax.decoding.samplers import Greedy, Sample
 from gpt2_jax.model import GPT2
@@ -102,6 +102,8 @@ def _text_chunks(
     )
   if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
     raise ValueError("a prompt is a text; complete and stream_rows take several")
+  for prompt in prompts:
+    check_unicode(prompt, "the prompt")
   if generation.logprobs:
     raise ValueError("texts have no logprobs; call generate, which works on tokens")
 

@@ -13,9 +13,11 @@ from gpt2_jax.decoding.generation_config import Completion, Generation
 from gpt2_jax.decoding.kv_cache import (
   InferenceModel,
   cache_write,
+  check_finite,
   decode,
   last_token,
   logits,
+  not_finite,
   prefill,
 )
 from gpt2_jax.decoding.prompts import pad_prompts, shard_rows
@@ -129,11 +131,12 @@ def next_words(
   tokens_BT, length_B = pad_prompts(contexts, shape)
   with jax.set_mesh(decoder.mesh):
     tokens_BT, length_B = shard_rows(decoder, tokens_BT, length_B)
-    token_BN, nats_BN, caches = _first_tokens(decoder, tokens_BT, length_B, n)
+    token_BN, nats_BN, has_nonfinite, caches = _first_tokens(decoder, tokens_BT, length_B, n)
 
     for step in range(MAX_WORD_TOKENS):
       # 1. Hand each word its token. Rows beyond the contexts only fill the mesh.
-      tokens, nats = jax.device_get((token_BN, nats_BN))
+      tokens, nats, is_broken = jax.device_get((token_BN, nats_BN, has_nonfinite))
+      check_finite(is_broken)
       for row, row_words in enumerate(words):
         for word, token, cost in zip(
           row_words, tokens[row].tolist(), nats[row].tolist(), strict=True
@@ -143,7 +146,9 @@ def next_words(
       # 2. The next token of all words, in one pass.
       if step + 1 == MAX_WORD_TOKENS or all(word.done for row in words for word in row):
         break
-      token_BN, nats_BN, caches = _next_tokens(decoder, token_BN, length_B, np.int32(step), caches)
+      token_BN, nats_BN, has_nonfinite, caches = _next_tokens(
+        decoder, token_BN, length_B, np.int32(step), caches
+      )
   return [_merged(row) for row in words]
 
 
@@ -189,16 +194,23 @@ def _merged(words: list[_Word]) -> tuple[tuple[str, ...], tuple[float, ...]]:
 
 @functools.partial(jax.jit, static_argnames="n")
 def _first_tokens(decoder: InferenceModel, tokens_BT, length_B, n: int):
-  """The `n` likeliest tokens after each context, their -log p, and caches with room for words."""
+  """The `n` likeliest tokens after each context, their -log p, and caches with room for words.
+
+  Before the caches comes whether a context's logit was NaN or infinite.
+  """
   x_BTD, caches = prefill(decoder, tokens_BT, tokens_BT.shape[1] + n * (MAX_WORD_TOKENS - 1))
   logits_BV = logits(decoder, last_token(x_BTD, length_B))[:, 0]
   top_BN, token_BN = jax.vmap(lambda logits_V: jax.lax.top_k(logits_V, n))(logits_BV)
-  return token_BN, jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True) - top_BN, caches
+  nats_BN = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True) - top_BN
+  has_nonfinite = jnp.any(not_finite(logits_BV) & (length_B > 0))
+  return token_BN, nats_BN, has_nonfinite, caches
 
 
 @functools.partial(jax.jit, donate_argnames="caches")
 def _next_tokens(decoder: InferenceModel, token_BN, length_B, step, caches):
   """The likeliest token after each word so far, its -log p, and the caches with the words' tokens.
+
+  Before the caches comes whether a logit was NaN or infinite, in rows that have a context.
 
   The words of a row share one cache: behind the context each step fills n slots, a word one.
   """
@@ -217,4 +229,6 @@ def _next_tokens(decoder: InferenceModel, token_BN, length_B, step, caches):
 
   logits_BNV = logits(decoder, x_BND)
   likeliest_BN = jnp.argmax(logits_BNV, axis=-1).astype(jnp.int32)
-  return likeliest_BN, jax.nn.logsumexp(logits_BNV, axis=-1) - logits_BNV.max(-1), caches
+  nats_BN = jax.nn.logsumexp(logits_BNV, axis=-1) - logits_BNV.max(-1)
+  has_nonfinite = jnp.any(not_finite(logits_BNV) & (length_B > 0)[:, None])
+  return likeliest_BN, nats_BN, has_nonfinite, caches

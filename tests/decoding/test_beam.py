@@ -90,7 +90,7 @@ def theirs(weights):
   return model
 
 
-def their_search(model, prompts, beams, length_penalty, early_stopping, eot):
+def their_search(model, prompts, beams, length_penalty, early_stopping, eot, n_new=N_NEW):
   """All hypotheses of a batch that is padded on the left, as ours are given."""
   torch = pytest.importorskip("torch")
   size = max(map(len, prompts))
@@ -99,7 +99,7 @@ def their_search(model, prompts, beams, length_penalty, early_stopping, eot):
   found = model.generate(
     torch.tensor([[0] * (size - len(prompt)) + prompt for prompt in prompts]),
     attention_mask=mask,
-    max_new_tokens=N_NEW,
+    max_new_tokens=n_new,
     num_beams=beams,
     num_return_sequences=beams,
     do_sample=False,
@@ -153,6 +153,15 @@ def test_every_hypothesis_is_transformers(beams, decoder, theirs, prompts):
   found = beam_search(decoder, prompts, N_NEW, beams)
   assert all(len(h.tokens) == N_NEW for row in found for h in row)
   compare(found, [row[:1] for row in their_search(theirs, prompts, beams, 1.0, False, None)])
+
+
+@pytest.mark.parametrize("length, n_new", [(96, 1), (93, 4)])
+def test_a_context_filled_to_the_last_token_is_searched(length, n_new, decoder, theirs, tokens):
+  """The last new token is never read, so it may lie behind the context, as with transformers."""
+  [prompt] = tokens(1, 96, 97)[:, :length].tolist()
+  for beams in (1, 4):
+    found = beam_search(decoder, [prompt], n_new, beams, returned=beams)
+    compare(found, their_search(theirs, [prompt], beams, 1.0, False, None, n_new))
 
 
 def test_a_prompt_alone_is_continued_as_in_company(decoder, theirs, prompts):
@@ -220,8 +229,8 @@ def test_what_cannot_be_searched_is_refused(decoder):
   ):
     with pytest.raises(ValueError, match=rule):
       beam_search(decoder, [[1]], 3, **kind)
-  with pytest.raises(ValueError, match="90 prompt and 7 new tokens exceed the context of 96"):
-    beam_search(decoder, [[1], [1] * 90], 7)
+  with pytest.raises(ValueError, match="90 prompt and 8 new tokens exceed the context of 96"):
+    beam_search(decoder, [[1], [1] * 90], 8)
   for prompts, n_new in (([], 3), ([[]], 3), ([[1], []], 3), ([[1]], 0)):
     with pytest.raises(ValueError, match="no empty prompt"):
       beam_search(decoder, prompts, n_new)

@@ -274,10 +274,10 @@ def test_what_cannot_be_is_refused(mesh, models, parameters, place):
       speculative(target, elsewhere, [[1]], 3)
     with refused(match="0 draft tokens: propose 1 or more"):
       speculative(target, draft, [[1]], 3, 0)
-    with refused(match="90 prompt and 7 new tokens exceed the context of 96"):
-      speculative(target, draft, [[1], [1] * 90], 7)
-    with refused(match="30 prompt and 7 new tokens exceed the context of 36"):
-      speculative(target, other(n_ctx=36), [[1] * 30], 7)
+    with refused(match="90 prompt and 8 new tokens exceed the context of 96"):
+      speculative(target, draft, [[1], [1] * 90], 8)
+    with refused(match="30 prompt and 8 new tokens exceed the context of 36"):
+      speculative(target, other(n_ctx=36), [[1] * 30], 8)
     for prompts in ([], [[]]):
       with refused(match="no empty prompt"):
         speculative(target, draft, prompts, 3)

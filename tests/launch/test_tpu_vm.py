@@ -394,6 +394,8 @@ def test_the_dry_run_prints_the_calls_that_are_made(cloud):
     ([], "say what to do"),
     (["fly"], "no verb fly"),
     (["up", "--projct=x"], "--projct=x is not a flag"),
+    (["up", "--two\nlines"], "--two lines is not a flag"),
+    (["up", "--project=" + "x" * 5000], "--project='xxx"),
     (["up", "--project=My Project"], "is not a project id"),
     (["up", *MACHINE, "--zone=us-west4"], "is not a zone"),
     (["up", *MACHINE, "--topology=v5e-63"], "comes in 1, 4, 8, 16, 32, 64, 128 or 256 chips"),
@@ -412,6 +414,7 @@ def test_the_dry_run_prints_the_calls_that_are_made(cloud):
 def test_bad_input_is_one_line_and_status_2(cloud, arguments, message):
   _, err = cloud.run(*arguments, status=2)
   assert message in err and len(err.splitlines()) == 1 and not cloud.calls()
+  assert len(err) < 1100
 
 
 @pytest.mark.parametrize(
