@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad inputs of tokenizing, of evaluating and of counting overlaps: one line, and nothing lost."""
+
+import pytest
+
+from tests.launch.bad_inputs import fixtures
+from tests.launch.bad_inputs.fixtures import FEW, NOBODY
+from tests.launch.bad_inputs.pending import parameters
+from tests.launch.bad_inputs.runner import check, rows
+
+TOKENIZE = f"{fixtures.TOKENIZE} --files=text.txt"
+PIECES = "--files=abc.txt --train_tokenizer=sentencepiece --tokenizer=new.model --out=new"
+TOKENIZES = rows(
+  "tokenize",
+  "",
+  [
+    ("a store", None, f"{TOKENIZE} --out=new"),
+    ("a store in a home", None, f"{TOKENIZE} --out=~/new"),
+    ("a store that is there", None, f"{TOKENIZE} --out=train"),
+    (
+      "a tokenizer in a folder that is made",
+      None,
+      "--files=text.txt --train_tokenizer=characters --tokenizer=new/t.json --out=new2 "
+      "--processes=1",
+    ),
+    ("verifies", None, "--verify=train"),
+    ("no flags", "--out", ""),
+    ("no corpus", "--files", "--out=new"),
+    ("two corpora", "--tfds_name", f"{TOKENIZE} --tfds_name=lm1b --out=new"),
+    ("nowhere to write", "--out", TOKENIZE),
+    ("an empty place", "--out", f"{TOKENIZE} --out="),
+    ("files that are none", "gone", f"{TOKENIZE} --files=gone/*.txt --out=new"),
+    ("one of two patterns that is none", "gone", f"{TOKENIZE} --files=text.txt,gone.txt --out=new"),
+    ("a folder", "hollow", f"{TOKENIZE} --files=hollow --out=new"),
+    ("commas alone", "','", f"{TOKENIZE} --files=, --out=new"),
+    ("an empty file", "empty.txt", f"{TOKENIZE} --files=empty.txt --out=new"),
+    ("a file that is not UTF-8", "bytes.txt", f"{TOKENIZE} --files=bytes.txt --out=new"),
+    ("files of nobody", "nobody_of_this_name", f"{TOKENIZE} --files={NOBODY}/x.txt --out=new"),
+    ("a dataset that is none", "wikki", "--tfds_name=wikki --out=new"),
+    ("a dataset that is not prepared", "prepare", "--tfds_name=lm1b --out=new"),
+    ("an empty split", "split", f"{TOKENIZE} --split= --out=new"),
+    ("a split that is none", "test", f"{TOKENIZE} --split=test --out=new"),
+    ("a split of nothing", "train[:0%]", f"{TOKENIZE} --split=train[:0%] --out=new"),
+    ("a split that is no slice", "train[", f"{TOKENIZE} --split=train[ --out=new"),
+    ("no characters", "0:0", f"{TOKENIZE} --characters=0:0 --out=new"),
+    ("characters that end before", "90:10", f"{TOKENIZE} --characters=90:10 --out=new"),
+    ("characters in words", "half", f"{TOKENIZE} --characters=half --out=new"),
+    ("characters past the end", "99999999", f"{TOKENIZE} --characters=99999999: --out=new"),
+    ("onto a file", "text.txt", f"{TOKENIZE} --out=text.txt"),
+    ("below a file", "text.txt", f"{TOKENIZE} --out=text.txt/new"),
+    ("into /proc", "/proc", f"{TOKENIZE} --out=/proc/new"),
+    ("to nobody", "nobody_of_this_name", f"{TOKENIZE} --out={NOBODY}/new"),
+    ("to s3", "s3://", f"{TOKENIZE} --out=s3://bucket/new"),
+    ("without a bucket", "gs://", f"{TOKENIZE} --out=gs://"),
+    ("onto another job", "train", f"{TOKENIZE} --split=train[:90%] --files=many/*.txt --out=train"),
+    ("onto a deep job", "job.json", f"{TOKENIZE} --out=store-job"),
+    ("no processes", "processes", f"{TOKENIZE} --out=new --processes=0"),
+    ("no tokenizer", "gone.json", f"{TOKENIZE} --tokenizer=gone.json --out=new"),
+    ("an empty tokenizer", "tokenizer", f"{TOKENIZE} --tokenizer= --out=new"),
+    ("a tokenizer of a name", "gpt3", f"{TOKENIZE} --tokenizer=gpt3 --out=new"),
+    (
+      "a tokenizer of nobody",
+      "nobody_of_this_name",
+      f"{TOKENIZE} --tokenizer={NOBODY}/t.json --out=new",
+    ),
+    ("a garbage model", "garbage.model", f"{TOKENIZE} --tokenizer=garbage.model --out=new"),
+    ("an empty model", "empty.model", f"{TOKENIZE} --tokenizer=empty.model --out=new"),
+    (
+      "an alphabet of a surrogate",
+      "surrogate",
+      f"{TOKENIZE} --tokenizer=tokenizer-surrogate.json --out=new",
+    ),
+    ("an alphabet of other characters", "character", f"{TOKENIZE} --tokenizer=abc.json --out=new"),
+    *(
+      (f"a tokenizer: {x}", f"{x}.json", f"{TOKENIZE} --tokenizer=tokenizer-{x}.json --out=new")
+      for x in fixtures.SHAPES
+    ),
+    (
+      "trains a tokenizer of another kind",
+      "words",
+      "--files=text.txt --train_tokenizer=words --tokenizer=new.json --out=new",
+    ),
+    (
+      "trains characters into a model",
+      ".json",
+      "--files=text.txt --train_tokenizer=characters --tokenizer=new.model --out=new",
+    ),
+    (
+      "trains over another tokenizer",
+      "abc.json",
+      "--files=text.txt --train_tokenizer=characters --tokenizer=abc.json --out=new",
+    ),
+    (
+      "trains more pieces than there are",
+      "9,999",
+      f"{PIECES} --vocab_size=9999",
+    ),
+    (
+      "trains no pieces",
+      "vocab_size",
+      f"{PIECES} --vocab_size=0",
+    ),
+    ("a text that is null", "null.jsonl:2", f"{TOKENIZE} --strict --files=null.jsonl --out=new"),
+    (
+      "a line that is no JSON",
+      "words.jsonl:2",
+      f"{TOKENIZE} --strict --files=words.jsonl --out=new",
+    ),
+    ("a line that is deep", "deep.jsonl:2", f"{TOKENIZE} --strict --files=deep.jsonl --out=new"),
+    ("a line that is a list", "list.jsonl:2", f"{TOKENIZE} --strict --files=list.jsonl --out=new"),
+    (
+      "a line with a surrogate",
+      "half.jsonl:2",
+      f"{TOKENIZE} --strict --files=half.jsonl --out=new",
+    ),
+    ("no line with a text", "none.jsonl", f"{TOKENIZE} --files=none.jsonl --out=new"),
+    ("a key that is none", "title", f"{TOKENIZE} --files=good.jsonl --text_key=title --out=new"),
+    ("a flag misspelled", "fils", f"{TOKENIZE} --fils=x --out=new"),
+    ("an unquoted pattern", "story.txt", f"{TOKENIZE} --out=new story.txt"),
+    ("verifies nothing", "gone", "--verify=gone"),
+    ("verifies a file", "text.txt", "--verify=text.txt"),
+    ("verifies half a store", "half-written", "--verify=store-half"),
+    *((f"verifies a manifest: {x}", f"store-{x}", f"--verify=store-{x}") for x in fixtures.SHAPES),
+    *(
+      (f"verifies {x}", f"store-{x}", f"--verify=store-{x}")
+      for x in "format no-parts parts-empty parts-list outside tokens sum fingerprint".split()
+    ),
+    ("verifies a chunk that is none", "store-chunk", "--verify=store-chunk"),
+    ("verifies without a part", "store-part", "--verify=store-part"),
+    ("verifies another array", "store-zarr", "--verify=store-zarr"),
+  ],
+)
+
+EVALUATE = f"{fixtures.SWEEP} --model=hf --out=new"
+EVALUATES = rows(
+  "evaluate",
+  "",
+  [
+    ("a table", None, f"{EVALUATE} --task=text --data=story.txt"),
+    ("a table that is there", None, f"{EVALUATE} --out=sweep --task=text --data=story.txt"),
+    ("no flags", "--out", ""),
+    ("nowhere to write", "--out", f"{fixtures.SWEEP} --model=hf --task=text --data=story.txt"),
+    ("an empty place", "--out", f"{EVALUATE} --out= --task=text --data=story.txt"),
+    ("onto a file", "text.txt", f"{EVALUATE} --out=text.txt --task=text --data=story.txt"),
+    ("below a file", "text.txt", f"{EVALUATE} --out=text.txt/new --task=text --data=story.txt"),
+    ("into /proc", "/proc", f"{EVALUATE} --out=/proc/new --task=text --data=story.txt"),
+    (
+      "to nobody",
+      "nobody_of_this_name",
+      f"{EVALUATE} --out={NOBODY}/new --task=text --data=story.txt",
+    ),
+    ("a task that is none", "lambada", f"{EVALUATE} --task=lambda --data=data"),
+    ("a protocol that is none", "whole", f"{EVALUATE} --task=text:half --data=story.txt"),
+    ("shots in words", "task:protocol:shots", f"{EVALUATE} --task=text::two --data=story.txt"),
+    ("shots below zero", "task:protocol:shots", f"{EVALUATE} --task=text::-1 --data=story.txt"),
+    ("an empty task", "task", f"{EVALUATE} --task= --data=story.txt"),
+    ("no data", "gone", f"{EVALUATE} --task=ptb --data=gone"),
+    ("data of nobody", "nobody_of_this_name", f"{EVALUATE} --task=ptb --data={NOBODY}/data"),
+    ("no dataset in the data", "ptb", f"{EVALUATE} --task=ptb --data=hollow"),
+    ("a limit below zero", "limit", f"{EVALUATE} --task=text --data=story.txt --config.limit=-1"),
+    ("no batch", "batch_size", f"{EVALUATE} --task=text --data=story.txt --config.batch_size=0"),
+    (
+      "a stride below zero",
+      "stride",
+      f"{EVALUATE} --task=text --data=story.txt --config.stride=-1",
+    ),
+    ("no resamples", "resamples", f"{EVALUATE} --task=text --data=story.txt --config.resamples=0"),
+    ("a seed below zero", "seed", f"{EVALUATE} --task=text --data=story.txt --config.seed=-1"),
+    (
+      "a dtype that is none",
+      "float8",
+      f"{EVALUATE} --task=text --data=story.txt --config.dtype=float8",
+    ),
+    (
+      "a mesh larger than the devices",
+      "3",
+      f"{EVALUATE} --task=text --data=story.txt --config.mesh.data=3",
+    ),
+    ("a knob misspelled", "limit", f"{EVALUATE} --task=text --data=story.txt --config.limt=1"),
+    ("a config that raises", "raises.py", f"--config=bad/raises.py {EVALUATE} --task=text"),
+    ("a config without knobs", "resamples", f"--config=bad/short.py {EVALUATE} --task=text"),
+    (
+      "an overlap that is none",
+      "gone.json",
+      f"{EVALUATE} --task=text --data=story.txt --overlap=gone.json",
+    ),
+    *(
+      (
+        f"an overlap: {x}",
+        f"overlap-{x}.json",
+        f"{EVALUATE} --task=text --data=story.txt --overlap=overlap-{x}.json",
+      )
+      for x in (*fixtures.SHAPES, "words", "short")
+    ),
+    ("a flag misspelled", "modle", f"{EVALUATE} --task=text --data=story.txt --modle=hf"),
+    ("a word", "extra", f"{EVALUATE} --task=text --data=story.txt extra"),
+    (
+      "a step of what is no run",
+      "step",
+      f"{fixtures.SWEEP} --model=hf@3 --out=new --task=text --data=story.txt",
+    ),
+    (
+      "a step that was not saved",
+      "3",
+      f"{fixtures.SWEEP} --model=run@3 --out=new --task=text --data=story.txt",
+    ),
+  ],
+)
+
+# A dataset that cannot be read, or a model that cannot be scored, fails its cells only.
+CELLS = rows(
+  "evaluate",
+  "",
+  [
+    (
+      "a stride past the context",
+      "stride",
+      f"{EVALUATE} --task=text --data=story.txt --config.stride=99",
+    ),
+    ("an empty text", "empty.txt", f"{EVALUATE} --task=text --data=empty.txt"),
+    ("a text that is not UTF-8", "bytes.txt", f"{EVALUATE} --task=text --data=bytes.txt"),
+    ("a text of other characters", "'é'", f"{EVALUATE} --task=text --data=accents.txt"),
+    (
+      "a line that is no JSON",
+      "words.jsonl:2",
+      f"{EVALUATE} --task=lambada:last_word --data=words.jsonl",
+    ),
+    (
+      "a line that is deep",
+      "deep.jsonl:2",
+      f"{EVALUATE} --task=lambada:last_word --data=deep.jsonl",
+    ),
+    (
+      "a line that is a list",
+      "list.jsonl:2",
+      f"{EVALUATE} --task=lambada:last_word --data=list.jsonl",
+    ),
+    (
+      "a text that is null",
+      "null.jsonl:2",
+      f"{EVALUATE} --task=lambada:last_word --data=null.jsonl",
+    ),
+    (
+      "a text with a surrogate",
+      "surrogate",
+      f"{EVALUATE} --task=lambada:last_word --data=half.jsonl",
+    ),
+    (
+      "pairs without a sentence",
+      "good.jsonl:1",
+      f"{EVALUATE} --task=blimp_wh_island --data=good.jsonl",
+    ),
+    (
+      "a sentence that is a number",
+      "malformed",
+      f"{EVALUATE} --task=blimp_wh_island --data=numbers.jsonl",
+    ),
+    ("stories that are a list", "coqa-list.json", f"{EVALUATE} --task=coqa --data=coqa-list.json"),
+    ("stories that are deep", "coqa-deep.json", f"{EVALUATE} --task=coqa --data=coqa-deep.json"),
+    (
+      "stories of another shape",
+      "coqa-shape.json",
+      f"{EVALUATE} --task=coqa --data=coqa-shape.json",
+    ),
+    ("a text8 of another length", "story.txt", f"{EVALUATE} --task=text8 --data=story.txt"),
+    ("schemas that are no XML", "story.txt", f"{EVALUATE} --task=winograd273 --data=story.txt"),
+    ("questions of another shape", "story.txt", f"{EVALUATE} --task=cbt_cn --data=story.txt"),
+    (
+      "no tokenizer",
+      "tokenizer",
+      f"{fixtures.SWEEP} --model=hf-no-tokenizer --out=new --task=text --data=story.txt",
+    ),
+    (
+      "a weight of nan",
+      "nan",
+      f"{fixtures.SWEEP} --model=hf-nan --out=new --task=text --data=story.txt",
+    ),
+    *(
+      (
+        name,
+        says,
+        [
+          *fixtures.SWEEP.split(),
+          "--out=new",
+          "--task=text",
+          "--data=story.txt",
+          f"--model={path}",
+        ],
+      )
+      for name, says, path in FEW
+    ),
+    *(
+      (f"a cell: {x}", "cell", f"{EVALUATE} --out=sweep-{x} --task=text --data=story.txt")
+      for x in fixtures.SHAPES
+    ),
+  ],
+  may_fail_cells=True,
+)
+
+CONTAMINATION = "--task=text --data=story.txt --out=new.json"
+OVERLAPS = rows(
+  "contamination",
+  "",
+  [
+    ("an overlap", None, f"{CONTAMINATION} --corpus=text.txt"),
+    ("by a filter", None, f"{CONTAMINATION} --filter=text.bloom"),
+    ("no flags", "--task", ""),
+    ("no corpus", "--corpus", CONTAMINATION),
+    ("two corpora", "--tfds_name", f"{CONTAMINATION} --corpus=text.txt --tfds_name=lm1b"),
+    ("a corpus that is none", "gone.txt", f"{CONTAMINATION} --corpus=gone.txt"),
+    ("an empty corpus", "empty.txt", f"{CONTAMINATION} --corpus=empty.txt"),
+    ("a corpus of nobody", "nobody_of_this_name", f"{CONTAMINATION} --corpus={NOBODY}/x.txt"),
+    ("a dataset that is none", "wikki", f"{CONTAMINATION} --tfds_name=wikki"),
+    ("a split that is none", "test", f"{CONTAMINATION} --corpus=text.txt --split=test"),
+    ("a key that is none", "title", f"{CONTAMINATION} --corpus=good.jsonl --text_key=title"),
+    ("a task that is none", "lambada", f"{CONTAMINATION} --corpus=text.txt --task=lambda"),
+    ("a protocol that is none", "whole", f"{CONTAMINATION} --corpus=text.txt --task=text:half"),
+    ("an empty task", "task", f"{CONTAMINATION} --corpus=text.txt --task="),
+    ("no data", "gone", f"{CONTAMINATION} --corpus=text.txt --data=gone"),
+    ("data that is empty", "empty.txt", f"{CONTAMINATION} --corpus=text.txt --data=empty.txt"),
+    ("data that is not UTF-8", "bytes.txt", f"{CONTAMINATION} --corpus=text.txt --data=bytes.txt"),
+    (
+      "stories that are a list",
+      "coqa-list.json",
+      f"{CONTAMINATION} --corpus=text.txt --task=coqa --data=coqa-list.json",
+    ),
+    (
+      "stories that are deep",
+      "coqa-deep.json",
+      f"{CONTAMINATION} --corpus=text.txt --task=coqa --data=coqa-deep.json",
+    ),
+    ("a result that is there", "text.txt", f"{CONTAMINATION} --corpus=text.txt --out=text.txt"),
+    ("a result below a file", "text.txt", f"{CONTAMINATION} --corpus=text.txt --out=text.txt/x"),
+    (
+      "a result of nobody",
+      "nobody_of_this_name",
+      f"{CONTAMINATION} --corpus=text.txt --out={NOBODY}/x",
+    ),
+    ("a filter below a file", "text.txt", f"{CONTAMINATION} --corpus=text.txt --filter=text.txt/x"),
+    (
+      "a filter of nobody",
+      "nobody_of_this_name",
+      f"{CONTAMINATION} --corpus=text.txt --filter={NOBODY}/x",
+    ),
+    ("a text as filter", "story.txt", f"{CONTAMINATION} --filter=story.txt"),
+    ("a folder as filter", "hollow", f"{CONTAMINATION} --filter=hollow"),
+    (
+      "a filter of another corpus",
+      "text.bloom",
+      f"{CONTAMINATION} --filter=text.bloom --corpus=abc.txt",
+    ),
+    ("half a filter", "cut.bloom", f"{CONTAMINATION} --filter=cut.bloom"),
+    ("a pickle as filter", "pickle.npz", f"{CONTAMINATION} --filter=pickle.npz"),
+    ("a filter without bits", "other.npz", f"{CONTAMINATION} --filter=other.npz"),
+    ("a filter of no bits", "nobits.npz", f"{CONTAMINATION} --filter=nobits.npz"),
+    ("a filter of floats", "floats.npz", f"{CONTAMINATION} --filter=floats.npz"),
+    ("a filter of -1 probes", "probes.npz", f"{CONTAMINATION} --filter=probes.npz"),
+    ("a filter of deep metadata", "deep.npz", f"{CONTAMINATION} --filter=deep.npz"),
+    ("a flag misspelled", "corpsu", f"{CONTAMINATION} --corpsu=text.txt"),
+    ("a word", "extra", f"{CONTAMINATION} --corpus=text.txt extra"),
+  ],
+)
+
+TABLE = [*TOKENIZES, *EVALUATES, *CELLS, *OVERLAPS]
+
+
+@pytest.fixture(scope="module")
+def ready(make, sandbox):
+  """The sandbox with all that the rows name."""
+  fixtures.make_stores(make)
+  fixtures.make_run(make)
+  make.run("convert", "--from=run --to=hf")
+  fixtures.damage_stores(make)
+  fixtures.damage_folders(make)
+  fixtures.write_configs(make)
+  fixtures.write_texts(make)
+  fixtures.write_arrays(make)
+  fixtures.make_sweep(make)
+  sandbox.seal()
+
+
+@pytest.mark.parametrize("row", parameters(TABLE))
+def test_a_bad_input_is_one_line_and_writes_nothing(row, ready, worker, sandbox):
+  check(row, worker, sandbox)
