@@ -91,7 +91,7 @@ class TokenStore:
 
     Raises ValueError if it is not the one that the manifest's fingerprint tells.
     """
-    tokenizer = from_json(self.manifest["tokenizer"])
+    tokenizer = from_json(self.manifest.get("tokenizer"))
     if tokenizer.fingerprint != self.fingerprint:
       raise ValueError(
         f"{self.path}/manifest.json holds a tokenizer with fingerprint "
