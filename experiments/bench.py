@@ -93,6 +93,7 @@ from experiments.benchmarks.opponent import our_model, their_model
 from experiments.benchmarks.rounds import HEADER, Row, random_tokens
 from experiments.benchmarks.training import bench_tiny, bench_train, our_train, their_train
 from gpt2_jax.decoding import generate
+from gpt2_jax.files import atomic_write, check_folder, local_path
 from gpt2_jax.model import GPT2
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.sizes import model_config
@@ -180,6 +181,16 @@ def main(argv: list[str]) -> None:
     sys.exit(f"error: --only takes some of {', '.join(PARTS)}, and no other arguments; see --help")
   if "evaluate" in parts and _LAMBADA.value is None:
     sys.exit("error: --only=evaluate reads OpenAI's lambada_test.jsonl: give its path as --lambada")
+  try:
+    # An hour later is too late for a path that cannot be written, or is not there.
+    json_path = _JSON.value and local_path(_JSON.value)
+    if json_path:
+      check_folder(json_path.parent)
+    lambada = _LAMBADA.value and local_path(_LAMBADA.value)
+    if lambada and not lambada.is_file():
+      raise FileNotFoundError(f"{lambada} is not there; --lambada is OpenAI's lambada_test.jsonl")
+  except (ValueError, OSError) as error:
+    sys.exit(f"error: {error}")
 
   # 1. Both sides may use all cores.
   threads = len(os.sched_getaffinity(0))
@@ -202,10 +213,10 @@ def main(argv: list[str]) -> None:
   # 3. The table, and every round for --json.
   if rows:
     print("\n".join([HEADER, *map(str, rows)]))
-  if _JSON.value:
+  if json_path:
     results["rows"] = [dataclasses.asdict(row) | {"ratios": row.ratios()} for row in rows]
-    with open(_JSON.value, "w") as file:
-      json.dump(results, file, indent=1)
+    with atomic_write(json_path, overwrite=True) as partial:
+      partial.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

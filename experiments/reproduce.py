@@ -18,7 +18,6 @@ compiler's estimate is faster than keeping the activations.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import sys
@@ -32,6 +31,7 @@ from tqdm import tqdm
 
 from configs import gpt2
 from gpt2_jax.chips import GIB, parse_topology
+from gpt2_jax.files import atomic_write, check_folder, local_path, read_json_object
 from gpt2_jax.plan.report import Plan, save
 from launch import shell
 
@@ -107,19 +107,25 @@ def facts(run: Run, out: pathlib.Path) -> dict:
   path = folder / "plan.json"
 
   # A row takes minutes, so a finished one is not compiled again.
-  if not (path.exists() and is_of(run, json.loads(path.read_text()))):
+  if not (path.exists() and is_of(run, read_json_object(path), path)):
     config = gpt2.get_config(run.size)
     config.update_from_flattened_dict(run.knobs())
     plan = Plan.of(config, parse_topology(run.topology, run.slices))
     save(plan, str(folder))
 
-  return json.loads(path.read_text())
+  return read_json_object(path)
 
 
-def is_of(run: Run, plan: dict) -> bool:
-  """Whether a plan.json is this run's, and not one of earlier knobs."""
-  mesh = tuple(plan["mesh"].values())
-  knobs = mesh, plan["microbatches"], plan["model"]["remat"]
+def is_of(run: Run, plan: dict, path: pathlib.Path) -> bool:
+  """Whether a plan.json is this run's, and not one of earlier knobs.
+
+  Raises ValueError if it is no plan.
+  """
+  try:
+    mesh = tuple(plan["mesh"].values())
+    knobs = mesh, plan["microbatches"], plan["model"]["remat"]
+  except (KeyError, TypeError, AttributeError) as error:
+    raise ValueError(f"{path} is no plan; remove it, and it will be made again") from error
   return knobs == (run.mesh, run.microbatches, run.remat)
 
 
@@ -182,7 +188,8 @@ def main() -> None:
     return
 
   # As rows are compiled they are saved, so that a run which is interrupted resumes.
-  out = pathlib.Path(_OUT.value)
+  out = local_path(_OUT.value)
+  check_folder(out)
   rows = []
   for run in (bar := tqdm(runs, unit="row", disable=None)):
     bar.set_description(run.name)
@@ -191,7 +198,8 @@ def main() -> None:
   # table.md has all rows or is left as it was.
   table = "\n".join([HEAD, *rows])
   if len(runs) == len(RUNS):
-    (out / "table.md").write_text(table + "\n")
+    with atomic_write(out / "table.md", overwrite=True) as partial:
+      partial.write_text(table + "\n")
   print(table)
 
 

@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 def main() -> None:
   flags = sys.argv[1:]
-  if not any(flag.startswith("--out") for flag in flags):
+  if not any(flag.lstrip("-").partition("=")[0] == "out" for flag in flags):
     flags.append("--out=runs/zero_shot_sweep")
 
   script = str(ROOT / "launch" / "evaluate.py")

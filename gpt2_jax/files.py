@@ -143,6 +143,20 @@ def local_path(path: str) -> pathlib.Path:
   return pathlib.Path(user_path(path))
 
 
+def check_folder(folder: pathlib.Path) -> None:
+  """Checks that a folder can be made or written into, and makes nothing.
+
+  Raises OSError with the reason.
+  """
+  parent = folder
+  while not os.path.lexists(parent):
+    parent = parent.parent
+  if not parent.is_dir():
+    raise NotADirectoryError(f"{parent} is no folder; take another path, or move it away")
+  if not os.access(parent, os.W_OK | os.X_OK):
+    raise PermissionError(f"nothing can be written into {parent}; take another path")
+
+
 def read_text(path: pathlib.Path) -> str:
   """A text file's content. Raises ValueError with the path and the place if it is not UTF-8."""
   content = path.read_bytes()
@@ -181,6 +195,20 @@ def sha256(content: bytes | pathlib.Path) -> str:
     with open(content, "rb") as file:
       return hashlib.file_digest(file, "sha256").hexdigest()
   return hashlib.sha256(content).hexdigest()
+
+
+def json_sha256(payload: object) -> str:
+  """SHA-256 of a JSON value, however it was written: names in order, one form of each number.
+
+  Of an object's entries `sha256` does not count, for that is where it is kept. Raises ValueError
+  for a value that is nested too deep.
+  """
+  if isinstance(payload, dict):
+    payload = {key: value for key, value in payload.items() if key != "sha256"}
+  try:
+    return sha256(json.dumps(payload, sort_keys=True).encode())
+  except RecursionError as error:
+    raise ValueError("it is JSON that is nested too deep") from error
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:

@@ -21,13 +21,11 @@ if __name__ == "__main__":
 
   interrupts.end_process()  # Ctrl-C during the imports below
 
-import pathlib
-
 from absl import flags
 
 from gpt2_jax.data import corpus
 from gpt2_jax.evaluate import contamination, sources, tasks
-from gpt2_jax.files import progress
+from gpt2_jax.files import check_folder, file_lock, local_path, progress, user_path
 from launch import shell
 
 _CORPUS = flags.DEFINE_string(
@@ -56,15 +54,16 @@ _OUT = flags.DEFINE_string("out", None, "Where to write the overlap of each item
 
 
 def main() -> None:
-  # 1. The cheap checks first: the task, its rows, and that the result has a place.
+  # 1. The cheap checks first: the task, its rows, and that the results have a place.
   name, _, protocol = _TASK.value.partition(":")
   task = tasks.get(name, protocol or None)
-  rows = sources.load(task.source, _DATA.value, _DATA_DIR.value)
-  if _OUT.value and pathlib.Path(_OUT.value).exists():
-    raise FileExistsError(f"{_OUT.value} is there already; take another name, or move it away")
+  data_dir = user_path(_DATA_DIR.value) if _DATA_DIR.value is not None else None
+  rows = sources.load(task.source, _DATA.value, data_dir)
+  contamination.check_items(task, rows)
+  check_places()
 
   # 2. Read the filter of the corpus, or build it.
-  bloom = corpus_filter()
+  bloom = corpus_filter(data_dir)
 
   # 3. Look up the n-grams of every item.
   texts = (contamination.request_texts(task, row) for row in progress(rows, "looking up"))
@@ -74,30 +73,60 @@ def main() -> None:
   print(describe(task.name, overlap, bloom))
 
 
-def corpus_filter() -> contamination.BloomFilter:
+def check_places() -> None:
+  """Checks, before hours of reading, that --out and --filter can be written. Raises OSError."""
+  places = []
+  if _OUT.value is not None:
+    places.append(local_path(_OUT.value))
+    if places[0].exists():
+      raise FileExistsError(f"{_OUT.value} is there already; take another name, or move it away")
+  if _FILTER.value is not None:
+    places.append(local_path(_FILTER.value))
+    if places[-1].is_dir():
+      raise IsADirectoryError(f"{_FILTER.value} is a folder; --filter is a file")
+
+  for place in places:
+    if not place.exists():
+      check_folder(place.parent)
+  if len({place.absolute() for place in places}) < len(places):
+    raise ValueError("--out and --filter are one file; give two names")
+
+
+def corpus_filter(data_dir: str | None) -> contamination.BloomFilter:
   """Reads or builds the filter that the flags name.
 
-  Raises ValueError if the filter's file is of another corpus than the flags'.
+  Raises ValueError if the filter's file is of another corpus than the flags', OSError while another
+  process builds it.
   """
   has_corpus = bool(_CORPUS.value or _TFDS_NAME.value)
-  has_filter = bool(_FILTER.value) and pathlib.Path(_FILTER.value).exists()
+  path = local_path(_FILTER.value) if _FILTER.value is not None else None
   if _CORPUS.value and _TFDS_NAME.value:
     raise ValueError("give one of --corpus and --tfds_name")
-  if not has_filter and not has_corpus:
+  if not has_corpus and not (path and path.exists()):
     raise ValueError("give --corpus or --tfds_name, or a --filter that is there")
 
-  if not has_filter:
-    return build_filter(corpus_documents())
+  if path is None:
+    return build_filter(corpus_documents(data_dir))
+  if not path.exists():
+    documents = corpus_documents(data_dir)
+    busy = f"another process is building {path}; wait until it is there, or take another --filter"
+    with file_lock(path.with_name(f".{path.name}.lock"), busy):
+      # It may have come to be while the corpus was opened.
+      if not path.exists():
+        bloom = build_filter(documents)
+        bloom.save(str(path))
+        return bloom
 
   # A filter is enough by itself. If the flags name a corpus, too, it has to be the filter's.
-  bloom = contamination.BloomFilter.load(_FILTER.value)
-  if has_corpus and bloom.source != corpus_documents().source:
-    raise ValueError(f"{_FILTER.value} is of another corpus, {bloom.source}; name another --filter")
+  bloom = contamination.BloomFilter.load(str(path))
+  if has_corpus and bloom.source != corpus_documents(data_dir).source:
+    source = str(bloom.source)[:200]
+    raise ValueError(f"{path} is of another corpus, {source}; name another --filter")
   return bloom
 
 
-def corpus_documents() -> corpus.Documents:
-  options = _SPLIT.value, _TEXT_KEY.value, _DATA_DIR.value
+def corpus_documents(data_dir: str | None) -> corpus.Documents:
+  options = _SPLIT.value, _TEXT_KEY.value, data_dir
   if _CORPUS.value:
     return corpus.file_documents(_CORPUS.value, *options)
   return corpus.tfds_documents(_TFDS_NAME.value, *options)
@@ -106,12 +135,14 @@ def corpus_documents() -> corpus.Documents:
 def build_filter(documents: corpus.Documents) -> contamination.BloomFilter:
   """Reads the corpus twice: to size the filter, and to fill it."""
   expected = contamination.count_ngrams(progress(documents, "counting"))
-  bloom = contamination.build_filter(
+  if not expected:
+    raise ValueError(
+      f"none of the corpus' {len(documents):,} documents has {contamination.NGRAM_WORDS} words: "
+      "there is nothing to look for"
+    )
+  return contamination.build_filter(
     progress(documents, "building"), expected, source=documents.source
   )
-  if _FILTER.value:
-    bloom.save(_FILTER.value)
-  return bloom
 
 
 def describe(name: str, overlap: contamination.Overlap, bloom: contamination.BloomFilter) -> str:

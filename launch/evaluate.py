@@ -40,10 +40,10 @@ if __name__ == "__main__":
 import pathlib
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from gpt2_jax.evaluate import contamination
-from gpt2_jax.evaluate.sweep import compute, report
+from gpt2_jax.evaluate.sweep import cells, compute, report
 from gpt2_jax.evaluate.tasks import TASKS
 from launch import shell
 
@@ -90,16 +90,27 @@ def main() -> None:
 
   # 1. Flags take the place of the config's lists.
   config = _CONFIG.value
+  if not isinstance(config, ConfigDict):
+    raise ValueError("the config is no ConfigDict; begin with configs/zero_shot.py")
+  compute.check_knobs(config)
   with config.unlocked():
-    config.models = tuple(_MODEL.value) or config.models
-    config.tasks = tuple(_TASK.value) or config.tasks
-    config.data = config.data if _DATA.value is None else _DATA.value
+    if _MODEL.value:
+      config.models = tuple(_MODEL.value)
+    if _TASK.value:
+      config.tasks = tuple(_TASK.value)
+    if _DATA.value is not None:
+      config.data = _DATA.value
 
-  # 2. Overlaps are read first: a damaged file must not be found only after the sweep.
+  # 2. All that can be wrong is found before the sweep, a damaged overlap, too.
   overlaps = list(map(contamination.read_overlap, _OVERLAP.value))
-  outcome = compute.run(config, _OUT.value, _SKIP_MISSING.value)
+  sweep = compute.prepare(config, _OUT.value, _SKIP_MISSING.value)
+  report.check_overlaps(overlaps, sweep)
 
-  print(report.write(outcome, _OUT.value, config, overlaps), end="")
+  # 3. Nobody else writes into the folder until the report is whole.
+  with cells.lock_folder(sweep.folder):
+    outcome = compute.run(sweep)
+    table = report.write(outcome, _OUT.value, config, overlaps)
+  print(table, end="")
   print(f"\nwritten to {_OUT.value}: table.md, results.jsonl, plots, cells", file=sys.stderr)
   if outcome.failed:
     sys.exit(1)

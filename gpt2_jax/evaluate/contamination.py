@@ -10,16 +10,23 @@ import dataclasses
 import functools
 import json
 import math
-import pathlib
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import BinaryIO
 
 import numpy as np
 
-from gpt2_jax.evaluate.sources import Row
+from gpt2_jax.evaluate.sources import MALFORMED, SURROGATE, Row, malformed_reason
 from gpt2_jax.evaluate.task import Loglikelihood, NextWords, Task
-from gpt2_jax.files import atomic_write
+from gpt2_jax.files import (
+  atomic_write,
+  json_sha256,
+  local_path,
+  parse_json_object,
+  read_json_object,
+)
 
 NGRAM_WORDS = 8
 FALSE_POSITIVE_RATE = 1e-8
@@ -152,17 +159,46 @@ class BloomFilter:
   def save(self, path: str) -> None:
     """Atomic write of the filter to one .npz file. Raises FileExistsError."""
     metadata = json.dumps({"k": self.k, "n": self.n, "source": self.source})
-    with atomic_write(pathlib.Path(path)) as partial, open(partial, "wb") as file:
+    with atomic_write(local_path(path)) as partial, open(partial, "wb") as file:
       np.savez(file, bits=self.bits, about=metadata)
 
   @classmethod
   def load(cls, path: str) -> "BloomFilter":
     """Loads a saved filter. Raises ValueError for another kind of file, or a damaged one."""
+    # A file that is not there is no damaged one: it is opened outside.
+    with open(local_path(path), "rb") as stream:
+      return cls._read(stream, path)
+
+  @classmethod
+  def _read(cls, stream: BinaryIO, path: str) -> "BloomFilter":
     try:
-      with np.load(path, allow_pickle=False) as file:
-        return cls(file["bits"], **json.loads(str(file["about"])))
-    except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+      with np.load(stream, allow_pickle=False) as file:
+        about = parse_json_object(str(file["about"]), "its description")
+        loaded = cls(file["bits"], **about)
+      loaded._check()
+      return loaded
+    # Whatever zipfile and NumPy raise for bytes that are no .npz, or another one.
+    except (
+      *MALFORMED,
+      EOFError,
+      MemoryError,
+      OSError,
+      RuntimeError,
+      zipfile.BadZipFile,
+      zlib.error,
+    ) as error:
+      # NumPy's own words for a pickle are advice to trust it.
       raise ValueError(f"{path} is no filter of launch/contamination.py, or damaged") from error
+
+  def _check(self) -> None:
+    """Raises ValueError unless the fields are those of a filter."""
+    if self.bits.dtype != np.uint8 or self.bits.ndim != 1 or not self.bits.size:
+      raise ValueError(f"its bits are {self.bits.dtype} {self.bits.shape}")
+    for name, value, high in (("k", self.k, 64), ("n", self.n, 1000)):
+      if type(value) is not int or not 1 <= value <= high:
+        raise ValueError(f"its {name} is {str(value)[:40]}")
+    if not isinstance(self.source, dict):
+      raise ValueError("its source is no object")
 
 
 def _mask(bit_U: np.ndarray) -> np.ndarray:
@@ -248,6 +284,28 @@ def request_texts(task: Task, row: Row) -> list[str]:
   return texts
 
 
+def check_items(task: Task, rows: Sequence[Row], n: int = NGRAM_WORDS) -> None:
+  """Raises ValueError unless every row can be read, and at least one has an n-gram."""
+  has_ngram = False
+  for i, row in enumerate(rows):
+    try:
+      texts = request_texts(task, row)
+      problem = None if all(isinstance(text, str) for text in texts) else "its text is no text"
+    except MALFORMED as error:
+      problem = malformed_reason(error)
+    if not problem and any(map(SURROGATE.search, texts)):
+      problem = "it has a lone surrogate, which is no text"
+    if problem:
+      raise ValueError(f"{task.name}: row {i:,} is malformed: {problem}")
+    has_ngram = has_ngram or count_ngrams(texts, n) > 0
+
+  if not has_ngram:
+    raise ValueError(
+      f"{task.name}: none of its {len(rows):,} items has {n} words in a row, so that there is no "
+      f"{n}-gram to look up"
+    )
+
+
 def write_overlap(
   path: str, overlap: Overlap, bloom: BloomFilter, task: Task, fingerprint: str
 ) -> None:
@@ -263,23 +321,41 @@ def write_overlap(
     "ngrams": overlap.ngrams.tolist(),
     "found": overlap.in_corpus.tolist(),
   }
-  with atomic_write(pathlib.Path(path)) as partial:
+  content["sha256"] = json_sha256(content)
+  with atomic_write(local_path(path)) as partial:
     partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def read_overlap(path: str) -> dict:
   """Reads what `write_overlap` wrote. Raises ValueError for any other file."""
-  keys = ("task", "fingerprint", "n", "rate", "ngrams", "found")
   try:
-    content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    has_keys = all(key in content for key in keys)
-    complete = has_keys and len(content["ngrams"]) == len(content["found"])
-  except (ValueError, TypeError) as error:
-    raise ValueError(f"{path} is no overlap of launch/contamination.py: {error}") from error
-
-  # JSON of another kind: another file, or one that was edited.
-  if not complete:
+    content = read_json_object(local_path(path))
+    # Overlaps of before the checksum have none.
+    checksum = json_sha256(content)
+    if content.pop("sha256", checksum) != checksum:
+      raise ValueError("its checksum is another: it is damaged, or was edited")
+    _check_overlap(content)
+  except (ValueError, TypeError, KeyError) as error:
     raise ValueError(
-      f"{path} is no overlap of launch/contamination.py, which has {', '.join(keys)}"
-    )
+      f"{path[:200]} is no overlap of launch/contamination.py: {malformed_reason(error)}"
+    ) from error
   return content
+
+
+def _check_overlap(content: dict) -> None:
+  """Raises ValueError, TypeError or KeyError for JSON of another kind, or edited by hand."""
+  for name, type_ in (("task", str), ("fingerprint", str), ("n", int), ("rate", int | float)):
+    if not isinstance(content[name], type_):
+      raise ValueError(f"its {name} is {str(content[name])[:40]!r}")
+
+  ngrams, in_corpus = content["ngrams"], content["found"]
+  if not isinstance(ngrams, list) or not isinstance(in_corpus, list):
+    raise ValueError("its ngrams and found are not two lists")
+  if not ngrams or len(ngrams) != len(in_corpus):
+    raise ValueError(f"it has {len(ngrams):,} items and {len(in_corpus):,} counts")
+  for i, (total, seen) in enumerate(zip(ngrams, in_corpus, strict=True)):
+    are_counts = type(total) is int and type(seen) is int
+    if not are_counts or not 0 <= seen <= total < 2**53:
+      raise ValueError(
+        f"item {i:,} has {str(seen)[:20]} of {str(total)[:20]} n-grams in the corpus"
+      )

@@ -98,7 +98,7 @@ def score(model: GPT2, rows: Sequence[ScoredRow], batch_size: int) -> list[Score
   """Log-likelihood of each row's labels: -log p in nats, and whether they are the first choice.
 
   Rows have at most n_ctx tokens, and either all of them have a tree or none. Raises ValueError for
-  tokens outside the vocabulary, FloatingPointError where logits are NaN.
+  tokens outside the vocabulary, FloatingPointError where logits are not finite.
   """
   if not rows:
     return []
@@ -114,8 +114,11 @@ def score(model: GPT2, rows: Sequence[ScoredRow], batch_size: int) -> list[Score
     # The batch may have more rows than sequences: the rest only fill it up.
     for i, nats_P, first_P in zip(batch.rows, nats_BP, first_BP, strict=False):
       n = len(rows[i].labels)
-      if np.isnan(nats_P[:n]).any():
-        raise FloatingPointError("the model's logits are not numbers (NaN); are its weights?")
+      # An infinite logit beside the label's leaves no NaN: the label's -log p is infinite then.
+      if not np.isfinite(nats_P[:n]).all():
+        raise FloatingPointError(
+          "the model's logits are not finite numbers (NaN or infinite); are its weights?"
+        )
       # Copies, so that the batch's arrays are freed.
       scores[i] = (nats_P[:n].copy(), first_P[:n].copy())
   return [scores[i] for i in range(len(rows))]

@@ -62,6 +62,21 @@ def run(
   return {key: np.array([item[key] for item in items], np.float64) for key in items[0]}
 
 
+def check_rows(
+  task: Task,
+  rows: Sequence[Row],
+  shots: int = 0,
+  seed: int = 0,
+  pool: Sequence[Row] | None = None,
+) -> None:
+  """Raises, before there is a model, what `run` would raise for a row: ValueError, or ImportError.
+
+  It writes all requests, and keeps none of them.
+  """
+  for i in range(len(rows)):
+    _requests(task, rows, i, shots, seed, pool)
+
+
 def totals(items: Items) -> dict[str, float]:
   """The sums over all items, which a metric reads."""
   return {key: float(values.sum()) for key, values in items.items()}

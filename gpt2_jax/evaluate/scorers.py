@@ -13,6 +13,7 @@ import numpy as np
 from gpt2_jax.decoding.kv_cache import InferenceModel, for_inference
 from gpt2_jax.decoding.samplers import Greedy, Sample, TopK
 from gpt2_jax.evaluate.batching import BatchPlan
+from gpt2_jax.evaluate.encoding import encode_texts, encode_with_starts
 from gpt2_jax.evaluate.generation import MAX_WORD_TOKENS, next_words, write
 from gpt2_jax.evaluate.loglikelihood import (
   Ids,
@@ -75,7 +76,7 @@ class Scorer:
 
     `contiguous` takes the texts of all RollingLoglikelihood requests for one text in parts. Draws
     depend on the seed and on the number of a request in `requests`. Raises ValueError for a request
-    that cannot be answered, FloatingPointError where the model's logits are NaN.
+    that cannot be answered, FloatingPointError where the model's logits are not finite.
     """
     rolling = self._contiguous_loglikelihoods if contiguous else self._rolling_loglikelihoods
     methods = {
@@ -172,8 +173,8 @@ class Scorer:
   def _rolling_loglikelihoods(
     self, requests: Sequence[RollingLoglikelihood], numbers
   ) -> list[Likelihood]:
-    ids = self._encode_distinct(request.text for request in requests)
-    return self.rolling_loglikelihoods([ids[request.text] for request in requests])
+    texts = [request.text for request in requests]
+    return self.rolling_loglikelihoods(encode_texts(self.tokenizer, texts))
 
   def _contiguous_loglikelihoods(
     self, requests: Sequence[RollingLoglikelihood], numbers
@@ -181,7 +182,7 @@ class Scorer:
     """Rolling log-likelihood of one text in parts: a token belongs to the part it begins in."""
     # 1. Score the parts as one text. Without `<|endoftext|>` its first token has no score.
     texts = [request.text for request in requests]
-    ids, starts = self.tokenizer.encode_with_offsets("".join(texts))
+    ids, starts = encode_with_starts(self.tokenizer, "".join(texts))
     [(nats_T, first_T)] = self._score_windows([ids])
     scored_starts = starts[len(ids) - len(nats_T) :]
 
@@ -246,7 +247,8 @@ class Scorer:
   def _encode_distinct(self, texts: Iterable[str]) -> dict[str, list[int]]:
     """The tokens of each text; equal texts are encoded once."""
     texts = list(dict.fromkeys(texts))
-    return dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
+    arrays = encode_texts(self.tokenizer, texts)
+    return {text: ids.tolist() for text, ids in zip(texts, arrays, strict=True)}
 
   def _nonempty(self, ids: list[int]) -> list[int]:
     """The tokens of a context: `<|endoftext|>` for an empty one, if the tokenizer has it."""
@@ -285,7 +287,8 @@ class Scorer:
     rows = []
     n_windows = []
     for text in texts:
-      windows = sliding_windows(np.array([*begin, *text], np.int32), n_ctx, self.stride or n_ctx)
+      tokens = np.concatenate([np.array(begin, np.int32), np.asarray(text, np.int32)])
+      windows = sliding_windows(tokens, n_ctx, self.stride or n_ctx)
       rows += windows
       n_windows.append(len(windows))
     scores = iter(self._score(rows))

@@ -1,20 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dataset sources of evaluation: published files, or TFDS; both give the same rows."""
 
+import csv
 import dataclasses
 import functools
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gpt2_jax.data.corpus import tfds_records
+from gpt2_jax.files import local_path, summarize
 
 Row = dict[str, Any]
 
 # What code that reads a record raises if the record is malformed.
-MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+MALFORMED = (
+  AttributeError,
+  LookupError,
+  OverflowError,
+  RecursionError,
+  TypeError,
+  ValueError,
+  csv.Error,
+)
+# Halves of UTF-16 pairs: JSON can escape them, and no text has them.
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +101,7 @@ def load(source: Source, data: str | None = None, tfds_dir: str | None = None) -
 
   # An empty file is no result: the score would be of nothing.
   if not rows:
-    raise ValueError(f"{source.name}: there are no rows in {origin}")
+    raise ValueError(f"{source.name}: there are no rows in {summarize([origin], each=300)}")
   return DatasetRows(rows, origin)
 
 
@@ -97,7 +110,7 @@ def find_files(source: Source, data: str | None) -> list[pathlib.Path]:
   `data`."""
   if data is None:
     return []
-  root = pathlib.Path(data).expanduser()
+  root = local_path(data)
   if root.is_file():
     return [root]
 
@@ -116,6 +129,11 @@ def _read_file(source: Source, path: pathlib.Path) -> Iterator[Row]:
     raise ValueError(
       f"{path} is not UTF-8: {error.reason}; is it the file of {source.url}?"
     ) from error
+  except MALFORMED as error:
+    # What a reader says by itself has the place in it.
+    if isinstance(error, ValueError):
+      raise
+    raise ValueError(f"{path} is malformed: {malformed_reason(error)}") from error
 
 
 def _not_found(source: Source, data: str | None) -> str:
@@ -177,6 +195,39 @@ def _json_object(line: str) -> dict:
   return value
 
 
+def text_field(record: dict, key: str) -> str:
+  """The text under a key of a record. Raises ValueError for another type, KeyError for none."""
+  value = record[key]
+  if not isinstance(value, str):
+    raise ValueError(f"its {key} is a {type(value).__name__}, where a text should be")
+
+  # A tokenizer would stop at it, in the middle of a sweep.
+  surrogate = SURROGATE.search(value)
+  if surrogate:
+    raise ValueError(
+      f"its {key} has a lone surrogate at character {surrogate.start():,}, which is no text"
+    )
+  return value
+
+
+def text_list(record: dict, key: str) -> list[str]:
+  """The list of texts under a key of a record. Raises as `text_field` does."""
+  values = record[key]
+  if not isinstance(values, list | tuple):
+    raise ValueError(f"its {key} is a {type(values).__name__}, where a list of texts should be")
+  return [text_field({key: value}, key) for value in values]
+
+
+def whole_number(record: dict, key: str) -> int:
+  """The whole number under a key of a record, perhaps as digits. Raises ValueError."""
+  value = record[key]
+  if isinstance(value, bool) or not isinstance(value, int | str):
+    raise ValueError(f"its {key} is a {type(value).__name__}, where a whole number should be")
+  return int(value)
+
+
 def malformed_reason(error: Exception) -> str:
   """First line of a malformed record's error; for a KeyError, which field the record lacks."""
-  return f"it has no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+  if isinstance(error, KeyError):
+    return f"it has no {str(error)[:80]}"
+  return str(error).partition("\n")[0][:300]

@@ -27,13 +27,12 @@ from etils import epath
 
 import gpt2_jax.distributed as distributed
 from gpt2_jax.convert import names
-from gpt2_jax.files import first_line, parse_json_object, summarize
+from gpt2_jax.files import first_line, json_sha256, parse_json_object, summarize
 from gpt2_jax.model import GPT2, ModelConfig, check_mesh, name_of
 from gpt2_jax.runs.metadata import (
   check_metadata,
   check_same_run,
   check_step,
-  json_sha256,
   saved_model_config,
   saved_tokenizer,
 )

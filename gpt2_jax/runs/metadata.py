@@ -6,13 +6,12 @@ the model's knobs.
 """
 
 import dataclasses
-import json
 
 from ml_collections import ConfigDict
 
 from gpt2_jax.convert.names import MAX_SIZES, config_from_sizes
 from gpt2_jax.data import TokenStore
-from gpt2_jax.files import first_line, sha256, summarize
+from gpt2_jax.files import first_line, json_sha256, summarize
 from gpt2_jax.model import ModelConfig
 from gpt2_jax.runs import knobs
 from gpt2_jax.tokenizer import Tokenizer, from_json
@@ -35,17 +34,6 @@ def run_identity(metadata: dict) -> dict:
   identity["the data"] = json_sha256(data_sums(metadata))[:12]
   identity["the tokenizer"] = json_sha256(metadata["tokenizer"])[:12]
   return identity
-
-
-def json_sha256(payload) -> str:
-  """SHA-256 of a JSON value, however it was written: keys in order, one form of each number.
-
-  Raises ValueError for one that is nested too deep.
-  """
-  try:
-    return sha256(json.dumps(payload, sort_keys=True).encode())
-  except RecursionError as error:
-    raise ValueError("it is JSON that is nested too deep") from error
 
 
 def data_sums(metadata: dict) -> dict[str, dict[str, str]]:

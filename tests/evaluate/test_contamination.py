@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
 import math
+import os
+import pathlib
+import random
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ from gpt2_jax.evaluate.contamination import (
   NGRAM_WORDS,
   BloomFilter,
   build_filter,
+  check_items,
   count_ngrams,
   hash_ngrams,
   measure_overlap,
@@ -25,6 +30,7 @@ from gpt2_jax.evaluate.task import (
   Task,
 )
 
+MUTANTS = int(os.environ.get("GPT2_JAX_MUTANTS", "300"))
 ALPHABET = "a b c d e f g h i j".split()
 
 
@@ -165,6 +171,15 @@ def test_an_overlap_is_read_as_it_was_written(tmp_path):
     "found": [3, 0],
   }
 
+  # One of before the checksum is read, and an edited one is not.
+  path = tmp_path / "o.json"
+  written = path.read_text()
+  path.write_text(json.dumps(content))
+  assert read_overlap(str(path)) == content
+  path.write_text(written.replace('"ngrams": [3, 0]', '"ngrams": [4, 0]'))
+  with pytest.raises(ValueError, match="no overlap .*its checksum is another"):
+    read_overlap(str(path))
+
 
 @pytest.mark.parametrize(
   "content",
@@ -174,9 +189,98 @@ def test_an_overlap_is_read_as_it_was_written(tmp_path):
     "3",
     '{"task": "x"}',
     '{"task":1,"fingerprint":1,"n":8,"rate":0,"ngrams":[1],"found":[]}',
+    "[" * 100_000,
+    '{"task":"t","fingerprint":"f","n":8,"rate":0,"ngrams":"ab","found":"cd"}',
+    '{"task":"t","fingerprint":"f","n":8,"rate":0,"ngrams":[1],"found":[2]}',
+    '{"task":"t","fingerprint":"f","n":8,"rate":0,"ngrams":[1.5],"found":[1]}',
+    '{"task":"t","fingerprint":"f","n":8,"rate":0,"ngrams":[null],"found":[1]}',
+    '{"task":"t","fingerprint":"f","n":8,"rate":0,"ngrams":[1e999],"found":[1]}',
+    '{"task":["t"],"fingerprint":"f","n":8,"rate":0,"ngrams":[1],"found":[1]}',
+    '{"task":"t","fingerprint":"f","n":8,"rate":0,"ngrams":[],"found":[]}',
   ],
 )
 def test_what_is_no_overlap_is_refused(tmp_path, content):
   (tmp_path / "o.json").write_text(content)
   with pytest.raises(ValueError, match="no overlap"):
     read_overlap(str(tmp_path / "o.json"))
+
+
+@pytest.mark.parametrize(
+  "about",
+  [
+    "{}", "[]", "3", "[" * 100_000, '{"k": 0, "n": 8, "source": {}}', '{"k": "7", "n": 8}',
+    '{"k": 1e999, "n": 8}', '{"k": 7, "n": 8, "source": []}', '{"k": 7, "n": 8, "more": 1}',
+    '{"k": 7, "n": true, "source": {}}', '{"k": 99999999, "n": 8, "source": {}}',
+  ],
+)  # fmt: skip
+def test_a_filter_of_another_description_is_refused(tmp_path, about):
+  path = tmp_path / "filter"
+  with open(path, "wb") as file:
+    np.savez(file, bits=np.zeros(9, np.uint8), about=about)
+  with pytest.raises(ValueError, match="no filter") as error:
+    BloomFilter.load(str(path))
+  assert len(str(error.value)) < 600 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bits", [np.zeros(9), np.zeros((3, 3), np.uint8), np.zeros(0, np.uint8)])
+def test_a_filter_of_other_bits_is_refused(tmp_path, bits):
+  path = tmp_path / "filter"
+  with open(path, "wb") as file:
+    np.savez(file, bits=bits, about='{"k": 7, "n": 8, "source": {}}')
+  with pytest.raises(ValueError, match="no filter"):
+    BloomFilter.load(str(path))
+
+
+def test_no_code_of_a_filter_is_run(tmp_path):
+  path, traces = tmp_path / "filter", tmp_path / "traces"
+
+  class Trap:
+    def __reduce__(self):
+      return pathlib.Path.touch, (traces,)
+
+  with open(path, "wb") as file:
+    np.savez(file, bits=np.array([Trap()], object), about='{"k": 7, "n": 8, "source": {}}')
+  traces.unlink(missing_ok=True)
+  with pytest.raises(ValueError, match="no filter"):
+    BloomFilter.load(str(path))
+  assert not traces.exists()
+
+
+def test_a_mutant_of_a_filter_is_refused_or_the_same(tmp_path):
+  path = tmp_path / "filter"
+  bloom = build_filter([" ".join(random_words(np.random.default_rng(0), 60))], 53, source={"a": 1})
+  bloom.save(str(path))
+  whole = path.read_bytes()
+  rng = random.Random(0)
+  refused = 0
+  for _ in range(MUTANTS):
+    mutant = bytearray(whole)
+    if rng.random() < 0.7:
+      mutant[rng.randrange(len(mutant))] ^= 1 << rng.randrange(8)
+    else:
+      i = rng.randrange(len(mutant))
+      mutant[i : i + rng.randrange(9)] = rng.randbytes(rng.randrange(9))
+    path.write_bytes(mutant)
+    try:
+      again = BloomFilter.load(str(path))
+      same = (again.bits == bloom.bits).all()
+      assert same and (again.k, again.n, again.source) == (bloom.k, 8, {"a": 1})
+    except ValueError as error:
+      refused += 1
+      assert "no filter" in str(error) and "\n" not in str(error)
+  assert refused > MUTANTS / 2
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("a b c", "none of its 1 items has 8 words in a row"),
+    (3, "row 0 is malformed: "),
+    (None, "row 0 is malformed: "),
+    ("\ud800", "row 0 is malformed: it has a lone surrogate"),
+  ],
+)
+def test_items_that_have_nothing_to_look_up_are_said_at_the_start(text, message):
+  with pytest.raises(ValueError, match=message):
+    check_items(task(RollingLoglikelihood(text)), [{}])
+  check_items(task(RollingLoglikelihood(" ".join(ALPHABET))), [{}])

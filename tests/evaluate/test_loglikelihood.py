@@ -156,8 +156,18 @@ def test_what_cannot_be_scored_is_an_error(mesh, model, weights, place):
       score(model, [score_last(np.array(tokens), 1)], 2)
   with mesh(1, 1, 1):
     broken = place(TINY, weights | {"ln_f.g": np.full(16, np.nan)})
-  with pytest.raises(FloatingPointError, match="logits are not numbers"):
+  with pytest.raises(FloatingPointError, match="logits are not finite numbers"):
     score(broken, [score_last(np.array([1, 2]), 1)], 2)
+
+  # One weight of a token that is neither read nor a label: its logit is infinite, and the label's
+  # -log p is, without a NaN.
+  wte = weights["wte"].copy()
+  wte[50, 0] = np.inf
+  with mesh(1, 1, 1):
+    broken = place(TINY, weights | {"wte": wte})
+  rows = [score_last(np.array([token, 2]), 1) for token in range(3, 40)]
+  with pytest.raises(FloatingPointError, match="logits are not finite numbers"):
+    score(broken, rows, 2)
 
 
 def test_the_next_batch_is_dispatched_before_one_is_read(model):

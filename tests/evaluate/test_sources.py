@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from gpt2_jax.evaluate import sources
+from gpt2_jax.evaluate import sources, tasks
 from gpt2_jax.evaluate.sources import Source, json_lines
 
 
@@ -82,6 +82,9 @@ def test_the_fingerprint_is_of_the_rows_and_of_their_order(folder):
     (b"[1]\n", "b.jsonl:1 is malformed: a list where an object should be"),
     (b'{"text": null}\n', "b.jsonl:1 is malformed"),
     (b'{"text": "caf\xe9"}\n', "b.jsonl is not UTF-8"),
+    (b"[" * 100_000 + b"\n", "b.jsonl:1 is malformed: maximum recursion depth"),
+    (b'{"text": ' + b"[" * 100_000 + b"\n", "b.jsonl:1 is malformed: maximum recursion depth"),
+    (b'{"' + b"x" * 100_000 + b'": 1}\n', "b.jsonl:1 is malformed: it has no 'text'"),
   ],
 )
 def test_a_malformed_file_is_one_line(tmp_path, content, message):
@@ -164,3 +167,95 @@ def test_records_become_plain_values():
     "nested": {"on": True, "ids": [0, 1], "parts": ["c"]},
   }
   assert found == expected and json.loads(json.dumps(found)) == expected
+
+
+# ---- records of another shape: each is an error of its task, never another text that is scored
+
+TEXTS = {
+  "lambada": {"text": "a cat sat"},
+  "hellaswag": {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d", "e"]}
+  | {"label": 1},
+  "arc_easy": {
+    "question": {
+      "stem": "a",
+      "choices": [{"label": "A", "text": "b"}, {"label": "B", "text": "c"}],
+    },
+    "answerKey": "B",
+  },
+  "winogrande": {"sentence": "a _ b", "option1": "c", "option2": "d", "answer": "2"},
+  "copa": {"premise": "a.", "choice1": "b", "choice2": "c", "question": "cause", "label": 0},
+  "blimp_passive_1": {"sentence_good": "a", "sentence_bad": "b"},
+  "natural_questions": {"question": "a", "answer": ["b"]},
+}
+WRONG = [None, 3, 1.5, True, [], {}, ["a", 3], "\ud800", 1e999, {"label": "A"}, [["a"]]]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_record_of_another_shape_is_malformed_and_never_scored(tmp_path, name):
+  source = tasks.get(name).source
+  path = tmp_path / "rows.jsonl"
+
+  def rows(record) -> list[dict]:
+    path.write_text(json.dumps(record) + "\n")
+    return sources.load(source, str(path)).rows
+
+  assert len(rows(TEXTS[name])) == 1
+  for key, right in TEXTS[name].items():
+    # A label is a whole number, or its digits.
+    is_number = key in ("label", "answer") and not isinstance(right, list)
+    for wrong in WRONG:
+      if is_number and wrong == 3:
+        continue
+      with pytest.raises(ValueError, match="rows.jsonl:1 is malformed: ") as error:
+        rows(TEXTS[name] | {key: wrong})
+      assert len(one_line(error)) < 600, (key, wrong)
+
+
+def test_a_story_of_another_shape_is_malformed(tmp_path):
+  path = tmp_path / "coqa-dev-v1.0.json"
+  turn = {"input_text": "a", "turn_id": 1}
+  story = {"story": "b", "questions": [turn], "answers": [turn], "additional_answers": {}}
+  read = tasks.get("coqa").source.read
+
+  def rows(payload) -> list[dict]:
+    path.write_text(payload if isinstance(payload, str) else json.dumps(payload))
+    return list(read(path))
+
+  assert len(rows({"data": [story]})) == 1
+  wrong_texts = [[turn | {"input_text": wrong}] for wrong in WRONG]
+  payloads = []
+  for key in ("questions", "answers"):
+    for turns in (None, 3, "ab", [], {}, *wrong_texts):
+      payloads.append({"data": [story | {key: turns}]})
+  payloads += [{"data": [story | {"story": wrong}]} for wrong in WRONG]
+  payloads += [{"data": wrong} for wrong in (None, 3, "ab", {}, [3], ["ab"])]
+  payloads += ["[" * 100_000, '{"data": ' + "[" * 100_000]
+  for payload in payloads:
+    with pytest.raises(ValueError, match="coqa-dev-v1.0.json"):
+      list(rows(payload))
+
+
+@pytest.mark.parametrize(
+  ("name", "file", "content"),
+  [
+    ("winograd273", "WSCollection.xml", b"<a>" * 50_000),
+    ("winograd273", "WSCollection.xml", b"<?xml version='1.0' encoding='nothing'?><a/>"),
+    ("winograd273", "WSCollection.xml", b"<?xml version='1.0' encoding='utf-7'?><a/>"),
+    ("storycloze", "cloze_test_val__spring2016.csv", b'a,b\n"' + b"x" * 200_000 + b'"\n'),
+    ("storycloze", "cloze_test_val__spring2016.csv", b"a,b\n\x00,\n"),
+    ("storycloze", "cloze_test_val__spring2016.csv", b"a\n1,2,3\n"),
+    ("cbt_cn", "cbtest_CN_valid_2000ex.txt", b"x" * 1_000_000),
+    ("enwik8", "enwik8", b"short"),
+  ],
+)
+def test_a_published_file_of_another_kind_is_one_line(tmp_path, name, file, content):
+  (tmp_path / file).write_bytes(content)
+  with pytest.raises(ValueError, match=file) as error:
+    sources.load(tasks.get(name).source, str(tmp_path))
+  assert len(one_line(error)) < 600
+
+
+@pytest.mark.parametrize("data", ["gs://bucket/data", "~nobody_of_this_name/data", "a\0b"])
+def test_data_that_are_no_local_path_are_refused(data):
+  with pytest.raises(ValueError, match="local path|no such user|NUL"):
+    sources.load(TOY, data)

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from gpt2_jax.evaluate import contamination, sources, tasks
+from gpt2_jax.files import file_lock
 
 ROOT = pathlib.Path(__file__).parents[2]
 SEEN = "it was the best of times it was the worst of times"  # 12 words, 5 8-grams
@@ -48,3 +49,18 @@ def test_a_filter_serves_again_and_tells_items_apart(folders):
   assert run(*flags)[:2] == (0, line)  # the corpus is not needed any more
   code, _, err = run(*flags, *corpus)
   assert code == 2 and "is of another corpus" in err and "Traceback" not in err
+
+
+def test_what_cannot_end_is_refused_before_the_corpus_is_read(folders):
+  """No text has eight words; another process builds the filter."""
+  (folders / "short").mkdir()
+  (folders / "short" / "a.txt").write_text("it was")
+  corpus = [f"--corpus={folders}/corpus/*.txt", f"--data_dir={folders}/prepared"]
+  code, out, err = run("--task=text", f"--data={folders}/short", *corpus)
+  assert (code, out) == (2, "") and "none of its 1 items has 8 words" in err
+
+  flags = ["--task=text", f"--data={folders}/text", f"--filter={folders}/filter", *corpus]
+  with file_lock(folders / ".filter.lock", "busy"):
+    code, out, err = run(*flags)
+  assert (code, out) == (2, "") and "another process is building" in err.splitlines()[-1]
+  assert not (folders / "filter").exists()

@@ -4,13 +4,16 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import jax
+import numpy as np
 import pytest
+import safetensors.numpy
 import tokenizers
 
 import gpt2_jax
@@ -162,7 +165,44 @@ def test_missing_datasets_are_one_line(folder, tmp_path):
   out, err = run(*sweep(folder, tmp_path, ["ptb", "copa", "piqa"]), status=2)
   assert (
     not out
-    and "error: datasets that are not there: 2 (copa: " in err.splitlines()[-1]
-    and "| piqa: " in err
+    and "error: 2 datasets are not there: copa (val.jsonl), piqa (" in err.splitlines()[-1]
+    and len(err.splitlines()[-1]) < 600
   )
   assert "Traceback" not in err and not computed(tmp_path)
+
+
+def test_two_sweeps_of_one_folder_compute_no_cell_twice_and_one_is_refused(folder, tmp_path):
+  flags = sweep(folder, tmp_path, TASKS[:3], ["one", "two"])
+  jobs = [start(*flags), start(*flags)]
+  ends = [(job.communicate(timeout=300), job.returncode) for job in jobs]
+
+  # Where one is done before the other begins, both are whole.
+  assert sorted(status for _, status in ends) in ([0, 2], [0, 0])
+  for (out, err), status in ends:
+    last = err.splitlines()[-1]
+    assert "Traceback" not in err and (status == 0 or not out)
+    assert status == 0 or last == (
+      f"error: another sweep is writing into {tmp_path}; wait until it ends, or take another --out"
+    )
+  assert len(computed(tmp_path)) == len(set(computed(tmp_path))) == 6
+  assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 6
+  assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_model_of_nan_is_one_line_and_what_fits_nothing_is_said_at_the_start(folder, tmp_path):
+  shutil.copytree(folder / "one", tmp_path / "broken")
+  weights = safetensors.numpy.load_file(tmp_path / "broken" / "model.safetensors")
+  name = next(name for name in weights if "ln_f" in name)
+  weights[name] = np.full_like(weights[name], np.nan)
+  safetensors.numpy.save_file(weights, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+  flags = sweep(folder, tmp_path / "out", ["text"], [tmp_path / "broken"])
+  out, err = run(*flags, status=2)
+  assert not out and err.splitlines()[-1].startswith("error: none of the 1 cells could be computed")
+  assert "not finite numbers" in err and "Traceback" not in err
+
+  overlap = {"task": "text", "fingerprint": "0", "n": 8, "rate": 0.1, "ngrams": [1], "found": [0]}
+  (tmp_path / "overlap.json").write_text(json.dumps(overlap))
+  flags = sweep(folder, tmp_path / "none", ["text"], ["one"])
+  out, err = run(*flags, f"--overlap={tmp_path}/overlap.json", status=2)
+  assert not out and "error: an overlap of text with 1 items fits no task here" in err
+  assert not (tmp_path / "none").exists()

@@ -6,8 +6,10 @@ knob that matters. A finished cell is therefore never computed again, and anothe
 of its own in the same folder.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -18,10 +20,38 @@ from ml_collections import ConfigDict
 from gpt2_jax.evaluate import sources, tasks
 from gpt2_jax.evaluate.sweep.models import SweptModel
 from gpt2_jax.evaluate.task import Task
-from gpt2_jax.files import atomic_write, first_line, sha256
+from gpt2_jax.files import (
+  atomic_write,
+  check_folder,
+  file_lock,
+  first_line,
+  json_sha256,
+  read_json_object,
+  sha256,
+)
 
 # Goes up whenever a task or a scorer comes to other numbers, so that older cells are not kept.
 SCORES_VERSION = 1
+
+# Names in a sweep's folder, besides `cells`. The first has a line for each cell that was computed
+# here, in their order.
+COMPUTED = "computed.jsonl"
+RESULTS = "results.jsonl"
+TABLE = "table.md"
+PLOTS = "plots"
+
+# What a finished cell holds besides its identity, sums and metrics.
+FIELDS = {
+  "origin": str,
+  "step": int | None,
+  "run": str | None,
+  "parameters": int,
+  "size": str | None,
+  "items": int,
+  "of": int,
+  "truncated": int,
+  "resamples": int,
+}
 
 Datasets = dict[sources.Source, sources.DatasetRows]
 
@@ -60,10 +90,17 @@ def parse_task(text: str) -> SweptTask:
   """
   name, protocol, shots = (text.split(":") + ["", ""])[:3]
 
-  if text.count(":") > 2 or not (shots or "0").isdecimal():
-    raise ValueError(f"{text!r} is not task:protocol:shots, as in lambada:last_word:0")
+  # Digits of other scripts are decimal, too, and no number here has ten.
+  is_number = re.fullmatch("[0-9]{0,9}", shots)
+  if text.count(":") > 2 or not is_number:
+    raise ValueError(f"{text[:80]!r} is not task:protocol:shots, as in lambada:last_word:0")
 
-  return SweptTask(tasks.get(name, protocol or None), int(shots or 0))
+  task = tasks.get(name, protocol or None)
+  if int(shots or 0) and task.example is None:
+    raise ValueError(
+      f"{task.name}:{task.protocol} takes no examples before an item; leave the {shots} shots out"
+    )
+  return SweptTask(task, int(shots or 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +149,18 @@ def make_cell(model: SweptModel, task: SweptTask, datasets: Datasets, config: Co
 
 
 @dataclasses.dataclass(frozen=True)
+class Sweep:
+  """A sweep whose tasks, datasets, models and folder have been checked: nothing is written yet."""
+
+  config: ConfigDict
+  folder: pathlib.Path
+  datasets: Datasets
+  cells: list[list[Cell]]  # model by model, so that each is loaded once at most
+  failed: dict[str, str]  # the tasks that cannot be run, with the reason
+  missing: dict[str, str]  # the tasks without a dataset, with where to get it
+
+
+@dataclasses.dataclass(frozen=True)
 class Outcome:
   """What a sweep has come to: its finished cells, in the order of the config, and the others."""
 
@@ -120,23 +169,110 @@ class Outcome:
   missing: dict[str, str]  # the tasks without a dataset, with where to get it
 
 
-def read(path: pathlib.Path) -> dict:
-  """Reads a finished cell, its sums as arrays [N]. Raises ValueError if it is damaged."""
-  try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    sums = {key: np.array(values, np.float64) for key, values in content["sums"].items()}
-    return content | {"sums": sums}
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(
-      f"{path} is no finished cell ({first_line(error, limit=1000)}); remove it, and it will be "
-      "computed again"
-    ) from error
+# ---- the folder of a sweep
+
+
+def check_out(folder: pathlib.Path) -> None:
+  """Checks that a sweep can write into its folder, and makes nothing. Raises OSError."""
+  for name in (".", "cells", PLOTS):
+    check_folder(folder / name)
+  for name in (COMPUTED, RESULTS, TABLE):
+    if (folder / name).is_dir():
+      raise IsADirectoryError(f"{folder / name} is a folder; take another --out, or move it away")
+
+
+def lock_folder(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+  """Locks a sweep's folder for as long as the context lasts, so that no cell is computed twice.
+
+  Raises OSError if another sweep holds it.
+  """
+  busy = f"another sweep is writing into {folder}; wait until it ends, or take another --out"
+  return file_lock(folder / ".lock", busy)
+
+
+# ---- files of cells
 
 
 def write(path: pathlib.Path, content: dict) -> None:
   """Atomic write of a cell: the whole file or none, whenever the process ends."""
+  content = content | {"sha256": json_sha256(content)}
   with atomic_write(path, overwrite=True) as partial, open(partial, "w", encoding="utf-8") as file:
     json.dump(content, file)
     # the name must not be on disk before the content is
     file.flush()
     os.fsync(file.fileno())
+
+
+def read(path: pathlib.Path, identity: dict | None = None) -> dict:
+  """Reads a finished cell, its sums as arrays [N].
+
+  Raises ValueError if it is damaged, or not the cell of that identity.
+  """
+  try:
+    content = read_json_object(path)
+    _check_content(content, identity)
+    # It has served: results have no checksum of a file.
+    content.pop("sha256", None)
+    return content | {"sums": _as_arrays(content["sums"])}
+  except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    reason = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
+    raise ValueError(
+      f"{path} is no finished cell ({reason}); remove it, and it will be computed again"
+    ) from error
+
+
+def _as_arrays(sums: dict) -> dict[str, np.ndarray]:
+  return {key: np.array(values, np.float64) for key, values in sums.items()}
+
+
+def _check_content(content: dict, identity: dict | None) -> None:
+  """Holds a cell against its checksum, its name, and itself. Raises ValueError and others."""
+  # 1. The checksum. Cells of before it have none, and are held against themselves alone.
+  checksum = json_sha256(content)
+  if content.get("sha256", checksum) != checksum:
+    raise ValueError("its checksum is another")
+  if identity is not None and content["identity"] != identity:
+    raise ValueError("it is of another model or task, or of another version of them")
+
+  # 2. The types of what the report reads.
+  for name, type_ in FIELDS.items():
+    if not isinstance(content[name], type_) or isinstance(content[name], bool):
+      raise ValueError(f"its {name} is {str(content[name])[:80]!r}")
+  n = content["items"]
+  if not 1 <= n <= content["of"]:
+    raise ValueError(f"it has {n:,} items of {content['of']:,}")
+
+  # 3. The sums: as many numbers as items.
+  sums = _as_arrays(content["sums"])
+  for name, values in sums.items():
+    if values.shape != (n,):
+      raise ValueError(f"its sum {name[:80]!r} has not {n:,} numbers")
+  if sums["truncated"].sum() != content["truncated"]:
+    raise ValueError("its number of truncated items is not that of its sums")
+
+  # 4. The metrics follow from the sums.
+  task = tasks.get(content["identity"]["task"], content["identity"]["protocol"])
+  if content["metrics"].keys() != task.metrics.keys():
+    raise ValueError(f"its metrics are not {', '.join(task.metrics)}")
+  totals = {name: values.sum() for name, values in sums.items()}
+  for name, metric in task.metrics.items():
+    with np.errstate(all="ignore"):
+      value = float(metric.value(totals))
+    _check_metric(name, content["metrics"][name], value)
+
+
+def _check_metric(name: str, score: dict, value: float) -> None:
+  """Raises ValueError unless a cell's score is `value`, with an interval."""
+  numbers = [score[end] for end in ("value", "low", "high")]
+  is_number = [x is None or math.isfinite(x) for x in numbers]
+  if not all(is_number) or not isinstance(score["unit"], str):
+    raise ValueError(f"its {name} has no value, low and high")
+
+  # Not equal bit by bit: exp may differ between libraries of mathematics.
+  same = score["value"] is None
+  if math.isfinite(value):
+    same = score["value"] is not None and math.isclose(
+      score["value"], value, rel_tol=1e-9, abs_tol=1e-9
+    )
+  if not same or score["higher"] not in (True, False):
+    raise ValueError(f"its {name} is {str(score['value'])[:40]}, and its sums give {value:g}")

@@ -5,7 +5,6 @@ Each finished cell is a file of its own (cells.py). The same command computes wh
 """
 
 import contextlib
-import csv
 import json
 import math
 import pathlib
@@ -20,75 +19,113 @@ from gpt2_jax.convert.pretrained import load_pretrained
 from gpt2_jax.evaluate import runner, sources
 from gpt2_jax.evaluate.scorers import Scorer
 from gpt2_jax.evaluate.sweep import bootstrap, cells
-from gpt2_jax.evaluate.sweep.cells import Cell, Datasets, Outcome, SweptTask
+from gpt2_jax.evaluate.sweep.cells import COMPUTED, Cell, Datasets, Outcome, Sweep, SweptTask
 from gpt2_jax.evaluate.sweep.models import SweptModel, paper_size, resolve_models
 from gpt2_jax.evaluate.task import Task
-from gpt2_jax.files import first_line
+from gpt2_jax.files import first_line, local_path, summarize, user_path
+from gpt2_jax.runs.knobs import Knob
 from gpt2_jax.sharding import make_mesh
 
-COMPUTED = "computed.jsonl"  # a line for each cell that was computed here, in their order
 # What fails a cell, and leaves the others to be computed.
-CELL_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, RuntimeError)
-# What fails the tasks of a dataset whose files cannot be read.
-DATASET_ERRORS = (ValueError, OSError, ImportError, KeyError, TypeError, csv.Error)
+CELL_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, RuntimeError, MemoryError)
 # Characters of an error's line. With a missing dataset it says where to get it.
-ERROR_LENGTH = 1000
-LEAST = {"resamples": 1, "seed": 0, "limit": 0, "stride": 0}
+ERROR_LENGTH = 500
+
+KNOBS = {
+  "models": Knob(tuple, "names, paths or workdirs"),
+  "tasks": Knob(tuple, "task, task:protocol or task:protocol:shots"),
+  "data": Knob(str, "folder of the datasets"),
+  "tfds_dir": Knob(str, "folder of TFDS's datasets"),
+  "limit": Knob(int, "first items of each task", 0),
+  "batch_size": Knob(int, "rows in one call", 1),
+  "stride": Knob(int, "tokens that a window predicts; 0 is the context", 0),
+  "dtype": Knob(str, "float32 or bfloat16"),
+  "seed": Knob(int, "of examples, sampling and resamples", 0, 2**32 - 1),
+  # A million is far beyond what an interval's four digits need, and takes minutes.
+  "resamples": Knob(int, "of the bootstrap", 1, 1_000_000),
+  "seen_above": Knob(float, "share of seen n-grams", 0, 1),
+  "mesh.replica": Knob(int, "data parallelism; -1 is the rest", -1),
+  "mesh.data": Knob(int, "sharded weights; -1 is the rest", -1),
+  "mesh.model": Knob(int, "tensor parallelism", -1),
+}
 
 
-def run(config: ConfigDict, out: str, skip_missing: bool = False) -> Outcome:
-  """Runs or resumes a sweep: computes those of the config's cells that are not in `out`/cells yet.
+def prepare(config: ConfigDict, out: str, skip_missing: bool = False) -> Sweep:
+  """Checks a sweep: all that can be known before a model is loaded.
 
-  Raises FileNotFoundError, before any model is loaded, with all datasets that are missing and where
-  to get them, unless they are to be skipped. A cell that cannot be computed is a line on stderr,
-  and the others are computed.
+  Raises FileNotFoundError with the datasets that are missing, unless they are to be skipped;
+  ValueError or OSError for knobs, tasks, models or a folder that make no sweep, or if no task is
+  left. A task whose rows are malformed is a line on stderr, and the others are left.
   """
-  # 1. The tasks by name.
+  # 1. Knobs, tasks by name, and the folder.
   requested = _requested_tasks(config)
+  folder = local_path(out)
+  cells.check_out(folder)
 
   # 2. All datasets before any model: a sweep of hours must not end at a file that is not there.
-  datasets, missing, broken = _load_datasets(
-    requested.values(), config.data or None, config.tfds_dir or None
-  )
+  tfds_dir = user_path(config.tfds_dir) if config.tfds_dir else None
+  if tfds_dir and "://" not in tfds_dir and not pathlib.Path(tfds_dir).is_dir():
+    raise FileNotFoundError(f"tfds_dir {tfds_dir[:200]} is no folder; leave it out for TFDS's own")
+  datasets, missing, broken = _load_datasets(requested.values(), config.data or None, tfds_dir)
   if missing and not skip_missing:
-    ways = " | ".join(dict.fromkeys(missing.values()))
-    raise FileNotFoundError(
-      f"datasets that are not there: {len(missing)} ({ways}); --skip_missing leaves them out"
-    )
+    raise FileNotFoundError(_missing_line(missing, config.data))
   models = resolve_models(config.models)
 
   # 3. The tasks whose rows and examples could be read.
   absent = _tasks_without(requested, missing)
   failed = _tasks_without(requested, broken)
-  for name, text in failed.items():
-    print(f"failed {name}: {text}", file=sys.stderr)
   ready = [task for name, task in requested.items() if name not in absent | failed]
 
-  # 4. The cells, model by model, so that each model is loaded once at most.
-  folder = pathlib.Path(out).expanduser() / "cells"
-  folder.mkdir(parents=True, exist_ok=True)
-  sweep = []
-  for model in models:
-    sweep.append([cells.make_cell(model, task, datasets, config) for task in ready])
-  total = len(models) * len(ready)
-  with tqdm(total=total, unit="cell", disable=None, dynamic_ncols=True) as bar:
-    for cells_of_model in sweep:
-      failed |= _complete(cells_of_model, datasets, config, folder, bar)
+  # 4. The cells. Those that are not there yet will ask for every row: all are written out now.
+  of_tasks = {}
+  for task in ready:
+    of_task = [cells.make_cell(model, task, datasets, config) for model in models]
+    try:
+      if not all((folder / "cells" / cell.file).exists() for cell in of_task):
+        runner.check_rows(task.task, *_rows_and_pool(task, datasets, config))
+      of_tasks[task.name] = of_task
+    except (*CELL_ERRORS, *sources.MALFORMED) as error:
+      failed[task.name] = first_line(error, limit=ERROR_LENGTH)
 
-  # 5. What is there now.
+  # 5. What is left of the tasks.
+  if not of_tasks:
+    reasons = summarize((failed | absent).values(), limit=1, each=ERROR_LENGTH)
+    raise ValueError(f"none of the {len(requested)} tasks can be run: {reasons}")
+  for name, text in failed.items():
+    print(f"failed {name}: {text}", file=sys.stderr)
+  by_model = [list(of_model) for of_model in zip(*of_tasks.values(), strict=True)]
+  return Sweep(config, folder, datasets, by_model, failed, absent)
+
+
+def run(sweep: Sweep) -> Outcome:
+  """Runs or resumes a sweep: computes those of its cells that are not in its folder yet.
+
+  A cell that cannot be computed is a line on stderr, and the others are computed. Raises ValueError
+  if there is no cell in the end.
+  """
+  # 1. The cells, model by model.
+  folder = sweep.folder / "cells"
+  failed = dict(sweep.failed)
+  total = sum(map(len, sweep.cells))
+  with tqdm(total=total, unit="cell", disable=None, dynamic_ncols=True) as bar:
+    for cells_of_model in sweep.cells:
+      failed |= _complete(cells_of_model, sweep.datasets, sweep.config, folder, bar)
+
+  # 2. What is there now.
   finished = []
-  for cells_of_model in sweep:
+  for cells_of_model in sweep.cells:
     for cell in cells_of_model:
       if str(cell) not in failed:
-        finished.append(cells.read(folder / cell.file))
-  return Outcome(finished, failed, absent)
+        finished.append(cells.read(folder / cell.file, cell.identity))
+  if not finished:
+    reason = summarize(failed.values(), limit=1, each=300)
+    raise ValueError(f"none of the {total} cells could be computed: {reason}")
+  return Outcome(finished, failed, sweep.missing)
 
 
 def _requested_tasks(config: ConfigDict) -> dict[str, SweptTask]:
   """The config's tasks by name, each once. Raises ValueError for knobs that make no sense."""
-  for knob, least in LEAST.items():
-    if config[knob] < least:
-      raise ValueError(f"{knob} is {config[knob]}; it is {least} or more")
+  check_knobs(config)
 
   # two spellings may be one task: lambada, lambada:last_word, lambada::0
   requested = {}
@@ -98,6 +135,23 @@ def _requested_tasks(config: ConfigDict) -> dict[str, SweptTask]:
   if not config.models or not requested:
     raise ValueError("there is nothing to do; give at least one model and one task")
   return requested
+
+
+def check_knobs(config: ConfigDict) -> None:
+  """Raises ValueError for a knob that is missing, of another type or out of range."""
+  for name, knob in KNOBS.items():
+    value = config
+    for part in name.split("."):
+      if not isinstance(value, ConfigDict) or part not in value:
+        raise ValueError(f"the config has no {name} ({knob.help}); begin with configs/zero_shot.py")
+      value = value[part]
+    problem = knob.problem(value)
+    if problem:
+      raise ValueError(f"{name} is {str(value)[:80]}, which {problem}; set --config.{name}")
+
+  if config.dtype not in ("float32", "bfloat16"):
+    raise ValueError(f"dtype is {config.dtype[:40]!r}; it is float32 or bfloat16")
+  make_mesh(config.mesh.replica, config.mesh.data, config.mesh.model)
 
 
 def _load_datasets(
@@ -114,9 +168,38 @@ def _load_datasets(
       datasets[source] = sources.load(source, data, tfds_dir)
     except FileNotFoundError as error:
       missing[source] = first_line(error, limit=ERROR_LENGTH)
-    except DATASET_ERRORS as error:
+    except (OSError, ImportError, *sources.MALFORMED) as error:
       broken[source] = first_line(error, limit=ERROR_LENGTH)
   return datasets, missing, broken
+
+
+def _missing_line(missing: Mapping[sources.Source, str], data: str) -> str:
+  """One line for all datasets that are missing: for one, where to get it; for more, their names."""
+  reasons = list(dict.fromkeys(missing.values()))
+  if len(reasons) == 1:
+    return f"a dataset is not there: {reasons[0]}; --skip_missing leaves it out"
+
+  # Protocols of a task may have files of their own in the same folder.
+  names = [f"{source.name} ({summarize(source.files, 1, 30)})" for source in missing]
+  names = summarize(dict.fromkeys(names))
+  return (
+    f"{len(reasons)} datasets are not there: {names}; --list says from where to get each, and it "
+    f"goes into {data[:80] or 'DATA'}/NAME/; --skip_missing leaves them out"
+  )
+
+
+def _rows_and_pool(
+  task: SweptTask, datasets: Datasets, config: ConfigDict
+) -> tuple[Sequence[sources.Row], int, int, Sequence[sources.Row]]:
+  """What the runner takes of a task: the rows that are scored, shots, seed, and the examples."""
+  rows = datasets[task.rows_source]
+  pool = rows
+  if task.examples_source is not None:
+    examples = datasets[task.examples_source]
+    # If one file serves for both, the runner must see the same rows: no item is its own example.
+    if examples.fingerprint != rows.fingerprint:
+      pool = examples
+  return rows[: config.limit or None], task.shots, config.seed, pool
 
 
 def _tasks_without(
@@ -153,13 +236,13 @@ def _complete(
     if not (folder / cell.file).exists():
       todo.append(cell)
       continue
-    with _reporting(cell, "kept", failed, bar):
+    with _reporting(cell, "kept", failed, bar, config):
       _refresh_intervals(folder / cell.file, cell, config)
 
   # 2. Compute the others. A model that cannot be loaded fails each of them, and is tried once.
   scorer = _load_scorer(todo[0].model, config) if todo else None
   for cell in todo:
-    with _reporting(cell, "computed", failed, bar):
+    with _reporting(cell, "computed", failed, bar, config):
       if isinstance(scorer, Exception):
         raise scorer
       content = _compute(cell, datasets, scorer, config)
@@ -172,20 +255,32 @@ def _complete(
 
 
 @contextlib.contextmanager
-def _reporting(cell: Cell, done: str, failed: dict[str, str], bar: tqdm) -> Iterator[None]:
+def _reporting(
+  cell: Cell, done: str, failed: dict[str, str], bar: tqdm, config: ConfigDict
+) -> Iterator[None]:
   """Prints one line for a cell, with an error if one is raised, which also goes into `failed`."""
   bar.set_description(str(cell))
   try:
     yield
     line = f"{done} {cell}"
   except CELL_ERRORS as error:
-    failed[str(cell)] = first_line(error, limit=ERROR_LENGTH)
+    failed[str(cell)] = _reason(error, config)
     line = f"failed {cell}: {failed[str(cell)]}"
 
   # not update(), which counts nothing if the bar is not drawn
   bar.n += 1
   bar.write(f"[{bar.n}/{bar.total}] {line}", file=sys.stderr)
   bar.refresh()
+
+
+def _reason(error: Exception, config: ConfigDict) -> str:
+  """Why a cell failed, in one line; if memory was short, with the knobs that need less."""
+  if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+    return (
+      f"out of memory in batches of {config.batch_size} rows ({first_line(error, 200)}); set "
+      "--config.batch_size lower, --config.dtype=bfloat16, or --config.mesh.model to shard"
+    )
+  return first_line(error, limit=ERROR_LENGTH)
 
 
 def _load_scorer(model: SweptModel, config: ConfigDict) -> Scorer | Exception:
@@ -202,21 +297,13 @@ def _load_scorer(model: SweptModel, config: ConfigDict) -> Scorer | Exception:
 
 def _compute(cell: Cell, datasets: Datasets, scorer: Scorer, config: ConfigDict) -> dict:
   """Scores a task's rows; returns the content of the cell's file."""
-  # 1. The rows, and what few-shot examples are drawn from.
+  # 1. The scores.
   task = cell.task.task
   rows = datasets[cell.task.rows_source]
-  pool = rows
-  if cell.task.examples_source is not None:
-    examples = datasets[cell.task.examples_source]
-    # If one file serves for both, the runner must see the same rows: no item is its own example.
-    if examples.fingerprint != rows.fingerprint:
-      pool = examples
+  scored, shots, seed, pool = _rows_and_pool(cell.task, datasets, config)
+  items = runner.run(task, scored, scorer, shots, seed, pool)
 
-  # 2. The scores.
-  scored = rows[: config.limit or None]
-  items = runner.run(task, scored, scorer, cell.task.shots, config.seed, pool)
-
-  # 3. The file. Only a run has steps.
+  # 2. The file. Only a run has steps.
   is_run = cell.model.step != "latest"
   model_config = scorer.model.config
   return {
@@ -251,7 +338,7 @@ def _refresh_intervals(path: pathlib.Path, cell: Cell, config: ConfigDict) -> No
 
   The items' sums are in the file, so that no model is needed.
   """
-  content = cells.read(path)
+  content = cells.read(path, cell.identity)
   if content["resamples"] != config.resamples:
     metrics = _metrics(cell.task.task, content["sums"], config)
     sums = _as_lists(content["sums"])

@@ -3,11 +3,13 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Iterable
 
-from gpt2_jax.convert.pretrained import is_workdir, resolve_checkpoint
-from gpt2_jax.files import sha256
+from gpt2_jax.convert.pretrained import detect_format, is_workdir, resolve_checkpoint
+from gpt2_jax.evaluate.sources import SURROGATE
+from gpt2_jax.files import sha256, summarize, user_path
 from gpt2_jax.model import ModelConfig
 from gpt2_jax.runs.checkpoint import Checkpoints
 from gpt2_jax.sizes import SIZES
@@ -38,19 +40,26 @@ def resolve_models(entries: Iterable[str]) -> list[SweptModel]:
 
 def _resolve(entry: str) -> list[SweptModel]:
   # An @ may also be part of a path.
+  if SURROGATE.search(entry):
+    raise ValueError(f"{entry[:80]!a} is not UTF-8, and no table can have it; rename the model")
   path, at, step = entry.rpartition("@")
-  if not at or pathlib.Path(entry).expanduser().exists():
+  if not at or os.path.exists(user_path(entry)):
     path, step = entry, "latest"
 
+  # A model's name is what was typed.
+  name = path
+  path = user_path(path)
   location = resolve_checkpoint(path)
   if is_workdir(location):
-    return _resolve_run(path, location, step)
+    return _resolve_run(name, path, location, step)
   if step != "latest":
-    raise ValueError(f"{path} is no workdir of a run, and has no step {step!r}")
+    raise ValueError(f"{path} is no workdir of a run, and has no step {step[:40]!r}")
+  # What is no checkpoint at all is said before anything is loaded.
+  detect_format(location)
   return [SweptModel(entry, path, "latest", files_sha256(location))]
 
 
-def _resolve_run(path: str, workdir: pathlib.Path, step: str) -> list[SweptModel]:
+def _resolve_run(name: str, path: str, workdir: pathlib.Path, step: str) -> list[SweptModel]:
   """The checkpoints of a run: that of a step, the latest, the best, or all."""
   checkpoints = Checkpoints(str(workdir), create=False)
   steps = sorted(checkpoints.steps())
@@ -64,19 +73,22 @@ def _resolve_run(path: str, workdir: pathlib.Path, step: str) -> list[SweptModel
   elif step == "latest":
     wanted = steps[-1:]
   elif step == "best":
-    wanted = [checkpoints.best_step()]
+    # None where no checkpoint has a validation loss.
+    best = checkpoints.best_step()
+    wanted = [] if best is None else [best]
   else:
     wanted = [n for n in steps if str(n) == step]
   if not wanted:
     raise FileNotFoundError(
-      f"no checkpoint of step {step} in {checkpoints.path}; there are {steps}, best and all"
+      f"no checkpoint of step {step[:40]} in {checkpoints.path}; there are {summarize(steps)}, "
+      "best and all"
     )
 
   # The checksums stand for the weights: what a checkpoint holds counts, not where it lies.
   models = []
   for n in wanted:
     checksums = json.dumps(checkpoints.sums(n)).encode()
-    models.append(SweptModel(f"{path}@{n}", path, str(n), sha256(checksums)))
+    models.append(SweptModel(f"{name}@{n}", path, str(n), sha256(checksums)))
   checkpoints.close()
   return models
 

@@ -18,9 +18,10 @@ from ml_collections import ConfigDict
 from gpt2_jax.evaluate import tasks
 from gpt2_jax.evaluate.sweep import bootstrap
 from gpt2_jax.evaluate.sweep.bootstrap import Difference
-from gpt2_jax.evaluate.sweep.cells import Outcome
+from gpt2_jax.evaluate.sweep.cells import PLOTS, RESULTS, TABLE, Outcome, Sweep
 from gpt2_jax.evaluate.task import Task
 from gpt2_jax.evaluate.tasks import natural_questions
+from gpt2_jax.files import atomic_write, local_path
 from gpt2_jax.sizes import SIZES
 
 NONE = "–"
@@ -50,11 +51,13 @@ def write(outcome: Outcome, out: str, config: ConfigDict, overlaps: Sequence[dic
   table = "\n".join("\n".join(lines) + "\n" for lines in sections if lines)
 
   # 2. The files. JSON has no NaN: what is no number must be null by now.
-  folder = pathlib.Path(out).expanduser()
+  folder = local_path(out)
   results = [json.dumps(_result(cell), allow_nan=False) + "\n" for cell in outcome.cells]
-  (folder / "results.jsonl").write_text("".join(results), encoding="utf-8")
-  (folder / "table.md").write_text(table, encoding="utf-8")
-  _plot_all(outcome.cells, folder / "plots")
+  for name, text in ((RESULTS, "".join(results)), (TABLE, table)):
+    # Those of the sweep before are kept until these are whole.
+    with atomic_write(folder / name, overwrite=True) as partial:
+      partial.write_text(text, encoding="utf-8")
+  _plot_all(outcome.cells, folder / PLOTS)
   return table
 
 
@@ -271,6 +274,21 @@ def _contamination_table(
   return lines + unused
 
 
+def check_overlaps(overlaps: Sequence[dict], sweep: Sweep) -> None:
+  """Raises ValueError, before anything is computed, for an overlap that fits no task of a sweep."""
+  known = []
+  for cell in sweep.cells[0]:
+    rows = sweep.datasets[cell.task.rows_source]
+    known.append({"identity": cell.identity, "of": len(rows)})
+
+  for overlap in overlaps:
+    if not any(_fits(overlap, cell) for cell in known):
+      raise ValueError(
+        f"an overlap of {overlap['task'][:80]} with {len(overlap['ngrams']):,} items fits no task "
+        "here: it is of another task or of other rows; measure it again, or leave it out"
+      )
+
+
 def _fits(overlap: dict, cell: dict) -> bool:
   """Whether an overlap is of the very rows that a cell is of."""
   identity = cell["identity"]
@@ -485,9 +503,10 @@ def _plot(
   axes.set(xlabel=x, ylabel=_metric_label(metric, score), title=task_name)
   axes.legend()
 
-  folder.mkdir(parents=True, exist_ok=True)
-  name = re.sub(r"[^\w.-]+", "_", f"{task_name}.{x}.{run}").strip("_.")
-  figure.savefig(folder / f"{name}.png", dpi=120)
+  # The end of a run's path says more than its beginning, and a file's name has a length.
+  name = re.sub(r"[^\w.-]+", "_", f"{task_name}.{x}.{run[-80:]}").strip("_.")
+  with atomic_write(folder / f"{name}.png", overwrite=True) as partial:
+    figure.savefig(partial, dpi=120)
 
 
 def _distance(score: dict, end: str) -> float:

@@ -44,11 +44,13 @@ def get(name: str, protocol: str | None = None) -> Task:
   """
   if name not in TASKS:
     [nearest] = difflib.get_close_matches(name, TASKS, 1, cutoff=0)
-    raise ValueError(f"there is no task {name!r}; the nearest is {nearest}, and --list shows all")
+    raise ValueError(
+      f"there is no task {name[:80]!r}; the nearest is {nearest}, and --list shows all"
+    )
 
   protocols = TASKS[name]
   if protocol is None:
     return next(iter(protocols.values()))
   if protocol not in protocols:
-    raise ValueError(f"{name} has no protocol {protocol!r}; it has {', '.join(protocols)}")
+    raise ValueError(f"{name} has no protocol {protocol[:80]!r}; it has {', '.join(protocols)}")
   return protocols[protocol]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from gpt2_jax.evaluate.sources import Row, Source, at_place
 from gpt2_jax.evaluate.task import Likelihood, Loglikelihood, Task
 from gpt2_jax.evaluate.tasks.choice import ACCURACY, likeliest_choice
+from gpt2_jax.files import summarize
 
 BLANK = "XXXXX"
 SENTENCES, CANDIDATES = 20, 10
@@ -40,7 +41,7 @@ def read(path: pathlib.Path) -> Iterator[Row]:
       due = len(sentences) + 1
       if number != str(due):
         raise ValueError(
-          f"{place} is malformed: it begins with {number!r}, where line {due} of 21 is due"
+          f"{place} is malformed: it begins with {number[:40]!r}, where line {due} of 21 is due"
         )
 
       if len(sentences) < SENTENCES:
@@ -68,7 +69,9 @@ def _row(sentences: list[str], text: str) -> Row:
   if len(candidates) != CANDIDATES or not all(candidates):
     raise ValueError(f"it has {len(list(filter(None, candidates)))} candidates, not {CANDIDATES}")
   if answer not in candidates:
-    raise ValueError(f"its answer {answer!r} is none of its candidates {', '.join(candidates)}")
+    raise ValueError(
+      f"its answer {answer[:80]!r} is none of its candidates {summarize(candidates, 10, 20)}"
+    )
 
   label = candidates.index(answer)
   return {"sentences": sentences, "question": question, "candidates": candidates, "label": label}

@@ -15,8 +15,17 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from gpt2_jax.evaluate.metric import Metric, percent
-from gpt2_jax.evaluate.sources import Row, Source, at_place, json_lines
+from gpt2_jax.evaluate.sources import (
+  Row,
+  Source,
+  at_place,
+  json_lines,
+  text_field,
+  text_list,
+  whole_number,
+)
 from gpt2_jax.evaluate.task import Likelihood, Loglikelihood, Task
+from gpt2_jax.files import summarize
 
 Pair = tuple[str, str]  # a context, and what follows it after a space
 ACCURACY = {"accuracy": percent("correct")}
@@ -91,8 +100,9 @@ def with_training(source: Source, file: str, split: str = "train") -> Source:
 
 
 def _hellaswag_row(record: dict) -> Row:
-  row = {key: record[key] for key in ("activity_label", "ctx_a", "ctx_b", "endings")}
-  return row | {"label": checked_label(row["endings"], int(record["label"]))}
+  row = {key: text_field(record, key) for key in ("activity_label", "ctx_a", "ctx_b")}
+  row["endings"] = text_list(record, "endings")
+  return row | {"label": checked_label(row["endings"], whole_number(record, "label"))}
 
 
 def _hellaswag_pairs(row: Row) -> list[Pair]:
@@ -119,8 +129,9 @@ HELLASWAG = Source(
 
 
 def _piqa_row(record: dict) -> Row:
-  row = {key: record[key] for key in ("goal", "sol1", "sol2")}
-  return row | {"label": checked_label((row["sol1"], row["sol2"]), int(record["label"]))}
+  row = {key: text_field(record, key) for key in ("goal", "sol1", "sol2")}
+  label = whole_number(record, "label")
+  return row | {"label": checked_label((row["sol1"], row["sol2"]), label)}
 
 
 def _read_piqa(path: pathlib.Path) -> Iterator[Row]:
@@ -164,15 +175,24 @@ PIQA = Source(
 def _arc_row(record: dict) -> Row:
   question = record["question"]
   # labels are A to E, or 1 to 5
-  labels = [choice["label"] for choice in question["choices"]]
-  texts = [choice["text"] for choice in question["choices"]]
-  label = labels.index(record["answerKey"])
-  return {"question": question["stem"], "choices": texts, "label": label}
+  labels = [text_field(choice, "label") for choice in question["choices"]]
+  texts = [text_field(choice, "text") for choice in question["choices"]]
+  label = _index(labels, text_field(record, "answerKey"))
+  return {"question": text_field(question, "stem"), "choices": texts, "label": label}
 
 
 def _arc_tfds_row(record: dict) -> Row:
-  label = record["choices"]["label"].index(record["answerKey"])
-  return {"question": record["question"], "choices": record["choices"]["text"], "label": label}
+  choices = record["choices"]
+  texts = text_list(choices, "text")
+  # TFDS has numbers in place of the letters.
+  label = checked_label(texts, _index(list(choices["label"]), record["answerKey"]))
+  return {"question": text_field(record, "question"), "choices": texts, "label": label}
+
+
+def _index(labels: list, answer: object) -> int:
+  if answer not in labels:
+    raise ValueError(f"its answer {str(answer)[:80]!r} is none of {summarize(labels, each=20)}")
+  return labels.index(answer)
 
 
 def _arc_pairs(row: Row) -> list[Pair]:

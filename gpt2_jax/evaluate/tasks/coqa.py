@@ -11,15 +11,15 @@ counts up to four human answers. TFDS has one of them, so that its F1 is lower t
 """
 
 import collections
-import json
 import pathlib
 import re
 import string
 from collections.abc import Iterator, Sequence
 
 from gpt2_jax.evaluate.metric import percent
-from gpt2_jax.evaluate.sources import Row, Source, at_place
+from gpt2_jax.evaluate.sources import Row, Source, at_place, text_field, text_list
 from gpt2_jax.evaluate.task import Generated, GenerateUntil, Task
+from gpt2_jax.files import read_json_object
 
 # An answer's most tokens. People's have 2.7 words on average (Reddy et al., 2019, table 3).
 N_NEW = 40
@@ -32,32 +32,35 @@ def read(path: pathlib.Path) -> Iterator[Row]:
   """Reads the stories of a published file."""
 
   def stories() -> list[dict]:
-    return list(json.loads(path.read_text(encoding="utf-8"))["data"])
+    published = read_json_object(path)["data"]
+    if not isinstance(published, list):
+      raise ValueError(f"its data are a {type(published).__name__}, where a list should be")
+    return published
 
   for i, story in enumerate(at_place(str(path), stories)):
     yield at_place(f"{path}: story {i:,}", lambda story=story: _row(story))
 
 
 def _row(story: dict) -> Row:
-  questions = [question["input_text"] for question in story["questions"]]
+  questions = [text_field(question, "input_text") for question in story["questions"]]
   turns = [question["turn_id"] for question in story["questions"]]
 
   # 1. Every person's answers are in the order of the questions.
   people = [story["answers"], *story.get("additional_answers", {}).values()]
   for answers in people:
     if [answer["turn_id"] for answer in answers] != turns:
-      raise ValueError(f"its answers are not to its questions, turns {turns[:1]} to {turns[-1:]}")
+      raise ValueError("its answers are not to its questions: their turn_ids differ")
 
   # 2. From a list for each person to a list for each question.
   references = []
   for answers_to_one in zip(*people, strict=True):
-    references.append([answer["input_text"] for answer in answers_to_one])
-  return _checked(story["story"], questions, references)
+    references.append([text_field(answer, "input_text") for answer in answers_to_one])
+  return _checked(text_field(story, "story"), questions, references)
 
 
 def _tfds_row(record: dict) -> Row:
-  references = [[answer] for answer in record["answers"]["input_text"]]
-  return _checked(record["story"], record["questions"], references)
+  references = [[answer] for answer in text_list(record["answers"], "input_text")]
+  return _checked(text_field(record, "story"), text_list(record, "questions"), references)
 
 
 def _checked(story: str, questions: list[str], answers: list[list[str]]) -> Row:

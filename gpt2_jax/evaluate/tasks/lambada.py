@@ -30,7 +30,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 
 from gpt2_jax.evaluate.metric import percent, perplexity
-from gpt2_jax.evaluate.sources import Row, Source, at_place, json_lines
+from gpt2_jax.evaluate.sources import Row, Source, at_place, json_lines, text_field
 from gpt2_jax.evaluate.task import (
   Answer,
   Likelihood,
@@ -64,7 +64,7 @@ STOP_WORDS = frozenset(
 
 def _row(record: dict) -> Row:
   """Row of a passage. Raises ValueError if no context would be left without its last word."""
-  context, _, word = record["text"].rpartition(" ")
+  context, _, word = text_field(record, "text").rpartition(" ")
   if not context.strip() or not word.strip():
     raise ValueError("its text has no last word after others and a space")
   return {"text": record["text"]}

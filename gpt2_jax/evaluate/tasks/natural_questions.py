@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from gpt2_jax.evaluate.metric import Metric, Sums, percent
-from gpt2_jax.evaluate.sources import Row, Source, json_lines
+from gpt2_jax.evaluate.sources import Row, Source, json_lines, text_field, text_list
 from gpt2_jax.evaluate.task import Generated, GenerateUntil, Task
 from gpt2_jax.evaluate.tasks.coqa import normalized
 
@@ -35,9 +35,10 @@ def read(path: pathlib.Path) -> Iterator[Row]:
 
 
 def _row(record: dict) -> Row:
-  question, answers = record["question"].strip(), record["answer"]
-  if not isinstance(answers, list) or not answers:
-    raise ValueError(f"its answer is {answers!r}, where a list of at least one should be")
+  question = text_field(record, "question").strip()
+  answers = text_list(record, "answer")
+  if not answers:
+    raise ValueError("its answer is an empty list, where a list of at least one should be")
   return {"question": question, "answers": answers}
 
 

@@ -8,7 +8,7 @@ import csv
 import pathlib
 from collections.abc import Iterator
 
-from gpt2_jax.evaluate.sources import Row, Source, at_place
+from gpt2_jax.evaluate.sources import Row, Source, at_place, text_field, text_list, whole_number
 from gpt2_jax.evaluate.task import Task
 from gpt2_jax.evaluate.tasks.choice import (
   ACCURACY,
@@ -24,19 +24,19 @@ from gpt2_jax.evaluate.tasks.choice import (
 
 def _winogrande_row(record: dict) -> Row:
   # the published answer is "1" or "2"
-  return _winogrande_checked(record, int(record["answer"]) - 1)
+  return _winogrande_checked(record, whole_number(record, "answer") - 1)
 
 
 def _winogrande_tfds_row(record: dict) -> Row:
-  return _winogrande_checked(record, record["label"])
+  return _winogrande_checked(record, whole_number(record, "label"))
 
 
 def _winogrande_checked(record: dict, label: int) -> Row:
-  row = {key: record[key] for key in ("sentence", "option1", "option2")}
+  row = {key: text_field(record, key) for key in ("sentence", "option1", "option2")}
 
   # the whole sentence would be the context, with nothing after it to score
   if "_" not in row["sentence"]:
-    raise ValueError(f"there is no blank _ in {row['sentence']!r}")
+    raise ValueError(f"there is no blank _ in {row['sentence'][:200]!r}")
   return row | {"label": checked_label((row["option1"], row["option2"]), label)}
 
 
@@ -63,11 +63,13 @@ CONNECTORS = {"cause": "because", "effect": "therefore"}
 
 
 def _copa_row(record: dict) -> Row:
-  row = {key: record[key] for key in ("premise", "choice1", "choice2", "question")}
+  keys = ("premise", "choice1", "choice2", "question")
+  row = {key: text_field(record, key) for key in keys}
 
   if row["question"] not in CONNECTORS:
-    raise ValueError(f"it asks for {row['question']!r}, which is neither cause nor effect")
-  return row | {"label": checked_label((row["choice1"], row["choice2"]), int(record["label"]))}
+    raise ValueError(f"it asks for {row['question'][:80]!r}, which is neither cause nor effect")
+  label = checked_label((row["choice1"], row["choice2"]), whole_number(record, "label"))
+  return row | {"label": label}
 
 
 def _copa_pairs(row: Row) -> list[Pair]:
@@ -106,18 +108,18 @@ def _read_storycloze(path: pathlib.Path) -> Iterator[Row]:
 
 
 def _storycloze_row(record: dict) -> Row:
-  context = " ".join(record[f"InputSentence{i}"] for i in range(1, 5))
-  endings = [record["RandomFifthSentenceQuiz1"], record["RandomFifthSentenceQuiz2"]]
+  context = " ".join(text_field(record, f"InputSentence{i}") for i in range(1, 5))
+  endings = [text_field(record, f"RandomFifthSentenceQuiz{i}") for i in (1, 2)]
 
   # the published label is 1 or 2
-  label = checked_label(endings, int(record["AnswerRightEnding"]) - 1)
+  label = checked_label(endings, whole_number(record, "AnswerRightEnding") - 1)
   return {"context": context, "endings": endings, "label": label}
 
 
 def _storycloze_tfds_row(record: dict) -> Row:
-  endings = record["endings"]
-  label = checked_label(endings, record["label"] - 1)
-  return {"context": record["context"], "endings": endings, "label": label}
+  endings = text_list(record, "endings")
+  label = checked_label(endings, whole_number(record, "label") - 1)
+  return {"context": text_field(record, "context"), "endings": endings, "label": label}
 
 
 def _storycloze_pairs(row: Row) -> list[Pair]:
@@ -166,7 +168,8 @@ wh_vs_that_with_gap wh_vs_that_with_gap_long_distance
 
 def _blimp_row(record: dict) -> Row:
   # the first is the right one in all of them
-  return {"sentences": [record["sentence_good"], record["sentence_bad"]], "label": 0}
+  sentences = [text_field(record, "sentence_good"), text_field(record, "sentence_bad")]
+  return {"sentences": sentences, "label": 0}
 
 
 def _blimp_pairs(row: Row) -> list[Pair]:

@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from gpt2_jax.evaluate.metric import Metric, percent
-from gpt2_jax.evaluate.sources import Row, Source, at_place, json_lines
+from gpt2_jax.evaluate.sources import Row, Source, at_place, json_lines, text_field
 from gpt2_jax.evaluate.task import Generated, GenerateUntil, Task
 
 HINT = "\nTL;DR:"
@@ -71,7 +71,7 @@ def read(path: pathlib.Path) -> Iterator[Row]:
 
   The stories lie in two folders beside the list, `cnn` and `dailymail`.
   """
-  if path.suffix == ".jsonl":
+  if path.suffix.lower() == ".jsonl":
     yield from json_lines(path, _row)
     return
 
@@ -106,8 +106,8 @@ def _with_period(line: str) -> str:
 
 
 def _row(record: dict) -> Row:
-  article = record["article"].strip()
-  highlights = record["highlights"].strip()
+  article = text_field(record, "article").strip()
+  highlights = text_field(record, "highlights").strip()
 
   if not article:
     raise ValueError("its article is empty")

@@ -32,7 +32,8 @@ def read(path: pathlib.Path) -> Iterator[Row]:
   """Reads the schemas of WSCollection.xml, in their order."""
   try:
     schemas = ElementTree.parse(path).getroot().iter("schema")
-  except ElementTree.ParseError as error:
+  # The last two are of an encoding that is not known, or that the parser does not read.
+  except (ElementTree.ParseError, LookupError, ValueError) as error:
     raise ValueError(f"{path} is no XML: {error}") from error
   for i, schema in enumerate(schemas, 1):
     yield at_place(f"{path}: schema {i}", lambda schema=schema: _row_of_schema(schema))

@@ -4,16 +4,19 @@ fake scorer here."""
 
 import json
 import os
+import resource
+import signal
 import types
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import zero_shot
 from gpt2_jax.evaluate import tasks
 from gpt2_jax.evaluate.metric import percent, perplexity
 from gpt2_jax.evaluate.sources import Source, json_lines
-from gpt2_jax.evaluate.sweep import compute
+from gpt2_jax.evaluate.sweep import compute, report
 from gpt2_jax.evaluate.task import Likelihood, Loglikelihood, Task
 from gpt2_jax.model import ModelConfig
 
@@ -101,6 +104,7 @@ def model(folder, name: str):
   path = folder / name
   path.mkdir(exist_ok=True)
   (path / "weights").write_text(name)
+  (path / "config.json").write_text("{}")
   return path
 
 
@@ -111,23 +115,27 @@ def log(out) -> list[str]:
   )
 
 
+def run(place, skip_missing: bool = False):
+  return compute.run(compute.prepare(place.config, place.out, skip_missing))
+
+
 def scores(outcome) -> list:
   return [cell["metrics"] for cell in outcome.cells]
 
 
 def test_a_finished_cell_is_kept_and_no_model_is_loaded_for_it(place, capfd):
-  first = compute.run(place.config, place.out)
+  first = run(place)
   assert place.loads == ["a", "b"] and len(set(place.log())) == 4
   assert [(cell["identity"]["model"][-1], cell["identity"]["task"]) for cell in first.cells] == [
     ("a", "first"), ("a", "second"), ("b", "first"), ("b", "second")
   ]  # fmt: skip
-  again = compute.run(place.config, place.out)
+  again = run(place)
   assert place.loads == ["a", "b"] and len(place.log()) == 4 and scores(again) == scores(first)
   assert capfd.readouterr().err.count("] kept ") == 4
 
 
 def test_a_cell_holds_what_its_items_are(place):
-  cell = compute.run(place.config, place.out).cells[0]
+  cell = run(place).cells[0]
   length = np.arange(3, 12)
   np.testing.assert_allclose(cell["sums"]["nats"], length / 10)
   assert (cell["items"], cell["of"], cell["truncated"], cell["size"]) == (9, 9, 0, "117M")
@@ -160,25 +168,25 @@ def change(name, value):
   ],
 )
 def test_the_identity_of_a_cell_decides_whether_it_is_another(place, changed, computed):
-  before = compute.run(place.config, place.out)
+  before = run(place)
   changed(place)
-  after = compute.run(place.config, place.out)
+  after = run(place)
   assert len(place.log()) == 4 + computed == len(set(place.log()))
   assert len(after.cells) == len(before.cells) == 4
 
 
 def test_examples_belong_to_the_identity_of_a_cell(place):
   place.config.tasks = ("taught::2",)
-  compute.run(place.config, place.out)
+  run(place)
   assert all(request.context.count(" w\n\n") == 2 for request in place.requests)
   write_rows(place.folder, "pool", begin=5)
-  compute.run(place.config, place.out)
+  run(place)
   assert len(set(place.log())) == 4
 
 
 def test_a_limit_takes_the_first_items_and_says_of_how_many(place):
   place.config.limit = 4
-  computed = compute.run(place.config, place.out).cells
+  computed = run(place).cells
   assert {(cell["items"], cell["of"], len(cell["sums"]["nats"])) for cell in computed} == {
     (4, 9, 4)
   }
@@ -186,9 +194,9 @@ def test_a_limit_takes_the_first_items_and_says_of_how_many(place):
 
 
 def test_another_number_of_resamples_draws_new_intervals_of_the_same_items(place):
-  before = compute.run(place.config, place.out)
+  before = run(place)
   place.config.resamples = 999
-  after = compute.run(place.config, place.out)
+  after = run(place)
   assert place.loads == ["a", "b"] and len(place.log()) == 4
   for old, new in zip(before.cells, after.cells, strict=True):
     assert old["metrics"]["perplexity"]["value"] == new["metrics"]["perplexity"]["value"]
@@ -202,15 +210,18 @@ def test_all_missing_datasets_are_one_error_before_any_model_is_loaded(place):
     (place.folder / "data" / name / "rows.jsonl").unlink()
   place.config.models = ("no/such/model",)
   with pytest.raises(
-    FileNotFoundError, match="2 .*example.org/second and .*example.org/pool and .*--skip_missing"
+    FileNotFoundError, match=r"2 datasets .* second \(rows.jsonl\), pool .*--list.*--skip_missing"
   ) as error:
-    compute.run(place.config, place.out)
+    run(place)
   assert "\n" not in str(error.value) and not place.loads
+  place.config.tasks = ("first", "second")
+  with pytest.raises(FileNotFoundError, match="a dataset is .*https://example.org/second and put"):
+    run(place)
 
 
 def test_what_is_missing_is_left_out_if_asked_for_and_said(place):
   (place.folder / "data" / "second" / "rows.jsonl").unlink()
-  outcome = compute.run(place.config, place.out, skip_missing=True)
+  outcome = run(place, skip_missing=True)
   assert [cell["identity"]["task"] for cell in outcome.cells] == ["first", "first"]
   assert list(outcome.missing) == ["second:plain:0"] and not outcome.failed
 
@@ -218,19 +229,18 @@ def test_what_is_missing_is_left_out_if_asked_for_and_said(place):
 def test_a_malformed_row_is_a_line_and_the_other_cells_are_computed(place, capfd):
   path = place.folder / "data" / "second" / "rows.jsonl"
   path.write_text(path.read_text() + '{"text": "a"}\n')
-  outcome = compute.run(place.config, place.out)
+  outcome = run(place)
   assert [cell["identity"]["task"] for cell in outcome.cells] == ["first", "first"]
-  assert len(outcome.failed) == 2 and all(
-    "row 9 is malformed: it has no 'word'" in x for x in outcome.failed.values()
-  )
-  assert capfd.readouterr().err.count("failed second:plain:0") == 2
+  assert list(outcome.failed) == ["second:plain:0"]
+  assert "row 9 is malformed: it has no 'word'" in outcome.failed["second:plain:0"]
+  assert capfd.readouterr().err.count("failed second:plain:0") == 1
   write_rows(place.folder, "second")
-  assert len(compute.run(place.config, place.out).cells) == 4 and len(set(place.log())) == 4
+  assert len(run(place).cells) == 4 and len(set(place.log())) == 4
 
 
 def test_a_file_that_cannot_be_read_fails_its_task_alone(place, capfd):
   (place.folder / "data" / "second" / "rows.jsonl").write_text("no JSON")
-  outcome = compute.run(place.config, place.out)
+  outcome = run(place)
   assert len(outcome.cells) == 2 and "rows.jsonl:1" in outcome.failed["second:plain:0"]
   assert "failed second:plain:0" in capfd.readouterr().err
 
@@ -245,7 +255,7 @@ def test_a_model_that_cannot_be_loaded_is_tried_once_and_the_others_are_computed
     return ValueError("it is damaged") if chosen.path.endswith("a") else fake(chosen, config)
 
   monkeypatch.setattr(compute, "_load_scorer", loaded)
-  outcome = compute.run(place.config, place.out)
+  outcome = run(place)
   assert tried == ["a", "b"] and len(outcome.cells) == 2
   assert set(outcome.failed.values()) == {"it is damaged"} and len(outcome.failed) == 2
 
@@ -261,21 +271,21 @@ def test_a_file_is_whole_or_not_there(place, monkeypatch):
 
   monkeypatch.setattr(os, "replace", interrupted)
   with pytest.raises(KeyboardInterrupt):
-    compute.run(place.config, place.out)
+    run(place)
   assert len(place.log()) == 1
-  outcome = compute.run(place.config, place.out)
+  outcome = run(place)
   assert len(outcome.cells) == 4 and len(set(place.log())) == len(place.log()) == 4
 
 
 def test_a_damaged_cell_is_named_with_the_way_out(place):
-  compute.run(place.config, place.out)
+  run(place)
   victim = place.folder / "out" / "cells" / place.log()[0]
   victim.write_text(victim.read_text()[:-9])
-  outcome = compute.run(place.config, place.out)
+  outcome = run(place)
   [text] = outcome.failed.values()
   assert str(victim) in text and "remove it" in text and len(outcome.cells) == 3
   victim.unlink()
-  assert len(compute.run(place.config, place.out).cells) == 4
+  assert len(run(place).cells) == 4
 
 
 def test_no_number_is_null(place, monkeypatch):
@@ -286,7 +296,7 @@ def test_no_number_is_null(place, monkeypatch):
     "answers",
     lambda self, requests, contiguous=False: [Likelihood(1e6, 1, False, False)] * 9,
   )
-  compute.run(place.config, place.out)
+  run(place)
   cell = json.loads(
     (place.folder / "out" / "cells" / place.log()[0]).read_text(), parse_constant=pytest.fail
   )
@@ -305,18 +315,142 @@ def test_no_number_is_null(place, monkeypatch):
 def test_a_task_that_is_none_is_refused(place, text, message):
   place.config.tasks = (text,)
   with pytest.raises(ValueError, match=message):
-    compute.run(place.config, place.out)
+    run(place)
 
 
 def test_nothing_to_do_is_said(place):
   place.config.models = ()
   with pytest.raises(ValueError, match="at least one model"):
-    compute.run(place.config, place.out)
+    run(place)
 
 
 def test_no_item_is_its_own_example_where_one_file_serves_for_both(place):
   place.config.tasks, place.config.models = ("taught::1",), place.config.models[:1]
   place.config.data = str(place.folder / "data" / "taught" / "rows.jsonl")
-  compute.run(place.config, place.out)
+  run(place)
   parts = [request.context.replace(" w", "").split("\n\n") for request in place.requests]
   assert len(parts) == 9 and all(example != own for example, own in parts)
+
+
+# ---- what can be known at the start is said at the start
+
+
+@pytest.mark.parametrize(
+  "knob, value, message",
+  [
+    ("tasks", ("second:plain:9",), "9 examples are asked for, and there are 8"),
+    ("tasks", ("first:plain:" + "9" * 400,), "is not task:protocol:shots"),
+    ("tasks", ("x" * 5000,), "there is no task 'xxx"),
+    ("tasks", ("second:" + "x" * 5000,), "second has no protocol 'xxx"),
+    ("tasks", "first", "tasks is first, which is not of type tuple of names"),
+    ("models", (3,), "models is .3,., which is not of type tuple of names"),
+    ("models", ("~nobody_of_this_name/a",), "no such user"),
+    ("models", ("",), "a path is empty"),
+    ("models", ("a\0b",), "NUL"),
+    ("models", ("a\udcffb",), "is not UTF-8"),
+    ("data", "~nobody_of_this_name/data", "no such user"),
+    ("data", "gs://bucket/data", "only a local path"),
+    ("tfds_dir", "~nobody_of_this_name", "no such user"),
+    ("tfds_dir", "/no/such/folder", "tfds_dir /no/such/folder is no folder"),
+    ("limit", -1, "limit is -1"),
+    ("limit", True, "limit is True"),
+    ("batch_size", 0, "batch_size is 0"),
+    ("stride", 2**40, "stride is "),
+    ("resamples", 10**12, "resamples is 1000000000000"),
+    ("seed", 2**40, "seed is "),
+    ("seen_above", float("nan"), "seen_above is nan"),
+    ("dtype", "float16", "dtype is 'float16'"),
+    ("mesh", {"replica": 3, "data": 5, "model": 7}, "does not multiply"),
+    ("mesh", {"replica": 1, "data": 1}, "has no mesh.model"),
+    ("mesh", 3, "has no mesh.replica"),
+  ],
+)
+def test_what_makes_no_sweep_is_one_line_and_nothing_is_written(place, knob, value, message):
+  config = place.config.to_dict() | {knob: value}
+  place.config = ConfigDict(config)
+  with pytest.raises((ValueError, OSError), match=message) as error:
+    run(place)
+  assert "\n" not in str(error.value) and len(str(error.value)) < 600
+  assert not place.loads and not os.path.exists(place.out)
+
+
+@pytest.mark.parametrize("out", ["", "~nobody_of_this_name/out", "gs://bucket/out", "a\0b"])
+def test_an_out_that_is_no_folder_is_refused(place, out):
+  with pytest.raises(ValueError, match="path|URL|user"):
+    compute.prepare(place.config, out)
+
+
+def test_a_config_of_another_kind_is_refused(place):
+  place.config = ConfigDict({"steps": 3})
+  with pytest.raises(ValueError, match="has no models .*configs/zero_shot.py"):
+    run(place)
+
+
+def test_a_home_folder_may_be_written_short_in_every_place(place, monkeypatch):
+  monkeypatch.setenv("HOME", str(place.folder))
+  place.config.models, place.config.data, place.out = ("~/a", "~/b"), "~/data", "~/out"
+  assert len(run(place).cells) == 4 and len(list((place.folder / "out" / "cells").iterdir())) == 4
+
+
+def test_a_row_that_cannot_be_asked_is_found_before_a_model_is_loaded(place, capfd):
+  path = place.folder / "data" / "second" / "rows.jsonl"
+  path.write_text(path.read_text() + '{"text": "a", "word": ""}\n')
+  place.config.tasks = ("second",)
+  with pytest.raises(ValueError, match="none of the 1 tasks can be run: second: row 9 has nothing"):
+    run(place)
+  assert not place.loads and not os.path.exists(place.out)
+
+
+def test_many_missing_datasets_are_a_line_of_bounded_length(place, monkeypatch):
+  names = [f"dataset_of_a_long_name_{i}" for i in range(40)]
+  for name in names:
+    monkeypatch.setitem(tasks.TASKS, name, {"plain": toy(name)})
+  place.config.tasks = tuple(names)
+  with pytest.raises(FileNotFoundError, match="40 datasets .*and 32 more; --list") as error:
+    run(place)
+  assert len(str(error.value)) < 900
+
+
+def test_a_sweep_without_a_cell_in_the_end_is_an_error(place, monkeypatch):
+  monkeypatch.setattr(compute, "_load_scorer", lambda *_: FloatingPointError("NaN everywhere"))
+  with pytest.raises(ValueError, match="none of the 4 cells could be computed: NaN everywhere"):
+    run(place)
+
+
+def test_memory_that_is_short_is_a_line_with_the_knobs(place, monkeypatch, capfd):
+  def answers(self, requests, contiguous=False):
+    raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nallocator dump")
+
+  fake = FakeScorer.answers
+  monkeypatch.setattr(FakeScorer, "answers", answers)
+  with pytest.raises(ValueError, match="out of memory in batches of 32 rows .99 bytes|batch_size"):
+    run(place)
+  assert "--config.batch_size lower" in capfd.readouterr().err
+  monkeypatch.setattr(FakeScorer, "answers", fake)
+  assert len(run(place).cells) == 4
+
+
+def test_a_cell_under_the_name_of_another_is_refused(place):
+  run(place)
+  folder = place.folder / "out" / "cells"
+  first, second = (folder / name for name in place.log()[:2])
+  second.write_bytes(first.read_bytes())
+  [text] = run(place).failed.values()
+  assert str(second) in text and "of another model or task" in text
+
+
+def test_the_report_of_before_is_kept_when_the_disk_is_full(place, monkeypatch):
+  outcome = run(place)
+  report.write(outcome, place.out, place.config)
+  names = [place.folder / "out" / name for name in ("table.md", "results.jsonl")]
+  before = [path.read_bytes() for path in names]
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+  try:
+    with pytest.raises(OSError):
+      report.write(outcome, place.out, place.config)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+  assert [path.read_bytes() for path in names] == before

@@ -32,7 +32,7 @@ def test_the_checkpoints_of_a_run_are_models(tmp_path):
   a, b = (models.resolve_models([workdir + "@all"]) for workdir in (run, other))
   # what they hold, not where they lie
   assert a[0].weights == b[0].weights and a[1].weights != b[1].weights
-  with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 11 .* \[10, 20, 30\]"):
+  with pytest.raises(FileNotFoundError, match="no checkpoint of step 11 .* 10, 20, 30, best"):
     models.resolve_models([run + "@11"])
 
 
@@ -40,6 +40,9 @@ def test_what_is_no_run_has_no_steps(tmp_path):
   path = tmp_path / "a@b"
   path.mkdir()
   (path / "weights").write_text("a")
+  with pytest.raises(ValueError, match="no GPT-2 checkpoint"):
+    models.resolve_models([str(path)])
+  (path / "config.json").write_text("{}")
   assert models.resolve_models([str(path)])[0].path == str(path)  # an @ may be part of a name
   with pytest.raises(ValueError, match="no workdir of a run"):
     models.resolve_models([f"{path}@7"])

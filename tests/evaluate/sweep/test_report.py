@@ -307,9 +307,12 @@ def test_one_size_and_one_step_are_no_curve(tmp_path, config):
 
 def test_points_and_the_papers_are_where_they_belong(tmp_path, config, monkeypatch):
   drawn = []
-  monkeypatch.setattr(
-    report.matplotlib.figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self.axes[0])
-  )
+
+  def savefig(figure, path, **_):
+    drawn.append(figure.axes[0])
+    path.write_bytes(b"")
+
+  monkeypatch.setattr(report.matplotlib.figure.Figure, "savefig", savefig)
   correct = np.arange(30) % 3 == 0
   sizes = (("345M", 355_000_000), ("117M", 124_000_000), ("broken", 10))
   cells = [cell(name, correct, protocol="stop_words", size=name, parameters=n) for name, n in sizes]
