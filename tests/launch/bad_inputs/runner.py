@@ -71,8 +71,8 @@ class Result:
 class Worker:
   """Runs scripts in one process, in `folder`; another one takes its place after a hang or crash."""
 
-  def __init__(self, folder: pathlib.Path, streams: pathlib.Path):
-    self.folder, self.streams = folder, streams
+  def __init__(self, folder: pathlib.Path, streams: pathlib.Path, start: float = START):
+    self.folder, self.streams, self.start = folder, streams, start
     self.process = None
 
   def run(self, script, flags, stdin: str = "", seconds: float = SECONDS) -> Result:
@@ -80,7 +80,7 @@ class Worker:
     script = str(script) if "/" in str(script) else str(ROOT / "launch" / f"{script}.py")
     if self.process is None:
       self._start()
-      seconds += START
+      seconds += self.start
     # surrogateescape: a terminal may send bytes that are no text.
     (self.streams / "in").write_bytes(stdin.encode("utf-8", "surrogateescape"))
     for name in ("out", "err"):

@@ -36,8 +36,12 @@ TOKENIZES = rows(
     ("an empty file", "empty.txt", f"{TOKENIZE} --files=empty.txt --out=new"),
     ("a file that is not UTF-8", "bytes.txt", f"{TOKENIZE} --files=bytes.txt --out=new"),
     ("files of nobody", "nobody_of_this_name", f"{TOKENIZE} --files={NOBODY}/x.txt --out=new"),
-    ("a dataset that is none", "wikki", "--tfds_name=wikki --out=new"),
-    ("a dataset that is not prepared", "prepare", "--tfds_name=lm1b --out=new"),
+    ("a dataset that is none", "wikki", f"{fixtures.TOKENIZE} --tfds_name=wikki --out=new"),
+    (
+      "a dataset that is not prepared",
+      "prepare",
+      f"{fixtures.TOKENIZE} --tfds_name=lm1b --out=new",
+    ),
     ("an empty split", "split", f"{TOKENIZE} --split= --out=new"),
     ("a split that is none", "test", f"{TOKENIZE} --split=test --out=new"),
     ("a split of nothing", "train[:0%]", f"{TOKENIZE} --split=train[:0%] --out=new"),
@@ -56,7 +60,7 @@ TOKENIZES = rows(
     ("onto a deep job", "job.json", f"{TOKENIZE} --out=store-job"),
     ("no processes", "processes", f"{TOKENIZE} --out=new --processes=0"),
     ("no tokenizer", "gone.json", f"{TOKENIZE} --tokenizer=gone.json --out=new"),
-    ("an empty tokenizer", "tokenizer", f"{TOKENIZE} --tokenizer= --out=new"),
+    ("an empty tokenizer", "empty", f"{TOKENIZE} --tokenizer= --out=new"),
     ("a tokenizer of a name", "gpt3", f"{TOKENIZE} --tokenizer=gpt3 --out=new"),
     (
       "a tokenizer of nobody",
@@ -70,7 +74,6 @@ TOKENIZES = rows(
       "surrogate",
       f"{TOKENIZE} --tokenizer=tokenizer-surrogate.json --out=new",
     ),
-    ("an alphabet of other characters", "character", f"{TOKENIZE} --tokenizer=abc.json --out=new"),
     *(
       (f"a tokenizer: {x}", f"{x}.json", f"{TOKENIZE} --tokenizer=tokenizer-{x}.json --out=new")
       for x in fixtures.SHAPES
@@ -129,6 +132,14 @@ TOKENIZES = rows(
     ("verifies without a part", "store-part", "--verify=store-part"),
     ("verifies another array", "store-zarr", "--verify=store-zarr"),
   ],
+)
+
+# Found in the middle of a job, which is kept: the same command resumes it.
+JOBS = rows(
+  "tokenize",
+  "",
+  [("an alphabet of other characters", "character", f"{TOKENIZE} --tokenizer=abc.json --out=new")],
+  may_write=True,
 )
 
 EVALUATE = f"{fixtures.SWEEP} --model=hf --out=new"
@@ -361,7 +372,7 @@ OVERLAPS = rows(
   ],
 )
 
-TABLE = [*TOKENIZES, *EVALUATES, *CELLS, *OVERLAPS]
+TABLE = [*TOKENIZES, *JOBS, *EVALUATES, *CELLS, *OVERLAPS]
 
 
 @pytest.fixture(scope="module")

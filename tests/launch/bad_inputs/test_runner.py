@@ -34,7 +34,8 @@ ENDS = {
 
 
 @pytest.fixture(scope="module")
-def ready(make, sandbox):
+def ready(make, worker, sandbox):
+  worker.start = 10  # nothing here imports JAX
   make.write("text", "some")
   sandbox.seal()
 
