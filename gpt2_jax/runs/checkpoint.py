@@ -27,6 +27,7 @@ from etils import epath
 
 import gpt2_jax.distributed as distributed
 from gpt2_jax.convert import names
+from gpt2_jax.data.zarr_files import tensorstore_reason
 from gpt2_jax.files import first_line, json_sha256, parse_json_object, summarize
 from gpt2_jax.model import GPT2, ModelConfig, check_mesh, name_of
 from gpt2_jax.runs.metadata import (
@@ -449,13 +450,15 @@ def _damage_as_value_error():
   _drop_stragglers()
   try:
     yield
-  except (ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError):
+  except (OSError, MemoryError, jax.errors.JaxRuntimeError):
     raise
+  except ValueError as error:
+    raise ValueError(tensorstore_reason(error)) from error
   except Exception as error:
     # Any kind: a damaged JSON is a list where they look for a dict, or nested too deep.
     if type(error) is Exception:
       # Orbax's for what TensorStore could not read.
-      raise ValueError(first_line(error.__cause__ or error)) from error
+      raise ValueError(tensorstore_reason(error.__cause__ or error)) from error
     kind = type(error).__name__
     raise ValueError(f"a file of it is damaged: {kind}, {first_line(error, 120)}") from error
 

@@ -135,7 +135,7 @@ def test_a_config_that_is_not_the_saved_one_does_not_load(run, age, change):
   with pytest.raises(ValueError, match="checkpoint 60 in .* cannot be read") as error:
     load(str(run))
   assert "others there: 40, 20" in one_line(error)
-  assert load(str(run), "40")[0].config.n_layer == 2
+  assert load(str(run), "40")[0].config.n_layer == 2  # the others load
 
 
 def test_a_flipped_digit_in_the_metadata_takes_the_checkpoint_before(saved, tmp_path, capfd):
@@ -253,9 +253,9 @@ def test_metadata_that_leave_an_array_out_are_refused(run):
     entry["key_metadata"][0]["key"] = "model.wpd"
 
   edit(run / "checkpoints/60/state/_METADATA", leave_out)
-  with pytest.raises(ValueError, match="checkpoint 60 .* cannot be read .*leave out model.wpe"):
+  with pytest.raises(ValueError, match="checkpoint 60 .* cannot be read .*model.wp") as error:
     load(str(run))
-  assert resume(run)[0] == 40
+  assert "tensorstore_spec" not in one_line(error) and resume(run)[0] == 40
 
 
 def test_a_file_in_the_place_of_the_checkpoints_is_one_line(tmp_path):
