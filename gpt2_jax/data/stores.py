@@ -20,6 +20,8 @@ def open_stores(
       f"the tokenizer {tokenizer} has {vocabulary.vocab_size} tokens, the model {n_vocab}; "
       f"set --config.model.n_vocab={vocabulary.vocab_size}"
     )
+
+  # The manifest tells the tokenizer's fingerprint: ids of another one mean other text.
   stores = []
   for path in (train, validation):
     store = TokenStore.open(path)
