@@ -108,14 +108,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.error(
       f"--workdir={options.workdir!r} has to be gs://BUCKET/PATH: pods and their disks go"
     )
-  if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*", options.image):
-    parser.error(
-      f"--image={options.image!r} is no image's name; "
-      "one looks like us-docker.pkg.dev/PROJECT/REPOSITORY/gpt2_jax"
-    )
-  for word in (*flags, options.workdir, options.cluster):
-    if not word.isascii() and not _is_unicode(word):
-      parser.error(f"{ascii(word)} is not valid Unicode (UTF-8)")
+  _check_words(parser, options, flags)
   names = [flag.split("=")[0] for flag in flags]
   if "--workdir" in names or not any(name.startswith("--config") for name in names):
     parser.error(
@@ -125,12 +118,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
   return options
 
 
-def _is_unicode(text: str) -> bool:
-  try:
-    text.encode()
-  except UnicodeEncodeError:
-    return False
-  return True
+def _check_words(parser: Parser, options: argparse.Namespace, flags: list[str]) -> None:
+  """Refuses what no manifest can hold."""
+  if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*", options.image):
+    parser.error(
+      f"--image={options.image!r} is no image's name; "
+      "one looks like us-docker.pkg.dev/PROJECT/REPOSITORY/gpt2_jax"
+    )
+  for word in (*flags, options.workdir, options.cluster):
+    try:
+      word.encode()
+    except UnicodeEncodeError:
+      parser.error(f"{ascii(word)} is not valid Unicode (UTF-8)")
 
 
 def manifest(options: argparse.Namespace) -> str:

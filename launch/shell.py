@@ -32,7 +32,7 @@ def run(
 
   def parse(argv):
     try:
-      return _parse(argv, config)
+      return parse_flags(argv, config)
     except (flags.Error, AttributeError, ValueError, OSError) as error:
       sys.exit(_line(error))
 
@@ -72,8 +72,11 @@ def run(
 _OF_JAX = ("JaxRuntimeError", "XlaRuntimeError")
 
 
-def _parse(argv: list[str], config: str | None) -> list[str]:
-  """Parses the flags. Raises ValueError with the nearest name for an unknown flag or knob."""
+def parse_flags(argv: list[str], config: str | None = None) -> list[str]:
+  """Parses the flags; `config` is that of `run`. Returns the words that are no flags.
+
+  Raises flags.Error or ValueError, with the nearest name for an unknown flag or knob.
+  """
   if "config" in flags.FLAGS:
     from launch import config_file
 

@@ -169,6 +169,26 @@ def _best(k: int, tree):
   return jax.tree.map(lambda x: x[order], tree)
 
 
+def _no_tokens(lengths_B, sizes: tuple[int, int, int]) -> tuple[Beams, Hypotheses]:
+  """The beams of each row before the first token, and no hypotheses; sizes are W, N and S."""
+  W, N, S = sizes
+  B = lengths_B.shape[0]
+
+  def for_all_rows(x):
+    return jax.sharding.reshard(jnp.broadcast_to(x, (B, *x.shape)), P(ROWS))
+
+  # All beams but the first are not there yet: they start from the same prompt, and would say the
+  # same.
+  nothing_WN = jnp.zeros((W, N), jnp.int32)
+  never_W = jnp.full(W, -jnp.inf)
+  mask_BWS = jnp.broadcast_to((jnp.arange(S) < lengths_B[:, None])[:, None], (B, W, S))
+  beams = Beams(for_all_rows(never_W.at[0].set(0.0)), for_all_rows(nothing_WN), mask_BWS)
+  hypotheses = Hypotheses(
+    for_all_rows(never_W), for_all_rows(nothing_WN), for_all_rows(jnp.zeros(W, jnp.int32))
+  )
+  return beams, hypotheses
+
+
 @functools.partial(jax.jit, static_argnames=("n_new", "W"))
 def _search(
   decoder: InferenceModel, tokens_BT, lengths_B, n_new: int, W: int, rule: BeamRule
@@ -201,20 +221,9 @@ def _search(
     state, has_nonfinite = choose(n, x_BWD, (beams, hypotheses, searching), has_nonfinite)
     return n + 1, state, has_nonfinite, caches
 
-  def for_all_rows(x):
-    return jax.sharding.reshard(jnp.broadcast_to(x, (B, *x.shape)), P(ROWS))
-
-  # 2. All beams but the first are not there yet: they start from the same prompt, and would say the
-  #    same. Rows that only fill the mesh have length 0, and search for nothing.
-  nothing_WN = jnp.zeros((W, n_new), jnp.int32)
-  never_W = jnp.full(W, -jnp.inf)
-  mask_BWS = jnp.broadcast_to((jnp.arange(S) < lengths_B[:, None])[:, None], (B, W, S))
-  beams = Beams(for_all_rows(never_W.at[0].set(0.0)), for_all_rows(nothing_WN), mask_BWS)
-  hypotheses = Hypotheses(
-    for_all_rows(never_W), for_all_rows(nothing_WN), for_all_rows(jnp.zeros(W, jnp.int32))
-  )
-
-  # 3. The first token is that of the prefill, the others are a pass each.
+  # 2. The first token is that of the prefill, the others are a pass each. Rows that only fill the
+  #    mesh have length 0, and search for nothing.
+  beams, hypotheses = _no_tokens(lengths_B, (W, n_new, S))
   x_BWD = jnp.broadcast_to(last_B1D, (B, W, last_B1D.shape[2]))
   state, has_nonfinite = choose(0, x_BWD, (beams, hypotheses, lengths_B > 0), jnp.bool_(False))
 

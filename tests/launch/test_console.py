@@ -123,7 +123,7 @@ def test_history_is_saved_and_nothing_is_overwritten(say, tmp_path):
     ("/set stop \udcff", "the stop string is not valid Unicode"),
     ("/save ~nobody-has-this-name/x", "this machine has no such user"),
     ("/save gs://bucket/x", "only a local path will do"),
-    ("/save /dev/null/x", "Not a directory"),
+    ("/save /dev/null/x", "File exists"),
     ("/save a\0b", "it has a NUL in it"),
     ("/save " + "x" * 300, "File name too long"),
     ("ab\udcff", "the prompt is not valid Unicode at character 2"),

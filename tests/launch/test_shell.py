@@ -170,6 +170,13 @@ def test_an_unknown_knob_names_the_nearest(tmp_path):
       parse(tmp_path, f"--config.{knob}=4", text=GOOD)
 
 
+def test_an_unknown_knob_of_a_default_config_is_one_line():
+  """The file is not on the command line; its knobs are."""
+  status, err = end(start([sys.executable, "launch/evaluate.py", "--config.batchsize=3"]))
+  assert status == 2 and len(err.splitlines()) == 1
+  assert "there is no knob 'batchsize'; did you mean --config.batch_size?" in err
+
+
 def test_a_config_file_that_is_not_there(tmp_path):
   for path in (tmp_path / "none.py", tmp_path):
     argv = ["command", f"--config={path}"]

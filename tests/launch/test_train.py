@@ -146,7 +146,7 @@ def test_sampling_is_seeded_and_continues_the_prompt(whole):
     (
       "train",
       ["--config={root}/configs/gpt2.py", "--workdir={tmp}", "--config.lerning_rate=1"],
-      'Did you mean "learning_rate"',
+      "did you mean --config.learning_rate?",
     ),
     ("train", ["--config={root}/configs/gpt3.py", "--workdir={tmp}"], "gpt3.py"),
     ("train", ["--workdir={tmp}"], "--config"),
