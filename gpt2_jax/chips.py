@@ -231,8 +231,8 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
   # An empty shape was not understood, or is not a size that Google offers.
   if chip is None or len(shape) != chip.dimensions:
     raise ValueError(
-      f"--topology={name} is not a topology: give a generation ({', '.join(TPUS)}) and a shape, "
-      f"v5e:8x8 or v5e-64 (v6e alike), v4:4x4x4 (v5p alike)"
+      f"--topology={name[:80]} is not a topology: give a generation ({', '.join(TPUS)}) and a "
+      f"shape, v5e:8x8 or v5e-64 (v6e alike), v4:4x4x4 (v5p alike)"
     )
   if slices < 1:
     raise ValueError(f"--slices={slices} is below 1")

@@ -67,7 +67,8 @@ class ModelConfig:
     choices = {"gelu": GELU, "remat": REMAT, "attention": KERNELS, "dtype": DTYPES}
     for name, allowed in choices.items():
       if getattr(self, name) not in allowed:
-        raise ValueError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(allowed)}")
+        value = str(getattr(self, name))[:80]
+        raise ValueError(f"{name} is {value!r}; it is one of {', '.join(allowed)}")
     for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
       rate = getattr(self, name)
       if not 0 <= rate < 1:

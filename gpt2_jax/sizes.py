@@ -32,5 +32,7 @@ def model_config(size: str) -> ModelConfig:
     names[name] = name
   if size not in names:
     near = difflib.get_close_matches(size, names, 1, cutoff=0)[0]
-    raise ValueError(f"unknown size {size!r}; did you mean {near!r}? Sizes are {', '.join(names)}")
+    raise ValueError(
+      f"unknown size {size[:80]!r}; did you mean {near!r}? Sizes are {', '.join(names)}"
+    )
   return SIZES[names[size]]

@@ -4,7 +4,6 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import signal
 
 import jax
@@ -15,16 +14,18 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from gpt2_jax.batch import Batch
+from gpt2_jax.files import user_path
 from gpt2_jax.finetune.trainable import merge, partition, trainable_mask
 from gpt2_jax.loss import NextToken, mean_loss, per_token
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.optimizer import adamw, schedule
 from gpt2_jax.runs import knobs
+from gpt2_jax.runs.limits import check_batch, check_memory, out_of_memory
 from gpt2_jax.runs.metrics import plot_losses
 from gpt2_jax.runs.setup import Setup, set_up
-from gpt2_jax.runs.validation import log_initial_loss, validate
+from gpt2_jax.runs.validation import log_initial_loss, save_if_sound, validate
 from gpt2_jax.runs.workdir import as_path
-from gpt2_jax.sharding import BATCH, ROWS, check_divides, make_mesh, platform
+from gpt2_jax.sharding import BATCH, ROWS, make_mesh, platform
 
 
 @jax.tree_util.register_dataclass
@@ -123,7 +124,11 @@ def train_step(
   def keep(trained, opt_state):
     return trained, opt_state
 
+  # A finite gradient can make an update that is not, at an absurd learning rate. The norm is one
+  # pass over what the update reads; no array of the update's size is kept for it.
+  updates, _ = optimizer.update(grads, state.opt_state, trained)
   is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  is_finite &= jnp.isfinite(optax.tree.norm(updates))
   trained, opt_state = jax.lax.cond(is_finite, apply_update, keep, trained, state.opt_state)
 
   # 3. Count skipped steps: in all (reported), and in a row (the loop gives up after max_skips).
@@ -191,21 +196,6 @@ def make_step(config: ConfigDict, model_config: ModelConfig, platform: str):
   return init, jax.jit(step, donate_argnums=0, compiler_options=COMPILER_OPTIONS.get(platform))
 
 
-def check_batch(config: ConfigDict):
-  """Raises ValueError unless every microbatch splits evenly over the mesh in force."""
-  if config.batch_size % config.microbatches:
-    raise ValueError(
-      f"batch_size of {config.batch_size} does not divide by microbatches of "
-      f"{config.microbatches}; set --config.microbatches to a divisor"
-    )
-  check_divides(
-    config.batch_size // config.microbatches,
-    "a microbatch (batch_size / microbatches)",
-    *ROWS,
-    way_out="change --config.batch_size, --config.microbatches or --config.mesh",
-  )
-
-
 def is_due(step: int, every: int, config: ConfigDict) -> bool:
   """Whether a multiple of `every`, or the end, fell into the call that ended with `step`."""
   return step == config.steps or step // every > (step - config.steps_per_call) // every
@@ -240,7 +230,7 @@ def train_loop(setup: Setup, jitted_step, objective) -> TrainState:
 
     # 3. Something needs this state: wait for the call, and evaluate.
     setup.log.read(*pending)
-    pending, val_loss = None, math.inf
+    pending = val_loss = None
     if evaluates:
       val_loss = validate(setup, state.model, objective, rows, step)
 
@@ -248,13 +238,15 @@ def train_loop(setup: Setup, jitted_step, objective) -> TrainState:
     signal_number = stop.received(signals)
     metrics.flush()
     setup.workdir.upload()
-    if saves or signal_number or val_loss < setup.checkpoints.best:
-      setup.checkpoints.save(step, state, setup.metadata, val_loss)
+    is_best = val_loss is not None and val_loss < setup.checkpoints.best
+    if saves or signal_number or is_best:
+      is_saved = save_if_sound(setup, step, state, objective, val_loss, bool(signal_number))
 
     # 5. Stop where a signal asked for it.
     if signal_number:
       name = signal.Signals(signal_number).name
-      metrics.say(f"{name}: stopped and saved at step {step}; the same command resumes from there")
+      done = "stopped and saved" if is_saved else "stopped"
+      metrics.say(f"{name}: {done} at step {step}; the same command resumes the run")
       break
     setup.log.start_clock()
   setup.profile.end(state)
@@ -270,22 +262,25 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
   """
   with contextlib.ExitStack() as resources:
     # 1. Refuse what can be refused before anything is done.
+    workdir = user_path(workdir)
     as_path(workdir)
-    knobs.check(config.to_dict())
+    knobs.check(config)
     resources.enter_context(jax.set_mesh(make_mesh(**config.mesh)))
     model_config = ModelConfig(**config.model)
     check_batch(config)
     init, jitted_step = make_step(config, model_config, platform())
     key = jax.random.split(jax.random.key(config.seed))[0]
     abstract_state = jax.eval_shape(init, key)
+    check_memory(config, model_config, abstract_state)
+    resources.enter_context(out_of_memory(config, model_config, abstract_state))
 
     # 2. Open the data and the workdir; resume, or start.
     setup = set_up(config, model_config, workdir, abstract_state, resources)
-    if setup.state is None:
-      setup = dataclasses.replace(setup, state=jax.jit(init)(key))
 
     # 3. Train. The picture is drawn once metrics and checkpoints are closed, whole.
     with setup.writers:
+      if setup.state is None:
+        setup = dataclasses.replace(setup, state=jax.jit(init)(key))
       state = train_loop(setup, jitted_step, NextToken())
     if setup.metrics.active:
       plot_losses(setup.workdir.path)

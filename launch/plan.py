@@ -10,7 +10,9 @@ It compiles the training step that launch/train.py runs with that config, with l
 All times are estimates.
 """
 
+import math
 import os
+import pathlib
 import sys
 
 if __name__ == "__main__":
@@ -27,7 +29,9 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from gpt2_jax import chips
+from gpt2_jax.files import local_path
 from gpt2_jax.plan import compiling, report, search
+from gpt2_jax.runs import knobs
 from launch import shell
 
 _LIST_PRICES = ", ".join(f"{name} {tpu.usd_per_chip_hour:.2f}" for name, tpu in chips.TPUS.items())
@@ -39,7 +43,11 @@ _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "v5e:8x8 or v5e-64 (v6e alike), v4:4x4x4 (v5p alike)."
 )
 _SLICES = flags.DEFINE_integer(
-  "slices", 1, "Slices of that topology, joined by the data-center network."
+  "slices",
+  1,
+  "Slices of that topology, joined by the data-center network.",
+  lower_bound=1,
+  upper_bound=4096,
 )
 _SEARCH = flags.DEFINE_bool(
   "search", False, "Try meshes, microbatches, remat and kernels; print the best as flags."
@@ -57,8 +65,16 @@ _OUT = flags.DEFINE_string("out", None, "A folder for plan.json and plan.png.")
 
 
 def main() -> None:
+  # 1. A compilation takes minutes: what can be known is said before.
   config = _CONFIG.value
+  knobs.check(config)
   topology = chips.parse_topology(_TOPOLOGY.value, _SLICES.value)
+  for flag in (_TOKENS, _PRICE):
+    if flag.value is not None and not 0 < flag.value < math.inf:
+      raise ValueError(f"--{flag.name}={flag.value} is not a finite number above 0")
+  out = None if _OUT.value is None else _writable_folder(_OUT.value)
+
+  # 2. Plan.
   if _SEARCH.value:
     plan = _search(config, topology)
     print(plan.table())
@@ -67,8 +83,19 @@ def main() -> None:
     plan = _plan(config, topology)
     print(plan.table())
 
-  if _OUT.value:
-    report.save(plan, _OUT.value)
+  if out is not None:
+    report.save(plan, str(out))
+
+
+def _writable_folder(flag: str) -> pathlib.Path:
+  """The folder of --out, which may not be there yet. Raises ValueError or OSError if it cannot."""
+  path = local_path(flag)
+  there = path.absolute()
+  while not there.exists():
+    there = there.parent
+  if not there.is_dir() or not os.access(there, os.W_OK):
+    raise OSError(f"--out={path} cannot be written: {there} is no folder that this user may write")
+  return path
 
 
 def _plan(config: ConfigDict, topology: chips.Topology) -> report.Plan:

@@ -20,7 +20,7 @@ from gpt2_jax.convert.pretrained import load_pretrained
 from gpt2_jax.data import TokenStore, encode_corpus
 from gpt2_jax.decoding import generate
 from gpt2_jax.loss import NextToken
-from gpt2_jax.runs.checkpoint import Checkpoints, load
+from gpt2_jax.runs.checkpoint import load
 from gpt2_jax.runs.validation import validation_loss
 from gpt2_jax.runs.workdir import lock
 from gpt2_jax.sharding import make_mesh
@@ -162,14 +162,89 @@ def test_a_damaged_checkpoint_is_quarantined_and_the_one_before_taken(
   assert lines(tmp_path) == lines(whole)
 
 
-def test_divergence_stops_the_run_and_leaves_the_last_checkpoint(data, tmp_path):
-  with pytest.raises(FloatingPointError, match=r"3 updates in a row were not finite"):
-    train.run(
-      config_for(data, learning_rate=1e30, max_skips=3, warmup_steps=10, clip_norm=1e30),
-      str(tmp_path),
-    )
-  Checkpoints(str(tmp_path)).close()
-  assert min(lines(tmp_path, "skips").values()) == 0
+def test_divergence_stops_the_run_in_one_line(data, tmp_path):
+  config = config_for(data, learning_rate=1e30, max_skips=3, warmup_steps=10, clip_norm=1e30)
+  with pytest.raises(FloatingPointError, match=r"3 updates in a row .*no checkpoint was saved"):
+    train.run(config, str(tmp_path))
+  assert list(lines(tmp_path, "skips").values()) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("rate", [1e38, 1e25, 1e8])
+def test_a_run_that_diverges_keeps_the_checkpoint_from_before(data, tmp_path, monkeypatch, rate):
+  """From step 12 on the rate is absurd: updates that are not finite, or a loss of 1e16. Each step
+  would be saved, and one checkpoint kept. The one that the line names is of the weights before."""
+
+  def jump(*_):
+    return lambda step: jax.numpy.where(step < 12, 1e-3, rate)
+
+  monkeypatch.setattr(train, "schedule", jump)
+  config = config_for(data, steps=40, save_every=1, keep=1, eval_every=100, max_skips=3)
+  with pytest.raises(FloatingPointError, match=r"3 updates in a row.*; checkpoint 12 is good;"):
+    train.run(config, str(tmp_path))
+  assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["12"]
+  with jax.set_mesh(make_mesh(8, 1, 1)):
+    model, _ = load(str(tmp_path))
+    store = TokenStore.open(str(data / "validation"))
+    assert validation_loss(model, NextToken(), store, 8, 0) < 2 * math.log(23)
+
+
+def test_a_last_step_that_is_broken_is_not_saved_and_the_run_fails(data, tmp_path):
+  """The rate is absurd from the first step on: there is no checkpoint, and the line says so."""
+  config = config_for(data, steps=5, learning_rate=1e38, warmup_steps=0, save_every=1, keep=2)
+  with pytest.raises(FloatingPointError, match=r"step 5: not saved.*no checkpoint was saved"):
+    train.run(config, str(tmp_path))
+  assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_validation_store_shorter_than_a_window_is_refused_at_the_start(data, tmp_path):
+  tokenizer = train_characters([TEXT])
+  encode_corpus(
+    [TEXT[:16]], tokenizer, str(tmp_path / "short"), {"made": "for a test"}, processes=1
+  )
+  config = config_for(data)
+  config.data.validation = str(tmp_path / "short")
+  with pytest.raises(ValueError, match=r"short has 16 tokens, one window needs n_ctx \+ 1 = 17"):
+    train.run(config, str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_refused_at_the_start(
+  data, tmp_path, monkeypatch
+):
+  usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+  with pytest.raises(OSError, match=r"a checkpoint takes .* MiB, and 0.0 are free in .*make room"):
+    train.run(config_for(data), str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+def test_paths_of_a_run_may_begin_with_the_home_folder(data, tmp_path, monkeypatch, capfd):
+  """And what the data and the flags come to is said at the start."""
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "data").symlink_to(data)
+  config = config_for(data, steps=2, warmup_steps=1, save_every=9, eval_every=9, profile_steps=1)
+  config.data.update(
+    train="~/data/train", validation="~/data/validation", tokenizer="~/data/characters.json"
+  )
+  train.run(config, "~/run")
+  assert (tmp_path / "run/checkpoints/2").is_dir()
+  said = capfd.readouterr().err
+  assert "data: 374 windows, 0.04 epochs in 2 steps; 43 of 43 validation windows are scored" in said
+  assert "profile_steps: no trace will be written" in said
+
+
+@pytest.mark.parametrize("workdir", ["", "  ", "~nouser/run", "a\0b"])
+def test_a_workdir_that_is_no_path_is_one_line(data, tmp_path, monkeypatch, workdir):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ValueError, match="path|user"):
+    train.run(config_for(data), workdir)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_config_file_may_not_give_another_type(tmp_path):
+  for config in (None, 5, "gpt2", ["steps"]):
+    with pytest.raises(ValueError, match="get_config gives a value of type .*, not a Config"):
+      train.run(config, str(tmp_path / "run"))
 
 
 def test_the_best_checkpoint_is_kept_besides_the_last(data, tmp_path):
@@ -234,6 +309,14 @@ def test_dropout_and_microbatches_train(data, tmp_path):
     ({"model.n_head": 3}, r"n_embd of 16 does not divide by n_head of 3"),
     ({"model.gelu": "relu"}, r"gelu is 'relu'; it is one of tanh, erf"),
     ({"data.train": "/nowhere"}, r"/nowhere"),
+    ({"data.train": ""}, r"data.train: a path is empty.*set --config.data.train"),
+    (
+      {"data.validation": "~nouser/x"},
+      r"data.validation: ~nouser/x: this machine has no such user",
+    ),
+    ({"data.train": "s3://a/b"}, r"s3://a/b is neither a local path nor gs://BUCKET/PATH"),
+    ({"batch_size": 10**8}, r"out of memory: an update needs at least"),
+    ({"model.n_embd": 2**31 - 1}, r"model.n_embd of 2147483647 is not at least 1"),
     ({"data.tokenizer": "gpt3"}, r"gpt3"),
   ],
 )

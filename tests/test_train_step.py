@@ -44,6 +44,21 @@ def step_once(state, tokens_BT, microbatches=1):
   )
 
 
+@pytest.mark.parametrize("rate", [1e38, 1e30])
+def test_an_update_that_is_not_finite_is_skipped(rate, mesh):
+  """Gradient and loss are finite: all of the state but the counts keeps its bits."""
+  optimizer = adamw(schedule(rate, 6, 0, 0.1), 0.9, 0.95, 0.1, 1.0)
+  with mesh(1, 1, 1):
+    state = init(jax.random.key(0), model_config=TINY)
+    step = jax.jit(
+      lambda state, tokens: train_step(state, Batch(tokens), NextToken(), optimizer=optimizer)
+    )
+    after, metrics = step(state, batch(0))
+  assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+  assert int(metrics["skips"]) == int(after.skipped_total) == 1
+  assert same((state.model, state.opt_state), (after.model, after.opt_state))
+
+
 def nats(model, tokens_BT):
   return mean_loss(NextToken(), model, Batch(tokens_BT))[0]
 

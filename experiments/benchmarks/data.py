@@ -133,8 +133,8 @@ def loop_round(state, call, store, clock: Clock, ahead: list[bool]):
       checkpoints=None,
       workdir=types.SimpleNamespace(upload=lambda: None),
       metrics=metrics,
-      log=TimedLog(clock, metrics, config, model),
-      profile=Profile(workdir, 0),
+      log=TimedLog(clock, metrics, config, model, None),
+      profile=Profile(workdir, 0, metrics.say),
       # SIGTERM ends it as it ends any script
       stop=types.SimpleNamespace(signals=lambda: 0, received=lambda largest: 0),
     )

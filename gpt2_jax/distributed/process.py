@@ -24,7 +24,7 @@ class Process:
     host, _, port = self.coordinator.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65535:
       raise ValueError(
-        f"--coordinator={self.coordinator} is not HOST:PORT with a port of 1 to 65534"
+        f"--coordinator={self.coordinator[:100]} is not HOST:PORT with a port of 1 to 65534"
       )
 
     if not 0 <= self.process_index < self.process_count:

@@ -13,7 +13,7 @@ import time
 import traceback
 
 from gpt2_jax.distributed.process import Process
-from gpt2_jax.files import first_line
+from gpt2_jax.files import first_line, parse_json, summarize
 
 # Exit status EX_TEMPFAIL: nothing is wrong with the run, start the same command again.
 EXIT_RETRY = 75
@@ -76,7 +76,7 @@ class Link:
 
     # The last line may be incomplete: it waits in the buffer for its rest.
     *lines, self.buffer = (self.buffer + data).split(b"\n")
-    messages = self.unread + list(map(json.loads, lines))
+    messages = self.unread + [parse_json(line, "a message") for line in lines]
     self.unread = []
     return messages
 
@@ -152,7 +152,7 @@ class ProcessGroup(threading.Thread):
 
     missing = [self.name_of(i) for i in range(len(self.names)) if i not in values]
     if missing:
-      self._end_run_and_wait(EXIT_RETRY, f"{', '.join(missing)} {late}")
+      self._end_run_and_wait(EXIT_RETRY, f"{summarize(missing)} {late}")
 
     del self.values[key]
     answer = [values[i] for i in range(len(self.names))]

@@ -16,7 +16,7 @@ from gpt2_jax.distributed.process_group import (
   Link,
   ProcessGroup,
 )
-from gpt2_jax.files import first_line, sha256
+from gpt2_jax.files import first_line, sha256, summarize
 
 
 def rendezvous(process_info: Process, seconds: int) -> ProcessGroup:
@@ -81,8 +81,8 @@ def _refuse(links, status: int, problem: str) -> None:
 
 
 def _who_is_missing(hosts: dict[int, str], process_count: int, seconds: int) -> str:
-  missing = ", ".join(str(i) for i in range(process_count) if i not in hosts)
-  here = ", ".join(f"{i} ({hosts[i]})" for i in sorted(hosts))
+  missing = summarize(i for i in range(process_count) if i not in hosts)
+  here = summarize(f"{i} ({hosts[i]})" for i in sorted(hosts))
   return (
     f"process {missing} did not arrive within {seconds} s; here are {here}; start all, then again"
   )

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import math
 import os
 import pathlib
 import re
@@ -33,6 +32,7 @@ from gpt2_jax.loss import NextToken, mean_loss
 from gpt2_jax.model import ModelConfig, check_mesh
 from gpt2_jax.plan import program
 from gpt2_jax.runs import knobs
+from gpt2_jax.runs.limits import check_batch, local_bytes
 from gpt2_jax.sharding import BATCH, concrete, make_mesh
 
 # A machine without TPUs: no metadata server to ask, no logs, several processes at once.
@@ -120,6 +120,7 @@ def compile_step(config: ConfigDict, topology: Topology) -> Compiled:
   on a mesh, batch or model that cannot be.
   """
   # 1. The same mesh and the same function as in training.
+  knobs.check(config)
   devices = open_topology(topology)
   mesh = make_mesh(**config.mesh, devices=devices)
   model_config = ModelConfig(**config.model)
@@ -128,8 +129,7 @@ def compile_step(config: ConfigDict, topology: Topology) -> Compiled:
   init, call = train.make_step(config, model_config, platform="tpu")
 
   with jax.set_mesh(mesh):
-    knobs.check(config.to_dict())
-    train.check_batch(config)
+    check_batch(config)
     check_mesh(model_config)
 
     # 2. Shapes with shardings in place of arrays: nothing is allocated.
@@ -190,17 +190,6 @@ def _kernels(parsed: program.Program) -> dict[str, int]:
   return cycles
 
 
-def _local_bytes(tree, mesh: Mesh) -> float:
-  """Bytes of a chip's shards of a tree of shapes."""
-  total = 0
-  for leaf in jax.tree.leaves(tree):
-    # A leaf without a sharding counts in full.
-    spec = leaf.sharding.spec if leaf.sharding else P()
-    shape = NamedSharding(mesh, spec).shard_shape(leaf.shape)
-    total += leaf.dtype.itemsize * math.prod(shape)
-  return total
-
-
 def _kept_for_backward(model, config: ConfigDict, mesh: Mesh) -> float:
   """Bytes of activations that a chip keeps for the backward pass of one microbatch.
 
@@ -222,7 +211,7 @@ def _kept_for_backward(model, config: ConfigDict, mesh: Mesh) -> float:
   for residual in jax.tree.leaves(pullback):
     if (residual.shape, residual.dtype) not in parameters:
       activations.append(residual)
-  return _local_bytes(activations, mesh)
+  return local_bytes(activations, mesh)
 
 
 def _hbm_by_class(memory, state, kept: float) -> dict[str, float]:
@@ -231,8 +220,8 @@ def _hbm_by_class(memory, state, kept: float) -> dict[str, float]:
   The compiler reports gradients and activations together, as temporaries.
   """
   mesh = jax.tree.leaves(state)[0].sharding.mesh
-  parameters = _local_bytes(state.model, mesh)
-  optimizer = _local_bytes(state.opt_state, mesh)
+  parameters = local_bytes(state.model, mesh)
+  optimizer = local_bytes(state.opt_state, mesh)
 
   # What JAX asks to keep is a bound: the compiler may compute some of it again.
   activations = min(kept, memory.temp_size_in_bytes)

@@ -11,6 +11,10 @@ import json
 import math
 import numbers
 
+from ml_collections.config_dict import RequiredValueError
+
+from gpt2_jax.files import user_path
+
 FLOAT32_MAX = 3.4028234e38
 
 
@@ -32,6 +36,8 @@ class Knob:
     if not self._is_of_type(value):
       name = "tuple of names" if self.type is tuple else self.type.__name__
       return f"is not of type {name}"
+    if self.type is str and len(value) > 1000:
+      return "is longer than 1,000 characters"
     if self.type not in (int, float):
       return None
     # Steps run in 32 bits: what is larger would be infinite there, or another number.
@@ -60,6 +66,8 @@ class Knob:
     high = f"{'below' if self.below_high else 'at most'} {self.high:g}"
     if self.high == 2**32 - 1:
       high = "below 2^32"
+    if self.high == 2**28:
+      high = "at most 2^28"
     bounds = []
     if self.low > -math.inf:
       bounds.append(low)
@@ -76,12 +84,17 @@ def _model(type: type, help: str, resumable: bool = False) -> Knob:
   return Knob(type, help, resumable=resumable)
 
 
+def _dimension(help: str) -> Knob:
+  """A size that arrays have four times at most: XLA counts in 32 bits."""
+  return Knob(int, help, 1, 2**28)
+
+
 KNOBS = {
   "seed": Knob(int, "of parameters, dropout and the order of the data", 0, 2**32 - 1),
   # The model, see ModelConfig, which says what each may be.
-  "model.n_vocab": _model(int, "tokens of the vocabulary: the tokenizer's"),
-  "model.n_ctx": _model(int, "context: tokens of a window"),
-  "model.n_embd": _model(int, "width"),
+  "model.n_vocab": _dimension("tokens of the vocabulary: the tokenizer's"),
+  "model.n_ctx": _dimension("context: tokens of a window"),
+  "model.n_embd": _dimension("width"),
   "model.n_head": _model(int, "attention heads; they divide the width"),
   "model.n_layer": _model(int, "blocks"),
   "model.use_bias": _model(bool, "biases in Linear and LayerNorm"),
@@ -130,16 +143,38 @@ def flatten(config: dict, prefix: str = "") -> dict:
   """Knobs by their dotted names."""
   items = {}
   for name, value in config.items():
-    if isinstance(value, dict):
+    if hasattr(value, "items"):
       items |= flatten(value, f"{prefix}{name}.")
     else:
       items[prefix + name] = value
   return items
 
 
-def check(config: dict) -> None:
-  """Raises ValueError on a knob that is unknown, missing, of another type or out of range."""
-  values = flatten(config)
+def data_paths(config) -> dict[str, str]:
+  """The knobs of `data`, with ~ expanded. Raises ValueError for an empty path, with its knob."""
+  paths = {}
+  for name, path in config["data"].items():
+    try:
+      paths[name] = user_path(path)
+    except ValueError as error:
+      raise ValueError(f"data.{name}: {error}; set --config.data.{name}") from error
+  return paths
+
+
+def check(config) -> None:
+  """Raises ValueError on a knob that is unknown, missing, of another type or out of range.
+
+  `config` is a dict or a ConfigDict; a config file may return anything.
+  """
+  if not hasattr(config, "items"):
+    raise ValueError(
+      f"get_config gives a value of type {type(config).__name__}, not a ConfigDict; "
+      f"begin with configs/gpt2.py"
+    )
+  try:
+    values = flatten(config)
+  except RequiredValueError as error:
+    raise ValueError("a required knob has no value; set it by --config.NAME=VALUE") from error
   for name in values:
     if name not in KNOBS:
       near = difflib.get_close_matches(name, KNOBS, 1, cutoff=0)[0]

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics of a run: metrics.jsonl, TensorBoard, a progress line, throughput, MFU, a loss curve."""
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+import gpt2_jax.distributed as distributed
 from gpt2_jax.chips import peak_flops
-from gpt2_jax.files import atomic_write
+from gpt2_jax.files import atomic_write, first_line, parse_json_object
 from gpt2_jax.model import ModelConfig
 
 
@@ -33,27 +36,124 @@ def mfu(config: ModelConfig, tokens_per_second: float) -> float | None:
   return peak and tokens_per_second * flops_per_token(config) / (peak * jax.device_count())
 
 
+def read_metrics(path: pathlib.Path) -> tuple[list[tuple[bytes, dict]], list[int]]:
+  """Reads a metrics.jsonl: each line as it stands and as an object, and the numbers of damaged
+  lines.
+
+  A last line without its end was torn off by a kill: it is neither.
+  """
+  *rows, _ = path.read_bytes().split(b"\n")
+  lines, damaged = [], []
+  for number, row in enumerate(rows, 1):
+    try:
+      line = parse_json_object(row, "a line")
+    except ValueError:
+      line = {}
+
+    # A bool is an int to Python, and no step.
+    if type(line.get("step")) is int:
+      lines.append((row + b"\n", line))
+    else:
+      damaged.append(number)
+  return lines, damaged
+
+
+def _points(lines: list[tuple[bytes, dict]], name: str) -> list[tuple[int, float]]:
+  """Step and value of each line that has a finite number under that name."""
+  points = []
+  for _, line in lines:
+    value = line.get(name)
+    if isinstance(value, float) and math.isfinite(value):
+      points.append((line["step"], value))
+  return points
+
+
+def damage(path: pathlib.Path, damaged: list[int]) -> str:
+  """One line about damaged lines, for a message."""
+  return f"{path}: {len(damaged):,} damaged lines are left out, the first is line {damaged[0]:,}"
+
+
+class TensorBoard:
+  """Writes scalars for TensorBoard, which is a convenience: at the first error it is given up.
+
+  tensorboardX's SummaryWriter has a thread and a queue. When a full disk ends the thread, the queue
+  fills, and who writes waits for ever. So its event file is written here, by the caller's thread.
+  """
+
+  FLUSH_SECONDS = 60
+
+  def __init__(self, folder: str, step: int, say: Callable[[str], None]):
+    # Imported here because the import sets an environment variable.
+    from tensorboardX import event_file_writer, proto
+
+    self.folder = folder
+    self.say = say
+    self.event = proto.event_pb2.Event
+    self.summary = proto.summary_pb2.Summary
+    self.file = None
+    self.flushed = time.monotonic()
+
+    # What an earlier run wrote after `step` is purged. The number of this process keeps the files
+    # of two runs that start within one second apart.
+    session = self.event(step=step + 1, wall_time=time.time(), file_version="brain.Event:2")
+    session.session_log.status = proto.event_pb2.SessionLog.START
+    with self._giving_up():
+      os.makedirs(folder, exist_ok=True)
+      self.file = event_file_writer.EventsWriter(
+        os.path.join(folder, "events"), filename_suffix=f".{os.getpid()}"
+      )
+      self.file.write_event(session)
+      self.file.flush()
+
+  @contextlib.contextmanager
+  def _giving_up(self):
+    try:
+      yield
+    except OSError as error:
+      self.file = None
+      self.say(f"TensorBoard in {self.folder} is given up ({first_line(error)}); the run goes on")
+
+  def write(self, step: int, values: dict):
+    """Writes numbers of one step."""
+    with self._giving_up():
+      for name, value in values.items():
+        if self.file is None:
+          return
+        scalar = self.summary.Value(tag=name, simple_value=value)
+        summary = self.summary(value=[scalar])
+        self.file.write_event(self.event(step=step, wall_time=time.time(), summary=summary))
+      if time.monotonic() > self.flushed + self.FLUSH_SECONDS:
+        self.flush()
+
+  def flush(self):
+    if self.file is not None:
+      self.flushed = time.monotonic()
+      with self._giving_up():
+        self.file.flush()
+
+  def close(self):
+    if self.file is not None:
+      with self._giving_up():
+        self.file.close()
+
+
 class Metrics:
   """Appends to `workdir`/metrics.jsonl and TensorBoard; does nothing on processes other than 0.
 
   A run that resumes from checkpoint `step` drops the lines after it: they will be written again,
-  the same.
+  the same. Raises OSError where metrics.jsonl cannot be written.
   """
 
   def __init__(self, workdir: str, step: int, steps: int):
-    self.active = jax.process_index() == 0
+    self.active = distributed.is_primary()
     if not self.active:
       return
 
     # Line-buffered: a kill must not lose what was written.
     self.path = pathlib.Path(workdir) / "metrics.jsonl"
-    self._drop_after(step)
-    self.file = self.path.open("a", buffering=1)
-
-    # Imported here because the import sets an environment variable.
-    from tensorboardX import SummaryWriter
-
-    self.board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=step + 1)
+    with self._disk():
+      damaged = self._drop_after(step)
+      self.file = self.path.open("a", buffering=1)
 
     # A log file gets a line each half minute, not ten a second.
     interval = 0.1 if sys.stderr.isatty() else 30.0
@@ -65,19 +165,27 @@ class Metrics:
       mininterval=interval,
       smoothing=0.1,
     )
+    if damaged:
+      self.say(damage(self.path, damaged))
+    self.board = TensorBoard(os.path.join(workdir, "tensorboard"), step, self.say)
 
-  def _drop_after(self, step: int):
-    """Keeps the whole lines up to `step`; a line that a kill tore off is not whole."""
-    lines = self.path.read_text().splitlines() if self.path.exists() else []
-    kept = []
-    for line in lines:
-      try:
-        if json.loads(line)["step"] <= step:
-          kept.append(line + "\n")
-      except ValueError:
-        continue
+  @contextlib.contextmanager
+  def _disk(self):
+    try:
+      yield
+    except OSError as error:
+      raise OSError(
+        f"{self.path} cannot be written ({first_line(error)}); make room and start again, "
+        f"the run resumes from its newest checkpoint"
+      ) from error
+
+  def _drop_after(self, step: int) -> list[int]:
+    """Keeps the whole lines up to `step`. Returns the numbers of the damaged ones."""
+    lines, damaged = read_metrics(self.path) if self.path.exists() else ([], [])
+    kept = [row for row, line in lines if line["step"] <= step]
     with atomic_write(self.path, overwrite=True) as partial:
-      partial.write_text("".join(kept))
+      partial.write_bytes(b"".join(kept))
+    return damaged
 
   def write(self, step: int, **values):
     """Writes one line; None is left out, and numbers that are not finite become null."""
@@ -90,22 +198,25 @@ class Metrics:
     for name, value in values.items():
       is_finite = not isinstance(value, float) or math.isfinite(value)
       line[name] = value if is_finite else None
-    self.file.write(json.dumps(line) + "\n")
-    for name, value in values.items():
-      self.board.add_scalar(name, value, step)
+    with self._disk():
+      self.file.write(json.dumps(line) + "\n")
+    self.board.write(step, values)
 
   def show(self, step: int, **values):
     """Moves the progress line to `step`."""
     if not self.active:
       return
     texts = {name: f"{value:.4g}" for name, value in values.items() if value is not None}
-    self.bar.set_postfix(texts, refresh=False)
-    self.bar.update(step - self.bar.n)
+    # A terminal that is gone, or a log file on a full disk, ends no run.
+    with contextlib.suppress(OSError):
+      self.bar.set_postfix(texts, refresh=False)
+      self.bar.update(step - self.bar.n)
 
   def say(self, text: str):
     """Prints a line of its own, above the progress line."""
     if self.active:
-      self.bar.write(text, file=sys.stderr)
+      with contextlib.suppress(OSError):
+        self.bar.write(text, file=sys.stderr)
 
   def flush(self):
     """Flushes TensorBoard's file; metrics.jsonl is written line by line."""
@@ -113,23 +224,29 @@ class Metrics:
       self.board.flush()
 
   def close(self):
-    if self.active:
+    if not self.active:
+      return
+    with contextlib.suppress(OSError):
       self.bar.close()
+    self.board.close()
+    with self._disk():
       self.file.close()
-      self.board.close()
 
 
 class Log:
   """Reads the metrics of finished calls, writes every `log_every`-th step, moves the progress line.
 
-  A call is one dispatch of `steps_per_call` steps; their metrics come stacked.
+  A call is one dispatch of `steps_per_call` steps; their metrics come stacked. `checkpoints` are
+  those that a run which diverged can be told to resume from.
   """
 
-  def __init__(self, metrics: Metrics, config: ConfigDict, model_config: ModelConfig):
+  def __init__(self, metrics: Metrics, config: ConfigDict, model_config: ModelConfig, checkpoints):
     self.metrics = metrics
     self.config = config
     self.model_config = model_config
+    self.checkpoints = checkpoints
     self.last_time: float | None = None
+    self.skips = 0  # updates that were skipped in a row, up to the last step that was read
 
   def start_clock(self):
     """Starts the step time anew: evaluation and saving, which came before, do not count."""
@@ -156,18 +273,17 @@ class Log:
     # 2. Write the steps that are due, and every skipped one, for it explains what follows.
     for i, step in enumerate(range(last - count + 1, last + 1)):
       values = {name: array[i].item() for name, array in stacked.items()}
-      skips = values["skips"]
+      skips = self.skips = values["skips"]
       if step % self.config.log_every == 0 or skips:
         self.metrics.write(step, **values, **throughput)
       if skips:
         self.metrics.say(
-          f"step {step}: loss or gradient is not finite, update skipped ({skips} in a row)"
+          f"step {step}: loss, gradient or update is not finite, update skipped ({skips} in a row)"
         )
       if skips >= self.config.max_skips:
         raise FloatingPointError(
-          f"step {step}: {skips} updates in a row were not finite (max_skips); the last "
-          f"checkpoint is good: lower --config.learning_rate in a new --workdir, or look at the "
-          f"data of these steps"
+          f"step {step}: {skips} updates in a row were not finite (max_skips); {self.last_good()}; "
+          f"lower --config.learning_rate in a new --workdir, or look at the data of these steps"
         )
 
     # 3. The progress line shows the last of them.
@@ -175,16 +291,22 @@ class Log:
       last, loss=stacked["loss"][-1], **{"tok/s": tokens_per_second, "mfu": throughput["mfu"]}
     )
 
+  def last_good(self) -> str:
+    """The newest checkpoint, for a message; none is ever saved of a state that is not finite."""
+    steps = self.checkpoints.steps()
+    return f"checkpoint {steps[0]} is good" if steps else "no checkpoint was saved before"
+
 
 class Profile:
   """A JAX profiler trace of `count` steps under `workdir`/profile, from the third call on.
 
-  By then all is compiled.
+  By then all is compiled. A trace that cannot be written is given up, with one line.
   """
 
-  def __init__(self, workdir: str, count: int):
+  def __init__(self, workdir: str, count: int, say: Callable[[str], None]):
     self.path = os.path.join(workdir, "profile")
     self.count = count
+    self.say = say
     self.calls = 0
     self.first_step: int | None = None  # of the trace under way
 
@@ -194,38 +316,53 @@ class Profile:
     if self.count and self.calls == 3:
       # without the steps that were dispatched before
       jax.block_until_ready(state)
-      jax.profiler.start_trace(self.path)
-      self.first_step = step
+      with self._giving_up():
+        jax.profiler.start_trace(self.path)
+        self.first_step = step
     elif self.first_step is not None and step >= self.first_step + self.count:
       self.end(state)
 
   def end(self, state):
     """Ends the trace if one is running; there is one a run."""
     if self.first_step is not None:
-      jax.block_until_ready(state)
-      jax.profiler.stop_trace()
       self.count = 0
       self.first_step = None
+      jax.block_until_ready(state)
+      with self._giving_up():
+        jax.profiler.stop_trace()
+
+  @contextlib.contextmanager
+  def _giving_up(self):
+    try:
+      yield
+    # JAX's profiler raises RuntimeError where it cannot write.
+    except (OSError, RuntimeError) as error:
+      self.say(f"the trace in {self.path} is given up ({first_line(error)}); the run goes on")
 
 
 def plot_losses(workdir: str) -> str:
-  """Plots the loss curve: training and validation loss against the step. Returns the PNG's path."""
+  """Plots the loss curve: training and validation loss against the step. Returns the PNG's path.
+
+  Steps whose loss is not finite, and damaged lines, are left out.
+  """
   # Figure and canvas, not pyplot: it keeps global state, and looks for a display.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
   folder = pathlib.Path(workdir)
-  lines = list(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()))
+  lines, _ = read_metrics(folder / "metrics.jsonl")
 
   figure = Figure(figsize=(8, 5), layout="constrained")
   axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token", title=folder.name)
   for name, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
-    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    points = _points(lines, name)
     if points:
       axes.plot(*zip(*points, strict=True), style, label=f"{label}, last {points[-1][1]:.3f}")
-  axes.legend()
+  if axes.lines:
+    axes.legend()
   axes.grid(alpha=0.3)
 
-  path = os.path.join(workdir, "loss.png")
-  FigureCanvasAgg(figure).print_png(path)
-  return path
+  path = folder / "loss.png"
+  with atomic_write(path, overwrite=True) as partial:
+    FigureCanvasAgg(figure).print_png(partial)
+  return str(path)

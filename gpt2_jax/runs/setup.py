@@ -9,13 +9,15 @@ from ml_collections import ConfigDict
 
 import gpt2_jax.distributed as distributed
 from gpt2_jax.data import Batches, TokenStore
-from gpt2_jax.data.batches import BatchSource
+from gpt2_jax.data.batches import BatchSource, count_windows
 from gpt2_jax.data.stores import open_stores
 from gpt2_jax.model import ModelConfig
+from gpt2_jax.runs.knobs import data_paths
+from gpt2_jax.runs.limits import check_disk
 from gpt2_jax.runs.metadata import run_identity, run_metadata
 from gpt2_jax.runs.metrics import Log, Metrics, Profile
 from gpt2_jax.runs.signals import StopSignal
-from gpt2_jax.runs.workdir import Workdir, lock
+from gpt2_jax.runs.workdir import Workdir, exists, is_remote, lock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,28 +50,30 @@ def set_up(
   # Orbax takes seconds to import, so only a run does.
   from gpt2_jax.runs.checkpoint import Checkpoints
 
-  # 1. From here on SIGTERM asks for a save. All processes must see the same data.
-  stop = resources.enter_context(StopSignal(jax.sharding.get_mesh()))
-  train, validation, tokenizer = open_stores(**config.data, n_vocab=model_config.n_vocab)
+  # 1. All processes must see the same data.
+  train, validation, tokenizer = open_data(config, model_config)
   batches = Batches(train, model_config.n_ctx, config.batch_size, config.seed)
   metadata = run_metadata(config, train, validation, tokenizer)
   distributed.check_same("config", {"workdir": workdir} | run_identity(metadata))
 
   # 2. Resume.
+  check_disk(workdir, abstract_state)
   resources.enter_context(lock(workdir))
   checkpoints = Checkpoints(workdir, config.keep)
   state, first_step = checkpoints.restore_latest(abstract_state, metadata) or (None, 0)
 
-  # 3. Where the run writes. Metrics are closed before checkpoints, which wait for a save.
+  # 3. Where the run writes. From here on SIGTERM asks for a save: before, it ends at once. Metrics
+  #    are closed before checkpoints, which wait for a save.
+  stop = resources.enter_context(StopSignal(jax.sharding.get_mesh()))
   folder = resources.enter_context(Workdir(workdir))
   writers = resources.enter_context(contextlib.ExitStack())
   writers.callback(checkpoints.close)
   metrics = Metrics(folder.path, first_step, config.steps)
   writers.callback(metrics.close)
-  profile = Profile(folder.path, config.profile_steps)
+  profile = Profile(folder.path, config.profile_steps, metrics.say)
   writers.callback(profile.end, ())  # where an error ends the loop
-  log_start(metrics, first_step, config.steps)
-  log = Log(metrics, config, model_config)
+  log_start(metrics, first_step, config)
+  log_data(metrics, config, batches.n_windows, count_windows(validation, batches.n_ctx))
   return Setup(
     config=config,
     state=state,
@@ -80,21 +84,60 @@ def set_up(
     checkpoints=checkpoints,
     workdir=folder,
     metrics=metrics,
-    log=log,
+    log=Log(metrics, config, model_config, checkpoints),
     profile=profile,
     stop=stop,
     writers=writers,
   )
 
 
-def log_start(metrics: Metrics, first_step: int, steps: int):
+def open_data(config: ConfigDict, model_config: ModelConfig):
+  """Opens the training and the validation store, and loads the tokenizer, as `open_stores` does.
+
+  Raises ValueError or OSError where one cannot be.
+  """
+  # TensorStore would try for minutes to reach a bucket that is not there.
+  paths = data_paths(config)
+  for path in paths.values():
+    if is_remote(path):
+      exists(path)
+  train, validation, tokenizer = open_stores(**paths, n_vocab=model_config.n_vocab)
+
+  # Raises where there is no window, which an evaluation would find after hours.
+  for store in (train, validation):
+    count_windows(store, model_config.n_ctx)
+  return train, validation, tokenizer
+
+
+def log_start(metrics: Metrics, first_step: int, config: ConfigDict):
   """Says where the run computes, and from which step it resumes."""
   mesh, processes, devices = jax.sharding.get_mesh(), jax.process_count(), jax.local_device_count()
   metrics.say(
     f"{processes} process{'es' * (processes > 1)} x {devices} device{'s' * (devices > 1)} "
     f"({jax.devices()[0].device_kind}), mesh {tuple(mesh.shape.values())}"
   )
-  if first_step >= steps:
+  if first_step >= config.steps:
     metrics.say(f"all {first_step} steps were done before")
   elif first_step:
     metrics.say(f"resumed from step {first_step}")
+
+  # A trace starts with the third call.
+  calls = -(-(config.steps - first_step) // config.steps_per_call)
+  if config.profile_steps and calls < 3:
+    metrics.say(
+      f"profile_steps: no trace will be written, it begins with the third call and {calls} are left"
+    )
+
+
+def log_data(metrics: Metrics, config: ConfigDict, windows: int, validation_windows: int):
+  """Says how much data there is, and how often it is seen."""
+  epochs = config.steps * config.batch_size / windows
+  scored = min(config.eval_windows or validation_windows, validation_windows)
+  metrics.say(
+    f"data: {windows:,} windows, {epochs:,.2f} epochs in {config.steps:,} steps; "
+    f"{scored:,} of {validation_windows:,} validation windows are scored"
+  )
+  if config.batch_size > windows:
+    metrics.say(
+      f"a batch of {config.batch_size:,} holds every one of {windows:,} windows more than once"
+    )

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preemption and Ctrl-C: SIGTERM or SIGINT on any process stops the run after a saved step."""
 
+import contextlib
 import os
 import signal
+import threading
 
 import jax
 from jax.sharding import Mesh
@@ -13,7 +15,11 @@ import gpt2_jax.distributed as distributed
 class StopSignal:
   """SIGTERM or SIGINT, to any process, asks for an end: the step is finished and saved.
 
-  A second one ends the process at once. Use it as a context.
+  A second one ends the process at once. Use it as a context, on the main thread.
+
+  Python runs a signal's handler on the main thread, and only once that is back in Python: not while
+  XLA compiles, or a read waits for a disk. So a thread of its own hears of signals through a pipe,
+  which Python's C code writes to at once.
   """
 
   def __init__(self, mesh: Mesh):
@@ -34,17 +40,44 @@ class StopSignal:
 
   def __enter__(self):
     self.number = 0
+    self.reader, self.writer = os.pipe()
+    os.set_blocking(self.writer, False)
+    self.thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+    self.thread.start()
+
+    # The handlers do nothing: that they are Python's is what makes it write into the pipe.
+    self.pipe_before = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
     self.before = {}
     for number in (signal.SIGTERM, signal.SIGINT):
-      self.before[number] = signal.signal(number, self._receive)
+      self.before[number] = signal.signal(number, lambda number, frame: None)
     return self
 
-  def _receive(self, number, frame):
-    if self.number:
-      os._exit(128 + number)
-    os.write(2, b"\nfinishing the step, then saving; a second signal ends at once\n")
-    self.number = number
+  def _listen(self):
+    """Reads the numbers of signals from the pipe, until its end."""
+    while numbers := os.read(self.reader, 1):
+      number = numbers[0]
+      if number not in (signal.SIGTERM, signal.SIGINT):
+        continue
+      name = signal.Signals(number).name
+      if self.number:
+        _tell(f"{name} again: ended at once, the last checkpoint is whole")
+        os._exit(128 + number)
+      self.number = number
+      _tell(
+        f"{name}: finishing what is under way (a step, an evaluation, a compilation), then saving; "
+        f"a second signal ends at once"
+      )
 
   def __exit__(self, *_):
     for number, handler in self.before.items():
       signal.signal(number, handler)
+    signal.set_wakeup_fd(self.pipe_before)
+    os.close(self.writer)
+    self.thread.join()
+    os.close(self.reader)
+
+
+def _tell(text: str):
+  # Past sys.stderr, whose lock the main thread may hold; and whatever stderr is, the signal counts.
+  with contextlib.suppress(OSError):
+    os.write(2, f"\n{text}\n".encode())

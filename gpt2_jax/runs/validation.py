@@ -16,6 +16,9 @@ from gpt2_jax.runs.metrics import Metrics
 from gpt2_jax.runs.setup import Setup
 from gpt2_jax.sharding import BATCH
 
+# A model that knows nothing has a loss of ln V. One that diverged may have 1e16, which is finite.
+ABSURD = 100
+
 
 @jax.jit
 def evaluation_sums(model: GPT2, batch: Batch, objective):
@@ -43,6 +46,39 @@ def validate(setup: Setup, model: GPT2, objective, rows: int, step: int) -> floa
   setup.metrics.write(step, val_loss=val_loss)
   setup.metrics.say(f"step {step}: validation {val_loss:.4f} nats a token")
   return val_loss
+
+
+def save_if_sound(
+  setup: Setup, step: int, state, objective, val_loss: float | None, in_a_hurry: bool
+) -> bool:
+  """Saves a checkpoint, unless the state is broken: it would push out one that is whole.
+
+  A state is broken after an update that was skipped, and where its validation loss is not finite or
+  absurd. Where `val_loss` is None, the loss over one batch of windows tells, unless the run is
+  `in_a_hurry`: that may have to be compiled. Returns whether it was saved. Raises
+  FloatingPointError if the state is the run's last, and broken.
+  """
+  # 1. Is the state broken?
+  loss = val_loss
+  if loss is None and not in_a_hurry:
+    rows = setup.config.batch_size // setup.config.microbatches
+    loss = validation_loss(state.model, objective, setup.validation, rows, rows)
+  problem = None
+  if setup.log.skips:
+    problem = f"the last {setup.log.skips} updates were not finite"
+  elif loss is not None and not loss < ABSURD * math.log(state.model.config.n_vocab):
+    problem = f"its validation loss is {loss:.3g} nats a token"
+
+  # 2. Save, or say why not.
+  if problem is None:
+    val_loss = math.inf if val_loss is None else val_loss
+    setup.checkpoints.save(step, state, setup.metadata, val_loss)
+    return True
+  line = f"step {step}: not saved, for {problem}; {setup.log.last_good()}"
+  if step == setup.config.steps:
+    raise FloatingPointError(f"{line}; lower --config.learning_rate in a new --workdir")
+  setup.metrics.say(line)
+  return False
 
 
 @jax.jit

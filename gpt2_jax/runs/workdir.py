@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import functools
 import importlib.util
+import logging
 import os
 import pathlib
 import re
@@ -20,7 +21,7 @@ import typing
 import uuid
 
 import gpt2_jax.distributed as distributed
-from gpt2_jax.files import first_line
+from gpt2_jax.files import first_line, summarize
 
 if typing.TYPE_CHECKING:
   from etils import epath
@@ -35,11 +36,13 @@ def as_path(path: str) -> "epath.Path":
 
   Raises ValueError for another scheme, ImportError if gcsfs is missing.
   """
-  if not str(path):
+  if not str(path).strip():
     raise ValueError("the path is empty; give a folder, or gs://BUCKET/PATH")
   if is_remote(path):
     if not re.match("gs://[^/]", path):
-      raise ValueError(f"{path} is neither a local path nor gs://BUCKET/PATH; take one of these")
+      raise ValueError(
+        f"{path[:200]} is neither a local path nor gs://BUCKET/PATH; take one of these"
+      )
     if importlib.util.find_spec("gcsfs") is None:
       raise ImportError("gs:// needs gcsfs: pip install '.[gcs]'")
     _choose_gcs_client()
@@ -67,6 +70,9 @@ def _choose_gcs_client() -> None:
   # imported, which fsspec does at the first gs:// path.
   os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
   import fsspec
+
+  # What it logs as an error, it raises, too: it would be told twice, with a traceback.
+  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
   # No cache of listings: other hosts and TensorStore write, too.
   fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
@@ -188,7 +194,7 @@ def lock(workdir: str):
     blind = [str(process) for process, sees in enumerate(all_see) if not sees]
     if blind:
       raise ValueError(
-        f"process {', '.join(blind)} does not see in {workdir} what process 0 wrote there; "
+        f"process {summarize(blind)} does not see in {workdir} what process 0 wrote there; "
         f"give a --workdir on a filesystem that all hosts share, or on gs://"
       )
     yield

@@ -152,6 +152,12 @@ def test_who_misses_the_rendezvous_is_named_by_all_who_did_not():
     ) and ", 2 (" in str(end)
 
 
+def test_a_line_about_many_processes_has_a_length():
+  (end,) = rendezvous_of(distributed.Process(f"localhost:{free_port()}", 2000, 0), seconds=1)
+  assert "process 1, 2, 3, 4, 5, 6, 7, 8, and 1,991 more did not arrive" in str(end)
+  assert len(str(end)) < 400
+
+
 def test_a_process_0_that_does_not_answer_is_named():
   address = f"localhost:{free_port()}"
   (end,) = rendezvous_of(distributed.Process(address, 2, 1), seconds=1)
@@ -193,7 +199,19 @@ def test_other_code_is_refused_with_the_difference(monkeypatch):
     assert isinstance(end, ValueError) and any(line in str(end) for line in lines)
 
 
-def test_a_stranger_that_connects_is_no_process():
+@pytest.mark.parametrize(
+  "message",
+  [
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"[" * 100_000 + b"\n",
+    b"5\n",
+    b'{"a": 1}\n',
+    b'["hello", []]\n',
+    b"\xff\n",
+  ],
+  ids=["http", "deep JSON", "a number", "an object", "a list", "no text"],
+)
+def test_a_stranger_that_connects_is_no_process(message):
   port, ends = free_port(), []
   address = f"localhost:{port}"
   first = threading.Thread(
@@ -206,7 +224,7 @@ def test_a_stranger_that_connects_is_no_process():
       contextlib.suppress(OSError),
       socket.create_connection(("localhost", port + 1), timeout=1) as stranger,
     ):
-      stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+      stranger.sendall(message)
       connected = True
   ends.append(rendezvous.rendezvous(distributed.Process(address, 2, 1), 20))
   first.join(20)

@@ -52,6 +52,15 @@ def test_a_search_reports_each_candidate_and_prints_the_best_as_flags(tmp_path):
       "does not divide by the replica x data axes of 4",
     ),
     ([], "--topology"),
+    (["--topology=v5e:2x2", "--tokens=nan"], "--tokens=nan is not a finite number above 0"),
+    (["--topology=v5e:2x2", "--usd_per_chip_hour=-1"], "is not a finite number above 0"),
+    (["--topology=v5e:2x2", "--out="], "a path is empty"),
+    (["--topology=v5e:2x2", "--out=gs://bucket/plan"], "is a URL, and only a local path will do"),
+    (["--topology=v5e:2x2", "--out=/dev/null/plan"], "--out=/dev/null/plan cannot be written"),
+    (
+      ["--topology=v5e:2x2", "--search", "--config.batch_size=0"],
+      "batch_size of 0 is not at least 1",
+    ),
   ],
 )
 def test_bad_input_is_one_line_and_a_status(flags, message):

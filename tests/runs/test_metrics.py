@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
 import json
+import resource
+import threading
+import warnings
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from gpt2_jax import distributed
 from gpt2_jax.batch import Batch
 from gpt2_jax.loss import NextToken, mean_loss
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.runs import metrics as metrics_lib
-from gpt2_jax.runs.metrics import Metrics, flops_per_token, mfu
+from gpt2_jax.runs.metrics import Metrics, TensorBoard, flops_per_token, mfu, plot_losses
 from gpt2_jax.sizes import SIZES
 
 
@@ -98,10 +103,97 @@ def test_say_and_show_go_to_the_terminal_not_to_the_file(tmp_path, capsys):
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):
-  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  monkeypatch.setattr(distributed, "is_primary", lambda: False)
   metrics = Metrics(str(tmp_path), 0, 10)
   metrics.write(1, loss=1.0)
   metrics.show(1, loss=1.0)
   metrics.say("nothing")
   metrics.close()
   assert not list(tmp_path.iterdir())
+
+
+DAMAGED = [
+  b"5",
+  b"[1, 2]",
+  b'{"loss": 1.0}',
+  b'{"step": "2", "loss": 1.0}',
+  b'{"step": true}',
+  b'{"step": 2, "loss": "\xff\xfe"}',
+  b"[" * 100_000,
+  b'{"step": 2, "loss": 1.\x00}',
+]
+
+
+@pytest.mark.parametrize("row", DAMAGED)
+def test_a_damaged_line_costs_that_line_and_is_said(tmp_path, capsys, row):
+  """The other lines stay as they are, byte for byte: for the next run, and for the picture."""
+  first, last = b'{"loss":  4.0, "step": 1}\n', b'{"step": 3, "loss": 3.0}\n'
+  (tmp_path / "metrics.jsonl").write_bytes(first + row + b"\n" + last)
+  assert plot_losses(str(tmp_path))
+  Metrics(str(tmp_path), 3, 10).close()
+  assert (tmp_path / "metrics.jsonl").read_bytes() == first + last
+  said = capsys.readouterr().err
+  assert "metrics.jsonl: 1 damaged lines are left out, the first is line 2" in said
+
+
+def test_a_run_that_is_nothing_but_nan_has_a_picture_without_a_warning(tmp_path):
+  rows = ['{"step": 1, "loss": null}', '{"step": 2, "loss": NaN}', '{"step": 3, "loss": "x"}']
+  (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    plot_losses(str(tmp_path))
+  assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@contextlib.contextmanager
+def largest_file(nbytes: int):
+  """A disk on which no file can be larger; Python raises OSError as on a full one."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_tensorboard_on_a_full_disk_is_given_up_once_and_starts_no_thread(tmp_path):
+  """The queue of a writer that is dead must never fill: there is none."""
+  said, threads = [], threading.active_count()
+  with largest_file(2000):
+    board = TensorBoard(str(tmp_path / "tensorboard"), 0, said.append)
+    for step in range(1000):
+      board.write(step, {"loss": 1.0, "grad_norm": float("nan")})
+      board.flush()
+    board.close()
+  assert len(said) == 1 and "File too large" in said[0] and "the run goes on" in said[0]
+  assert threading.active_count() == threads
+
+
+def test_tensorboard_reads_back_what_was_written(tmp_path):
+  from tensorboardX.proto.event_pb2 import Event
+
+  board = TensorBoard(str(tmp_path), 4, print)
+  board.write(5, {"loss": 2.5})
+  board.close()
+  (file,) = tmp_path.iterdir()
+  content, events = file.read_bytes(), []
+  while content:  # a record: length, its checksum, the event, its checksum
+    length = int.from_bytes(content[:8], "little")
+    events.append(Event.FromString(content[12 : 12 + length]))
+    content = content[16 + length :]
+  assert events[0].file_version == "brain.Event:2"
+  assert events[1].session_log.status == 1 and events[1].step == 5  # START: purges from there on
+  (value,) = events[2].summary.value
+  assert (events[2].step, value.tag, value.simple_value) == (5, "loss", 2.5)
+
+
+def test_metrics_on_a_full_disk_end_the_run_in_one_line_and_keep_the_lines(tmp_path):
+  metrics = Metrics(str(tmp_path), 0, 10**6)
+  with (
+    largest_file(4000),
+    pytest.raises(OSError, match=r"metrics.jsonl cannot be written .*File too large.*make room"),
+  ):
+    for step in range(1, 1000):
+      metrics.write(step, loss=1.0)
+  metrics.close()
+  assert [line["step"] for line in lines(tmp_path)] == list(range(1, step + 1))

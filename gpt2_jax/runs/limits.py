@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be known at the start of a run: batch and mesh, memory, room on the disk.
+
+Estimates are lower bounds: what they refuse cannot run, and what they let pass may still run out.
+"""
+
+import contextlib
+import math
+import os
+import pathlib
+import shutil
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+import gpt2_jax.distributed as distributed
+from gpt2_jax.chips import GIB
+from gpt2_jax.files import first_line
+from gpt2_jax.model import ModelConfig
+from gpt2_jax.runs.workdir import is_remote
+from gpt2_jax.sharding import ROWS, axis_size, check_divides, concrete
+
+# How a run comes to need less memory.
+LESS_MEMORY = (
+  "lower --config.batch_size or .steps_per_call, raise --config.microbatches, set "
+  "--config.model.remat=full, or split more with --config.mesh.data or .model"
+)
+
+
+def check_batch(config: ConfigDict) -> None:
+  """Raises ValueError unless every microbatch splits evenly over the mesh in force."""
+  if config.batch_size % config.microbatches:
+    raise ValueError(
+      f"batch_size of {config.batch_size} does not divide by microbatches of "
+      f"{config.microbatches}; set --config.microbatches to a divisor"
+    )
+  check_divides(
+    config.batch_size // config.microbatches,
+    "a microbatch (batch_size / microbatches)",
+    *ROWS,
+    way_out="change --config.batch_size, --config.microbatches or --config.mesh",
+  )
+
+
+def local_bytes(tree, mesh: Mesh) -> int:
+  """Bytes of a device's shards of a tree of shapes."""
+  total = 0
+  for leaf in jax.tree.leaves(tree):
+    # A leaf without a sharding counts in full.
+    spec = leaf.sharding.spec if leaf.sharding else P()
+    shape = NamedSharding(mesh, spec).shard_shape(leaf.shape)
+    total += leaf.dtype.itemsize * math.prod(shape)
+  return total
+
+
+def memory_needs(config: ConfigDict, model_config: ModelConfig, abstract_state) -> dict[str, int]:
+  """Bytes that an update needs at least on each device, by what they hold; on the mesh in force."""
+  mesh = jax.sharding.get_mesh()
+  state = concrete(abstract_state, mesh)
+  item = jax.numpy.dtype(model_config.dtype).itemsize
+
+  # Of one microbatch the backward pass keeps each layer's input and the logits, whatever remat is.
+  rows = config.batch_size // axis_size(*ROWS)
+  tokens = rows // config.microbatches * model_config.n_ctx
+  logits = tokens * model_config.padded_vocab // axis_size("model") * item
+  layers = tokens * model_config.n_embd * model_config.n_layer * item
+
+  steps = min(config.steps_per_call, config.steps)
+  return {
+    "the state": local_bytes(state, mesh),
+    # what is trained has two moments, and a gradient as large as one of them
+    "gradients": local_bytes(state.opt_state, mesh) // 2,
+    "activations": layers,
+    "logits": logits,
+    "batches": steps * rows * (model_config.n_ctx + 1) * 4,
+  }
+
+
+def device_memory() -> float:
+  """Bytes of a device's memory, on the mesh in force; a CPU has its share of the machine's."""
+  devices = jax.sharding.get_mesh().local_devices
+  device = devices[0]
+  if device.platform != "cpu":
+    return (device.memory_stats() or {}).get("bytes_limit", math.inf)
+
+  total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  # A container may have less than its machine; its limit is a number or "max".
+  with contextlib.suppress(OSError, ValueError):
+    total = min(total, int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text()))
+  return total / len(devices)
+
+
+def check_memory(config: ConfigDict, model_config: ModelConfig, abstract_state) -> None:
+  """Raises ValueError if an update cannot fit the devices' memory, with the numbers."""
+  needs, available = memory_needs(config, model_config, abstract_state), device_memory()
+  if sum(needs.values()) > available:
+    parts = [f"{name} {nbytes / GIB:,.2f}" for name, nbytes in needs.items()]
+    raise ValueError(
+      f"out of memory: an update needs at least {sum(needs.values()) / GIB:,.2f} GiB on each "
+      f"device ({', '.join(parts)}), and {available / GIB:,.2f} are there; {LESS_MEMORY}"
+    )
+
+
+@contextlib.contextmanager
+def out_of_memory(config: ConfigDict, model_config: ModelConfig, abstract_state):
+  """Makes one line of a device or a host that runs out of memory: the numbers, and what to do.
+
+  Raises ValueError.
+  """
+  try:
+    yield
+  except (jax.errors.JaxRuntimeError, MemoryError) as error:
+    is_memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    if not is_memory:
+      raise
+    needs = sum(memory_needs(config, model_config, abstract_state).values())
+    raise ValueError(
+      f"out of memory ({first_line(error, limit=200)}): batch_size {config.batch_size:,}, "
+      f"microbatches {config.microbatches:,}, remat {model_config.remat}, at least "
+      f"{needs / GIB:,.2f} GiB of {device_memory() / GIB:,.2f} a device; {LESS_MEMORY}"
+    ) from error
+
+
+def check_disk(workdir: str, abstract_state) -> None:
+  """Raises OSError if one checkpoint does not fit the disk of a local workdir."""
+  free = math.inf
+  if distributed.is_primary() and not is_remote(workdir):
+    # The workdir itself may not be there yet.
+    folder = pathlib.Path(workdir).absolute()
+    while not folder.exists():
+      folder = folder.parent
+    free = shutil.disk_usage(folder).free
+
+  needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state))
+  free = distributed.broadcast("the free space at the start", free)
+  if free < needed:
+    raise OSError(
+      f"a checkpoint takes {needed / 2**20:,.1f} MiB, and {free / 2**20:,.1f} are free in "
+      f"{workdir}; make room, or take another --workdir"
+    )
