@@ -265,4 +265,6 @@ def check(row: Row, worker: Worker, sandbox: Sandbox) -> None:
   result = worker.run(script, row.flags, row.stdin, seconds)
   faults = judge(row, result, sandbox.restore())
   shown = f"{result.out[-300:]}{result.err[-1200:]}"
-  assert not faults, f"{row} {shlex.join(row.flags)}: {'; '.join(faults)}\n{shown}"
+  # Some flags hold what is no character, which pytest could not write.
+  line = shlex.join(row.flags).encode("utf-8", "backslashreplace").decode()
+  assert not faults, f"{row} {line}: {'; '.join(faults)}\n{shown}"
