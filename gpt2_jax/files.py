@@ -119,6 +119,27 @@ def file_lock(path: pathlib.Path, busy: str, wait: bool = False) -> Iterator[Non
     yield
 
 
+def check_writable(path: pathlib.Path, nbytes: int = 0) -> None:
+  """Raises OSError unless a local file or folder of that size can be written at `path`.
+
+  The folders above it need not be there: the nearest that is counts.
+  """
+  folder = path.absolute().parent
+  while not folder.exists():
+    folder = folder.parent
+  if not folder.is_dir():
+    raise NotADirectoryError(f"{path} cannot be written: {folder} is a file, not a folder")
+  if not os.access(folder, os.W_OK | os.X_OK):
+    raise PermissionError(f"{path} cannot be written: no right to write into {folder}")
+
+  free = shutil.disk_usage(folder).free
+  if free < nbytes:
+    raise OSError(
+      f"{path} takes {nbytes / 2**20:,.1f} MiB, and {folder} has {free / 2**20:,.1f} MiB free; "
+      f"make room, or take another disk"
+    )
+
+
 def user_path(path: str) -> str:
   """A path as a person typed it, with ~ expanded; a URL such as gs://BUCKET/PATH stays as it is.
 

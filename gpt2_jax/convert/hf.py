@@ -18,7 +18,7 @@ from gpt2_jax.convert import names
 from gpt2_jax.convert.safe_load import check_tensors, check_there, read_json, read_torch
 from gpt2_jax.convert.vocabulary import read_vocabulary, write_vocabulary
 from gpt2_jax.convert.weights import DTYPES, Weights, add_zero_biases
-from gpt2_jax.files import atomic_write, progress
+from gpt2_jax.files import atomic_write, first_line, progress, summarize
 from gpt2_jax.model import ModelConfig
 from gpt2_jax.tokenizer import HuggingFace, Tokenizer
 
@@ -64,7 +64,9 @@ def read(path: pathlib.Path) -> Weights:
   for name, shape in names.shapes(config).items():
     expected[names.translate_name(name, names.TORCH)] = shape
   names.check_shapes({name: x.shape for name, x in tensors.items()}, expected, str(path))
-  if head is not None and not np.array_equal(head.read(), tensors["wte.weight"].read()):
+  # NaN equals NaN here: that weights are broken does not untie them.
+  wte = tensors["wte.weight"]
+  if head is not None and not np.array_equal(head.read(), wte.read(), equal_nan=True):
     raise ValueError(names.UNTIED.format(path))
 
   def read_canonical(name):
@@ -86,9 +88,8 @@ def _with_end(tokenizer: Tokenizer | None, payload: dict, config: ModelConfig) -
 def _model_config(payload: dict, path: pathlib.Path) -> ModelConfig:
   """ModelConfig from config.json. Raises ValueError for what departs from GPT-2."""
   if payload.get("model_type") != "gpt2":
-    raise ValueError(
-      f"{path} holds a model of type {payload.get('model_type')!r}, not gpt2; this is GPT-2 only"
-    )
+    model_type = repr(payload.get("model_type"))[:40]
+    raise ValueError(f"{path} holds a model of type {model_type}, not gpt2; this is GPT-2 only")
 
   # 1. Sizes. The first files called the context n_ctx.
   try:
@@ -107,14 +108,14 @@ def _model_config(payload: dict, path: pathlib.Path) -> ModelConfig:
   variants = []
   for name, fixed in FIXED.items():
     if payload.get(name, fixed) != fixed:
-      variants.append(f"{name}={payload[name]}")
+      variants.append(f"{name}={payload[name]!r}")
   if activation not in GELU:
-    variants.append(f"activation_function={activation}")
+    variants.append(f"activation_function={activation!r}")
   if payload.get("n_inner") not in (None, 4 * config.n_embd):
-    variants.append(f"n_inner={payload['n_inner']}")
+    variants.append(f"n_inner={payload['n_inner']!r}")
   if variants:
     raise ValueError(
-      f"{path} departs from GPT-2 ({', '.join(variants)}), which this model does not do"
+      f"{path} departs from GPT-2 ({summarize(variants, each=60)}), which this model does not do"
     )
   return config
 
@@ -130,27 +131,61 @@ def _open_tensors(path: pathlib.Path) -> dict[str, _StoredTensor]:
 
     index = path / f"{stem}.index.json"
     if index.is_file():
-      tensors = {}
-      for shard in _shards(index):
-        tensors |= open_file(path / shard)
-      return tensors
+      return _open_shards(index, open_file)
 
   raise FileNotFoundError(
     f"{path} has neither model.safetensors nor pytorch_model.bin, whole or in shards"
   )
 
 
-def _shards(index: pathlib.Path) -> list[str]:
-  """The shards that an index names. Raises ValueError for a path out of the folder."""
-  weight_map = read_json(index).get("weight_map")
+def _open_shards(index: pathlib.Path, open_file: Callable) -> dict[str, _StoredTensor]:
+  """Every tensor of the shards of an index, which have to hold what it says, and nothing else.
+
+  Raises ValueError for a path out of the folder, too.
+  """
+  # 1. The index is somebody's file: it must not reach any other.
+  payload = read_json(index)
+  weight_map = payload.get("weight_map")
   fault = f"{index} names no files, or some outside of its folder"
   if not isinstance(weight_map, dict) or not weight_map:
     raise ValueError(fault)
   for file in weight_map.values():
-    # The index is somebody's file: it must not reach any other.
-    if pathlib.Path(str(file)).name != file:
+    if not isinstance(file, str) or pathlib.Path(file).name != file or len(file) > 255:
       raise ValueError(fault)
-  return sorted(set(weight_map.values()))
+
+  # 2. The tensors. A name in two shards would be two tensors.
+  tensors = {}
+  misplaced = []
+  for shard in sorted(set(weight_map.values())):
+    for name, tensor in open_file(index.with_name(shard)).items():
+      if weight_map.get(name) == shard:
+        tensors[name] = tensor
+      else:
+        misplaced.append(f"{name!r} of {shard}")
+  misplaced += [repr(name) for name in weight_map if name not in tensors]
+  if misplaced:
+    raise ValueError(
+      f"{index} and its shards do not hold the same tensors: {summarize(misplaced, 4)}; "
+      f"fetch them again"
+    )
+
+  # 3. The sum of their sizes. That of pickled shards is another: two names may share a tensor.
+  metadata = payload.get("metadata")
+  stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+  if open_file is _open_safetensors and stated is not None:
+    actual = sum(_data_size(index.with_name(shard)) for shard in set(weight_map.values()))
+    if stated != actual:
+      raise ValueError(
+        f"{index} states {str(stated)[:40]!r} bytes in all, and its shards hold {actual}; "
+        f"fetch them again"
+      )
+  return tensors
+
+
+def _data_size(path: pathlib.Path) -> int:
+  """The bytes of a safetensors file's tensors, which lie behind a header with its length first."""
+  with open(path, "rb") as file:
+    return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
 def _open_safetensors(path: pathlib.Path) -> dict[str, _StoredTensor]:
@@ -165,22 +200,32 @@ def _open_safetensors(path: pathlib.Path) -> dict[str, _StoredTensor]:
         stored = file.get_slice(name)
         dtype, shape = stored.get_dtype(), tuple(stored.get_shape())
         tensors[name] = _StoredTensor(shape, functools.partial(_read_safetensor, path, name))
+
+        # Old files have the causal mask, too, in any dtype.
         if dtype not in FLOATS and not names.CAUSAL_MASK.match(name.removeprefix("transformer.")):
           other_dtypes[name] = dtype
   except SafetensorError as error:
-    raise ValueError(f"{path} is no whole safetensors file ({error}); fetch it again") from error
+    raise ValueError(
+      f"{path} is no whole safetensors file ({first_line(error, 200)}); fetch it again"
+    ) from error
 
   if other_dtypes:
-    raise ValueError(f"{path} has tensors that are no floats of 16 or 32 bits: {other_dtypes}")
+    listed = summarize((f"{name!r} is {dtype}" for name, dtype in other_dtypes.items()), 4)
+    raise ValueError(f"{path} has tensors that are no floats of 16 or 32 bits: {listed}")
   return tensors
 
 
 def _read_safetensor(path: pathlib.Path, name: str) -> np.ndarray:
-  from safetensors import safe_open
+  from safetensors import SafetensorError, safe_open
 
   # The file is opened for each tensor: closing it gives back the memory that was mapped.
-  with safe_open(path, "np") as file:
-    return file.get_tensor(name)
+  try:
+    with safe_open(path, "np") as file:
+      return file.get_tensor(name)
+  except SafetensorError as error:
+    raise ValueError(
+      f"{path} has changed since it was opened ({first_line(error, 200)})"
+    ) from error
 
 
 def _open_torch(path: pathlib.Path) -> dict[str, _StoredTensor]:
@@ -239,7 +284,7 @@ def write(weights: Weights, path: pathlib.Path, dtype: str = "float32") -> None:
     # 3. The config. safetensors makes its files readable for their owner alone: they get the mode
     #    of any other file.
     eot = weights.tokenizer.eot if weights.tokenizer else None
-    _write_json(_config_json(weights.config, dtype, eot), folder / "config.json")
+    _write_json(config_json(weights.config, dtype, eot), folder / "config.json")
     for file in folder.glob("*.safetensors"):
       shutil.copymode(folder / "config.json", file)
 
@@ -248,7 +293,7 @@ def _write_json(payload: dict, path: pathlib.Path) -> None:
   path.write_text(json.dumps(payload, indent=2, sort_keys=True) + "\n")
 
 
-def _config_json(config: ModelConfig, dtype: str, eot: int | None) -> dict:
+def config_json(config: ModelConfig, dtype: str, eot: int | None) -> dict:
   """The content of config.json, in transformers' own names."""
   return FIXED | {
     "activation_function": "gelu_new" if config.gelu == "tanh" else "gelu",

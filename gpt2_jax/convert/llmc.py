@@ -4,16 +4,20 @@
 Version 3 holds float32, version 5 bfloat16.
 """
 
+import contextlib
+import fcntl
 import json
 import math
+import os
 import pathlib
+from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
 
 from gpt2_jax.convert import names
 from gpt2_jax.convert.safe_load import read_json
-from gpt2_jax.convert.vocabulary import default_tokenizer
+from gpt2_jax.convert.vocabulary import check_tokenizer, checked, default_tokenizer
 from gpt2_jax.convert.weights import Weights, add_zero_biases
 from gpt2_jax.files import atomic_write, progress
 from gpt2_jax.model import ModelConfig
@@ -81,9 +85,13 @@ def _read_header(path: pathlib.Path) -> tuple[ModelConfig, np.dtype, int]:
 
 def _read_tokenizer(path: pathlib.Path, config: ModelConfig) -> Tokenizer | None:
   extra_file = _tokenizer_path(path)
-  if extra_file.is_file():
-    return from_json(read_json(extra_file))
-  return default_tokenizer(config.n_vocab)
+  if not extra_file.is_file():
+    return default_tokenizer(config.n_vocab)
+
+  with checked(extra_file):
+    tokenizer = from_json(read_json(extra_file))
+  check_tokenizer(tokenizer, config.n_vocab, extra_file)
+  return tokenizer
 
 
 def _tokenizer_path(path: pathlib.Path) -> pathlib.Path:
@@ -101,8 +109,7 @@ def write(weights: Weights, path: pathlib.Path, dtype: str = "float32") -> None:
     raise ValueError(
       f"{weights.source} has the {config.gelu} GELU, and llm.c computes the tanh one"
     )
-  if dtype not in VERSION_OF_DTYPE:
-    raise ValueError(f"llm.c has no {dtype}; it is {' or '.join(VERSION_OF_DTYPE)}")
+  check_dtype(dtype)
 
   # 1. The header.
   version = VERSION_OF_DTYPE[dtype]
@@ -113,17 +120,47 @@ def write(weights: Weights, path: pathlib.Path, dtype: str = "float32") -> None:
 
   # 2. The parameters in the name table's order, a tensor at a time.
   weights = add_zero_biases(weights)
-  with atomic_write(path) as partial, open(partial, "wb") as file:
-    file.write(header.tobytes())
-    for name in progress(names.shapes(weights.config), "writing"):
-      tensor = names.linear_layout(name, weights.read(name))
-      tensor = np.ascontiguousarray(tensor, DTYPE_OF_VERSION[version])
-      file.write(tensor.tobytes())
-      if name == "wte":
-        padding = (padded_vocab - config.n_vocab) * config.n_embd
-        file.write(bytes(padding * tensor.itemsize))
+  with contextlib.ExitStack() as publishing, atomic_write(path) as partial:
+    with open(partial, "wb") as file:
+      file.write(header.tobytes())
+      for name in progress(names.shapes(weights.config), "writing"):
+        tensor = names.linear_layout(name, weights.read(name))
+        tensor = np.ascontiguousarray(tensor, DTYPE_OF_VERSION[version])
+        file.write(tensor.tobytes())
+        if name == "wte":
+          padding = (padded_vocab - config.n_vocab) * config.n_embd
+          file.write(bytes(padding * tensor.itemsize))
 
-    # 3. The tokenizer, before the model's file gets its name: a model is never without it.
+    # 3. The tokenizer, before the model's file gets its name: a model is never without it. The
+    #    lock is held until both are there: of two writers, one must not give the model and the
+    #    other the tokenizer.
+    publishing.enter_context(_folder_lock(path.parent))
+    check_absent(path)
     if not isinstance(weights.tokenizer, Gpt2Bpe | None):
       with atomic_write(_tokenizer_path(path)) as extra_file:
         extra_file.write_text(json.dumps(weights.tokenizer.to_json()))
+
+
+def check_dtype(dtype: str) -> None:
+  """Raises ValueError for a dtype that no version of the format holds."""
+  if dtype not in VERSION_OF_DTYPE:
+    raise ValueError(f"llm.c has no {dtype}; it is {' or '.join(VERSION_OF_DTYPE)}")
+
+
+def check_absent(path: pathlib.Path) -> None:
+  """Raises FileExistsError if the file is there, or a tokenizer's that would be taken for its."""
+  for file in (path, _tokenizer_path(path)):
+    if file.exists():
+      raise FileExistsError(f"{file} is there already; take another name, or move it away")
+
+
+@contextlib.contextmanager
+def _folder_lock(folder: pathlib.Path) -> Iterator[None]:
+  """Waits for the lock of a folder, and holds it; without effect where a filesystem has none."""
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    with contextlib.suppress(OSError):
+      fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(descriptor)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from gpt2_jax.files import first_line, summarize
 from gpt2_jax.model import ModelConfig
 
 # Letters as in model.py, C columns of c_attn; {} is the layer.
@@ -60,7 +61,7 @@ def config_from_sizes(sizes: Mapping[str, object], what: str, **others) -> Model
   try:
     return ModelConfig(**sizes, **others)
   except (ValueError, TypeError) as error:
-    raise ValueError(f"{what} is of no GPT-2: {error}") from error
+    raise ValueError(f"{what} is of no GPT-2: {first_line(error, 200)}") from error
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -104,7 +105,7 @@ def linear_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check_shapes(actual: Mapping[str, tuple], expected: Mapping[str, tuple], what: str) -> None:
-  """Raises ValueError with every missing, extra and misshapen tensor, unless all are as expected.
+  """Raises ValueError with the missing, extra and misshapen tensors, unless all are as expected.
 
   Keys are names in the format of the file that `what` names.
   """
@@ -118,13 +119,18 @@ def check_shapes(actual: Mapping[str, tuple], expected: Mapping[str, tuple], wha
   # A fault is mostly the same in all layers: their names are joined to keep the message short.
   faults = []
   if missing:
-    faults.append(f"missing: {', '.join(_layer_ranges(missing))}")
+    faults.append(f"missing: {_summarize_names(missing)}")
   if extra:
-    faults.append(f"extra: {', '.join(_layer_ranges(extra))}")
+    faults.append(f"extra: {_summarize_names(extra)}")
   if misshapen:
-    faults.append(f"misshapen: {', '.join(misshapen)}")
+    faults.append(f"misshapen: {summarize(misshapen, 2, each=60)}")
   if faults:
     raise ValueError(f"{what} does not hold the tensors of its config ({'; '.join(faults)})")
+
+
+def _summarize_names(names: Iterable[str]) -> str:
+  """The first names of a list, layers joined, without what would break a line."""
+  return summarize((repr(name)[1:-1] for name in _layer_ranges(names)), 5, each=32)
 
 
 def _layer_ranges(names: Iterable[str]) -> list[str]:

@@ -58,12 +58,18 @@ def read(path: pathlib.Path) -> Weights:
   for name, shape in names.shapes(config).items():
     expected[names.translate_name(name, names.TORCH)] = names.linear_shape(name, shape)
   names.check_shapes({name: tuple(x.shape) for name, x in tensors.items()}, expected, str(path))
-  if head is not None and not head.equal(tensors["wte.weight"]):
+
+  def to_numpy(tensor):
+    return tensor.detach().float().numpy()
+
+  # NaN equals NaN here: that weights are broken does not untie them.
+  wte = to_numpy(tensors["wte.weight"])
+  if head is not None and not np.array_equal(to_numpy(head), wte, equal_nan=True):
     raise ValueError(names.UNTIED.format(path))
 
   def read_tensor(name):
     tensor = tensors[names.translate_name(name, names.TORCH)]
-    return names.linear_layout(name, tensor.detach().float().numpy())
+    return names.linear_layout(name, to_numpy(tensor))
 
   tokenizer = _read_tokenizer(path.with_name("meta.pkl"), config)
   return Weights(config, read_tensor, tokenizer, f"{path} (nanoGPT)")
@@ -77,9 +83,11 @@ def _model_config(saved: dict, path: pathlib.Path) -> ModelConfig:
   sizes = {size: model_args[name] for name, size in SIZES.items()}
 
   # Checkpoints from before the knob have biases. The GELU is noted by `write` alone.
-  use_bias = bool(model_args.get("bias", True))
+  use_bias = model_args.get("bias", True)
+  if not isinstance(use_bias, bool | int):
+    raise ValueError(f"bias in the model_args of {path} is {str(use_bias)[:40]!r}; it is a bool")
   gelu = _dict_or_empty(saved.get("config")).get("gelu", "erf")
-  return names.config_from_sizes(sizes, f"{path}'s model_args", use_bias=use_bias, gelu=gelu)
+  return names.config_from_sizes(sizes, f"{path}'s model_args", use_bias=bool(use_bias), gelu=gelu)
 
 
 def _dict_or_empty(value) -> dict:

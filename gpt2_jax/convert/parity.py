@@ -8,14 +8,15 @@ writes to parity.json.
 import dataclasses
 import gc
 import math
+import pathlib
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from gpt2_jax.convert import hf, pretrained
-from gpt2_jax.convert.weights import weights_sha256
-from gpt2_jax.files import progress
+from gpt2_jax.convert import hf, names, pretrained
+from gpt2_jax.convert.weights import Weights, add_zero_biases, weights_sha256
+from gpt2_jax.files import first_line, local_path, progress
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.sharding import BATCH, ROWS, axis_size
 
@@ -79,14 +80,14 @@ def load_ours(name_or_path: str) -> Model:
 
 
 def load_transformers(name_or_path: str) -> Model:
-  """Loads a Hugging Face folder or name for transformers' own forward pass, in float32."""
+  """Loads any checkpoint for transformers' own forward pass, in float32.
+
+  A Hugging Face folder it reads itself; of another format it gets the weights as they are read
+  here.
+  """
   path = pretrained.resolve_checkpoint(name_or_path)
-  if not (path / "config.json").is_file():
-    raise ValueError(
-      f"{path} is no Hugging Face folder, and --oracle=transformers runs one; "
-      f"convert it, or swap the two models"
-    )
-  weights = hf.read(path)
+  is_own = (path / "config.json").is_file()
+  weights = hf.read(pathlib.Path(path)) if is_own else pretrained.open_weights(name_or_path)
 
   # Imported here: both are needed for this oracle only, and slow to import.
   try:
@@ -96,7 +97,15 @@ def load_transformers(name_or_path: str) -> Model:
     raise ImportError("the oracle is transformers: pip install torch transformers") from error
 
   def load():
-    model = GPT2LMHeadModel.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+    try:
+      if is_own:
+        model = GPT2LMHeadModel.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+      else:
+        model = _to_transformers(weights)
+    except Exception as error:
+      # Any kind: it passes on what torch, the Hub's client and safetensors raise.
+      raise ValueError(f"transformers cannot load {path}: {first_line(error)}") from error
+    model.eval()
 
     def run(tokens_BT):
       with torch.no_grad():
@@ -107,16 +116,35 @@ def load_transformers(name_or_path: str) -> Model:
   return Model(f"{path} (transformers' forward)", weights.config, weights_sha256(weights), load)
 
 
+def _to_transformers(weights: Weights):
+  """The transformers model of a checkpoint of any format, in float32."""
+  import torch
+  from transformers import GPT2Config, GPT2LMHeadModel
+
+  weights = add_zero_biases(weights)
+  state = {}
+  for name in names.shapes(weights.config):
+    tensor = np.array(weights.read(name), np.float32)
+    state["transformer." + names.translate_name(name, names.TORCH)] = torch.from_numpy(tensor)
+  state["lm_head.weight"] = state["transformer.wte.weight"]
+
+  config = GPT2Config.from_dict(hf.config_json(weights.config, "float32", None))
+  model = GPT2LMHeadModel(config)
+  model.load_state_dict(state)
+  return model
+
+
 def load_recorded(path: str, config: ModelConfig) -> tuple[Model, tuple[np.ndarray, np.ndarray]]:
   """Loads recorded logits from an .npz file as a model, and its tokens as inputs and labels.
 
   The file holds `tokens` [B, T] and `logits` [B, T, V]. Raises ValueError for any other.
   """
   # 1. Read the two arrays. NumPy's pickles are refused: they may run code.
+  path = local_path(path)
   try:
     with np.load(path, allow_pickle=False) as file:
       tokens_BT, logits_BTV = file["tokens"], file["logits"]
-  except OSError:
+  except (FileNotFoundError, PermissionError, IsADirectoryError):
     raise
   except Exception as error:
     # Any kind: a damaged zip raises many.
@@ -131,6 +159,8 @@ def load_recorded(path: str, config: ModelConfig) -> tuple[Model, tuple[np.ndarr
       f"it takes [B, T, {n_vocab}] for [B, T], of two tokens or more"
     )
   is_integer = tokens_BT.dtype.kind in "iu"
+  if logits_BTV.dtype.kind not in "fiu":
+    raise ValueError(f"the logits in {path} are {str(logits_BTV.dtype)[:40]}, and no numbers")
   if not len(tokens_BT) or not is_integer or not 0 <= tokens_BT.min() <= tokens_BT.max() < n_vocab:
     raise ValueError(f"the tokens in {path} are no integers from 0 to {n_vocab - 1}")
 

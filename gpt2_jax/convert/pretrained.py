@@ -4,6 +4,7 @@
 import dataclasses
 import os
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,16 @@ import numpy as np
 
 import gpt2_jax.quantization as quantization
 from gpt2_jax.convert import hf, hub, llmc, nanogpt, openai
-from gpt2_jax.convert.weights import Weights, cast_weights, from_model, to_model
-from gpt2_jax.files import atomic_write
+from gpt2_jax.convert.safe_load import import_torch
+from gpt2_jax.convert.weights import (
+  DTYPES,
+  Weights,
+  cast_weights,
+  count_nonfinite,
+  from_model,
+  to_model,
+)
+from gpt2_jax.files import atomic_write, check_writable, local_path, summarize, user_path
 from gpt2_jax.model import GPT2
 from gpt2_jax.runs.workdir import as_path, exists, is_remote
 from gpt2_jax.sharding import make_mesh
@@ -83,7 +92,7 @@ def resolve_checkpoint(name_or_path: str, revision: str | None = None) -> pathli
     return as_path(name_or_path)
 
   # The Hub is never asked for a path that exists, nor for a string that looks like a path.
-  path = pathlib.Path(name_or_path).expanduser()
+  path = pathlib.Path(user_path(name_or_path))
   if path.exists():
     if name_or_path in hub.PUBLISHED:
       raise ValueError(
@@ -173,8 +182,9 @@ def save_pretrained(
   """Saves a model and its tokenizer as a checkpoint that others load.
 
   `form` is Hugging Face's folder ("hf"), a workdir ("orbax"), nanoGPT's folder ("nanogpt"), or
-  llm.c's file ("llmc"). Raises FileExistsError if `path` is there, ValueError for what the format
-  cannot say.
+  llm.c's file ("llmc"). A workdir may be on gs://. Raises FileExistsError if `path` is there,
+  ValueError for what the format cannot say, OSError for want of room. NaN and infinities are
+  written as they are, and told on stderr.
   """
   write(from_model(model, tokenizer), path, form, dtype, other_gelu)
 
@@ -183,25 +193,79 @@ def write(
   weights: Weights, path: str, form: str, dtype: str = "float32", other_gelu: bool = False
 ) -> None:
   """Saves weights of any source: see `save_pretrained`."""
+  # 1. Refuse what can be told before anything is read.
+  path = check_target(path, form, dtype)
+  if not is_remote(path):
+    check_writable(pathlib.Path(path), weights.config.n_params * np.dtype(DTYPES[dtype]).itemsize)
+
+  # 2. Write.
+  weights, nonfinite = count_nonfinite(weights)
+  weights = cast_weights(weights, dtype)
+  if form == "hf":
+    hf.write(weights, pathlib.Path(path), dtype)
+  elif form == "nanogpt":
+    nanogpt.write(weights, pathlib.Path(path), dtype, other_gelu)
+  elif form == "llmc":
+    llmc.write(weights, pathlib.Path(path), dtype)
+  else:
+    _write_workdir(weights, path)
+
+  # 3. Broken weights are somebody's to look at, so they are no error.
+  if nonfinite:
+    print(
+      f"warning: {sum(nonfinite.values()):,} weights of {weights.source} are NaN or infinite, and "
+      f"written as they are: {summarize(nonfinite, 4)}",
+      file=sys.stderr,
+    )
+
+
+def check_target(path: str, form: str, dtype: str = "float32") -> str:
+  """The path, ~ expanded, at which `write` would write. Raises ValueError or OSError if it cannot.
+
+  It reads no weights, so that what is wrong with a command is told before they are loaded.
+  """
+  # 1. The format.
   if form not in WRITABLE:
     raise ValueError(f"format {form!r} cannot be written; take one of {', '.join(WRITABLE)}")
-  path = pathlib.Path(path).expanduser()
-  weights = cast_weights(weights, dtype)
-
-  if form == "hf":
-    hf.write(weights, path, dtype)
-  elif form == "nanogpt":
-    nanogpt.write(weights, path, dtype, other_gelu)
-  elif form == "llmc":
-    llmc.write(weights, path, dtype)
-  elif dtype == "float32":
-    _write_workdir(weights, path)
-  else:
+  if form == "orbax" and dtype != "float32":
     raise ValueError(f"a run's parameters are float32, not {dtype}; leave the dtype out")
+  if form == "llmc":
+    llmc.check_dtype(dtype)
+
+  # 2. The place, where nothing may be.
+  path = os.fspath(path)
+  if is_remote(path) and form != "orbax":
+    raise ValueError(
+      f"{path[:200]} is a URL, and of what can be written only a workdir (orbax) may be on gs://; "
+      f"give a local path, and copy it there"
+    )
+  path = user_path(path) if is_remote(path) else str(local_path(path))
+  # A link to nowhere is something, too.
+  is_taken = exists(path) if is_remote(path) else os.path.lexists(path)
+  if is_taken:
+    raise FileExistsError(f"{path} is there already; take another name, or move it away")
+  if form == "llmc":
+    llmc.check_absent(pathlib.Path(path))
+  if form == "nanogpt":
+    import_torch(pathlib.Path(path))
+  return path
 
 
-def _write_workdir(weights: Weights, path: pathlib.Path) -> None:
-  """Writes a workdir as a run would have left it at step 0, which resumes and loads like any."""
+def _write_workdir(weights: Weights, path: str) -> None:
+  """Writes a workdir as a run would have left it at step 0, which resumes and loads like any.
+
+  On gs:// nothing can be renamed: what an error leaves there is a workdir without a checkpoint.
+  """
+  if is_remote(path):
+    _save_first_step(weights, path)
+    return
+  with atomic_write(pathlib.Path(path)) as folder:
+    folder.mkdir()
+    _save_first_step(weights, str(folder))
+
+
+def _save_first_step(weights: Weights, workdir: str) -> None:
+  """Saves weights as the checkpoint of step 0."""
   # Imported here: `import gpt2_jax` should not load Orbax, which only a workdir needs.
   from gpt2_jax.runs.checkpoint import Checkpoints
 
@@ -211,8 +275,7 @@ def _write_workdir(weights: Weights, path: pathlib.Path) -> None:
     "tokenizer": weights.tokenizer and weights.tokenizer.to_json(),
   }
   mesh = _one_device()
-  with atomic_write(path) as folder, jax.set_mesh(mesh):
-    folder.mkdir()
-    checkpoints = Checkpoints(str(folder))
+  with jax.set_mesh(mesh):
+    checkpoints = Checkpoints(workdir)
     checkpoints.save(0, {"model": to_model(weights, mesh, "float32")}, metadata)
     checkpoints.close()

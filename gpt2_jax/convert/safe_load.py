@@ -4,12 +4,17 @@
 import pathlib
 import pickle
 import warnings
+import zipfile
 
+from gpt2_jax.convert.names import CAUSAL_MASK
 from gpt2_jax.files import first_line, read_json_object
 
 PICKLED = (
   "it is no torch file of tensors alone (a pickle may run code, so nothing else in it is read)"
 )
+
+# A zip in which members expand to more than that many times the file is made to fill a memory.
+MAX_EXPANSION = 10
 
 
 def check_there(path: pathlib.Path) -> None:
@@ -38,18 +43,51 @@ def import_torch(path: pathlib.Path):
 def read_torch(path: pathlib.Path):
   """Reads what torch.save wrote: tensors and plain values only, memory-mapped from the file.
 
-  Raises ValueError for anything else, unread.
+  The CRC-32 of all that is in the file is checked first. Compressed files are read, too, but not
+  mapped. Raises ValueError for anything else, unread.
   """
   torch = import_torch(path)
   try:
+    can_map = _is_zip(path) and _check_zip(path)
     # torch warns of what it then refuses: the error says it all.
     with warnings.catch_warnings(action="ignore"):
-      return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+      return torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
+  except (FileNotFoundError, PermissionError):
+    raise
   except pickle.UnpicklingError as error:
     raise ValueError(f"{path} is refused: {PICKLED}") from error
   except Exception as error:
     # Any kind: a damaged file may raise anything.
-    raise ValueError(f"{path} cannot be read; it is truncated or no torch file") from error
+    raise ValueError(
+      f"{path} cannot be read; it is damaged or no torch file ({first_line(error, 120)}); "
+      f"fetch it again"
+    ) from error
+
+
+def _check_zip(path: pathlib.Path) -> bool:
+  """Checks the CRC-32 of every member of a zip; returns whether torch can map it.
+
+  torch itself looks at no CRC, and maps the compressed bytes of a compressed member.
+  """
+  with zipfile.ZipFile(path) as archive:
+    members = archive.infolist()
+
+    # 1. The directory. torch looks names up without regard to case, and takes the first.
+    if len({member.filename.casefold() for member in members}) < len(members):
+      raise ValueError("two members have one name")
+    expanded = sum(member.file_size for member in members)
+    if expanded > MAX_EXPANSION * path.stat().st_size:
+      raise ValueError(f"it expands to {expanded:,} bytes, over {MAX_EXPANSION} times its size")
+
+    # 2. The content. torch.serialization.set_crc32_options(False) writes 0 for every CRC, which
+    #    then says nothing.
+    if any(member.CRC for member in members):
+      for member in members:
+        with archive.open(member) as content:
+          # Raises BadZipFile at the end of a member with another CRC.
+          while content.read(1 << 24):
+            pass
+    return all(member.compress_type == zipfile.ZIP_STORED for member in members)
 
 
 def check_tensors(state_dict, path: pathlib.Path) -> None:
@@ -62,16 +100,15 @@ def check_tensors(state_dict, path: pathlib.Path) -> None:
   if not isinstance(state_dict, dict):
     raise ValueError(fault)
   for name, tensor in state_dict.items():
-    if not isinstance(name, str) or not hasattr(tensor, "shape"):
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
       raise ValueError(fault)
 
   floats = (torch.float32, torch.float16, torch.bfloat16)
   for name, tensor in state_dict.items():
     has_values = tensor.layout == torch.strided and not tensor.is_meta
-    # A name that ends in bias may be that of a causal mask.
-    if not has_values or (tensor.dtype not in floats and not name.endswith("bias")):
+    if not has_values or (tensor.dtype not in floats and not CAUSAL_MASK.search(name)):
       raise ValueError(
-        f"{name} in {path} is {tensor.dtype}, {tensor.layout}; "
+        f"{name[:80]} in {path} is {tensor.dtype}, {tensor.layout}; "
         f"it takes plain floats of 16 or 32 bits"
       )
 

@@ -4,11 +4,13 @@
 The two have different names with Hugging Face and with OpenAI.
 """
 
+import contextlib
 import json
 import pathlib
+from collections.abc import Iterator
 
 from gpt2_jax.convert.safe_load import read_json
-from gpt2_jax.files import first_line
+from gpt2_jax.files import first_line, read_text
 from gpt2_jax.tokenizer import EOT, Gpt2Bpe, HuggingFace, Tokenizer, byte_alphabet, from_json
 
 # For tokenizers that the other files cannot hold.
@@ -23,21 +25,40 @@ def read_vocabulary(path: pathlib.Path, n_vocab: int) -> Tokenizer | None:
 
   Raises ValueError for a damaged one, and for one with more tokens than the model has.
   """
-  try:
+  with checked(path):
     tokenizer = _read_tokenizer(path)
-    # Counting the tokens opens the tokenizer, so that a damaged one is found now.
-    vocab_size = 0 if tokenizer is None else tokenizer.vocab_size
-  except Exception as error:
-    # Any kind: the tokenizers library raises plain Exception.
+  if tokenizer is None:
+    return default_tokenizer(n_vocab)
+  check_tokenizer(tokenizer, n_vocab, path)
+  return tokenizer
+
+
+@contextlib.contextmanager
+def checked(path: pathlib.Path) -> Iterator[None]:
+  """Makes one line of what a damaged tokenizer at `path` raises."""
+  try:
+    yield
+  except ValueError as error:
     raise ValueError(
       f"the vocabulary in {path} is damaged ({first_line(error)}); fetch it again"
     ) from error
+
+
+def check_tokenizer(tokenizer: Tokenizer, n_vocab: int, path: pathlib.Path) -> None:
+  """Opens the tokenizer of `path`. Raises ValueError if it is damaged, or larger than the model."""
+  with checked(path):
+    vocab_size = tokenizer.vocab_size
+    # Ids need not be those from 0 on: one that the model lacks would read another's embedding.
+    largest = tokenizer.largest_id if isinstance(tokenizer, HuggingFace) else vocab_size - 1
 
   if vocab_size > n_vocab:
     raise ValueError(
       f"the vocabulary in {path} has {vocab_size:,} tokens, and the model {n_vocab:,}"
     )
-  return tokenizer or default_tokenizer(n_vocab)
+  if largest >= n_vocab:
+    raise ValueError(
+      f"the vocabulary in {path} has a token with id {largest}, and the model {n_vocab:,} tokens"
+    )
 
 
 def _read_tokenizer(path: pathlib.Path) -> Tokenizer | None:
@@ -45,7 +66,7 @@ def _read_tokenizer(path: pathlib.Path) -> Tokenizer | None:
   if (path / OWN_TOKENIZER).is_file():
     return from_json(read_json(path / OWN_TOKENIZER))
   if (path / "tokenizer.json").is_file():
-    return HuggingFace((path / "tokenizer.json").read_text(encoding="utf-8"))
+    return HuggingFace(read_text(path / "tokenizer.json"))
 
   for vocab, merges in VOCAB_AND_MERGES:
     if (path / vocab).is_file() and (path / merges).is_file():
@@ -55,7 +76,7 @@ def _read_tokenizer(path: pathlib.Path) -> Tokenizer | None:
 
 def _read_merges(path: pathlib.Path) -> list[tuple[str, ...]]:
   """The pairs of a merges file, after its line of version if it has one."""
-  lines = path.read_text(encoding="utf-8").split("\n")
+  lines = read_text(path).split("\n")
   if lines[0].startswith("#version"):
     lines = lines[1:]
   return [tuple(line.split()) for line in lines if line]

@@ -40,9 +40,12 @@ def weights_sha256(weights: Weights) -> str:
   """
   sha256 = hashlib.sha256()
   for name, shape in progress(sorted(names.shapes(weights.config).items()), "hashing"):
-    # Always little-endian, so that every machine computes the same hash.
-    tensor = np.ascontiguousarray(weights.read(name), "<f4")
-    if tensor.any() or not name.endswith(".b"):
+    # Always little-endian, so that every machine computes the same hash. A NaN of the kind that
+    # signals would be a warning.
+    with np.errstate(invalid="ignore"):
+      tensor = np.ascontiguousarray(weights.read(name), "<f4")
+      is_zero = not tensor.any()
+    if not is_zero or not name.endswith(".b"):
       sha256.update(f"{name} {list(shape)}\n".encode())
       sha256.update(tensor.data)
   return sha256.hexdigest()
@@ -56,7 +59,7 @@ def cast_weights(weights: Weights, dtype: str) -> Weights:
 
   def read(name):
     tensor = weights.read(name)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
       cast = tensor.astype(DTYPES[dtype])
 
     # Infinities that the checkpoint has itself are kept.
@@ -67,6 +70,22 @@ def cast_weights(weights: Weights, dtype: str) -> Weights:
     return cast
 
   return dataclasses.replace(weights, read=read)
+
+
+def count_nonfinite(weights: Weights) -> tuple[Weights, dict[str, int]]:
+  """Weights that count NaN and infinities as they are read, and the counts, by name of the tensor.
+
+  A tensor without any is not in the dictionary.
+  """
+  counts = {}
+
+  def read(name):
+    tensor = weights.read(name)
+    if n := tensor.size - np.count_nonzero(np.isfinite(tensor)):
+      counts[name] = n
+    return tensor
+
+  return dataclasses.replace(weights, read=read), counts
 
 
 def add_zero_biases(weights: Weights) -> Weights:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpt2_jax.tokenizer.interface import EOT, hash_vocabulary
+from gpt2_jax.tokenizer.interface import EOT, check_unicode, hash_vocabulary
 
 if TYPE_CHECKING:
   import tiktoken
@@ -49,12 +49,17 @@ class Gpt2Bpe:
     return hash_byte_vocabulary(map(self._encoding.decode_single_token_bytes, ids))
 
   def encode(self, text: str, allow_eot: bool = False) -> list[int]:
+    # tiktoken would put U+FFFD in place of a lone surrogate, without a word.
+    check_unicode(text)
+
     # tiktoken raises for a special token that is neither allowed nor expected. Nothing is
     # disallowed here: without `allow_eot`, it is encoded as the characters it is written with.
     allowed = {EOT} if allow_eot else set()
     return self._encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    for text in texts:
+      check_unicode(text)
     # "Ordinary" is `encode` without special tokens, and faster.
     return list(map(self._encoding.encode_ordinary, texts))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from gpt2_jax.tokenizer.interface import hash_vocabulary
+from gpt2_jax.tokenizer.interface import check_unicode, hash_vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,4 +78,5 @@ def train_characters(texts: Iterable[str]) -> Characters:
 
 
 def _codepoints(text: str) -> np.ndarray:
+  check_unicode(text)
   return np.frombuffer(text.encode("utf-32-le"), np.uint32)

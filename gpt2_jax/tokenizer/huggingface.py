@@ -1,18 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face tokenizers: the content of a tokenizer.json, or a vocab.json with its merges.txt."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gpt2_jax.files import first_line
 from gpt2_jax.tokenizer.byte_bpe import byte_alphabet, hash_byte_vocabulary
-from gpt2_jax.tokenizer.interface import EOT, join_ids
+from gpt2_jax.tokenizer.interface import EOT, check_unicode, join_ids
 
 if TYPE_CHECKING:
   import tokenizers
+
+# Only one thread at a time moves stderr, which is the process's.
+_stderr_lock = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +37,21 @@ class HuggingFace:
     """Byte-level BPE from the content of GPT-2's files.
 
     `vocab` is a vocab.json (OpenAI's encoder.json), `merges` a merges.txt (OpenAI's vocab.bpe).
+    Raises ValueError for ids that are none, or are those of two tokens.
     """
     import tokenizers
 
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    tokens = {}
+    for token, i in vocab.items():
+      # The type itself, since True is an int to isinstance.
+      if type(i) is not int or i < 0:
+        raise ValueError(f"the id of {token[:40]!r} is {str(i)[:40]!r}, and ids count from 0")
+      if i in tokens:
+        raise ValueError(f"{tokens[i][:40]!r} and {token[:40]!r} have one id, {i}")
+      tokens[i] = token
+
+    bpe = _call(tokenizers.models.BPE, vocab, merges)
+    tokenizer = tokenizers.Tokenizer(bpe)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     if EOT in vocab:
@@ -45,9 +63,9 @@ class HuggingFace:
     import tokenizers
 
     try:
-      tokenizer = tokenizers.Tokenizer.from_str(self.payload)
-    except Exception as error:
-      # The library raises plain Exception.
+      with _silent_stderr():
+        tokenizer = _call(tokenizers.Tokenizer.from_str, self.payload)
+    except ValueError as error:
       raise ValueError(
         f"{len(self.payload):,} characters are no tokenizer.json ({error})"
       ) from error
@@ -63,6 +81,11 @@ class HuggingFace:
   @property
   def vocab_size(self) -> int:
     return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+  @functools.cached_property
+  def largest_id(self) -> int:
+    """The largest id of a token; -1 for a vocabulary without any. Ids may leave some out."""
+    return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
   @functools.cached_property
   def eot(self) -> int | None:
@@ -93,10 +116,13 @@ class HuggingFace:
       return join_ids([self.eot], map(self.encode, text.split(EOT)))
 
     # No special tokens: a file may put one before each text, which no text of a corpus has.
-    return self._tokenizer.encode(text, add_special_tokens=False).ids
+    check_unicode(text)
+    return _call(self._tokenizer.encode, text, add_special_tokens=False).ids
 
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
-    encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+    for text in texts:
+      check_unicode(text)
+    encodings = _call(self._tokenizer.encode_batch, texts, add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
 
   def encode_with_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
@@ -105,7 +131,8 @@ class HuggingFace:
     A space before a word is part of the word's token. Some files (RoBERTa's) leave such spaces out
     of the offsets: a token then begins where the one before it ends.
     """
-    encoding = self._tokenizer.encode(text, add_special_tokens=False)
+    check_unicode(text)
+    encoding = _call(self._tokenizer.encode, text, add_special_tokens=False)
 
     # The reshape gives an empty text two columns, too.
     begins, ends = np.array(encoding.offsets, int).reshape(-1, 2).T
@@ -113,7 +140,36 @@ class HuggingFace:
     return encoding.ids, np.minimum(begins, previous_ends)
 
   def decode(self, ids: Iterable[int]) -> str:
-    return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)
+    return _call(self._tokenizer.decode, list(map(int, ids)), skip_special_tokens=False)
 
   def to_json(self) -> dict:
     return {"kind": "huggingface", "payload": self.payload, "end": self.end}
+
+
+def _call(function: Callable, *args, **kwargs):
+  """Calls the tokenizers library. Raises ValueError, in one line, for whatever it raises."""
+  try:
+    return function(*args, **kwargs)
+  except BaseException as error:
+    # Any kind: it raises plain Exception, and its panics are no Exceptions and have no public name.
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+      raise
+    raise ValueError(f"the tokenizers library refuses: {first_line(error, 200)}") from error
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+  """Sends the process's stderr to nowhere: a panic writes lines there before it is raised."""
+  with _stderr_lock, open(os.devnull, "w") as nowhere:
+    try:
+      stderr = os.dup(2)
+    except OSError:
+      # The process has none.
+      yield
+      return
+    os.dup2(nowhere.fileno(), 2)
+    try:
+      yield
+    finally:
+      os.dup2(stderr, 2)
+      os.close(stderr)

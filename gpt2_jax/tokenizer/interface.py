@@ -32,7 +32,7 @@ class Tokenizer(Protocol):
     """SHA-256 of what defines the mapping: equal fingerprints give equal ids."""
 
   def encode(self, text: str, allow_eot: bool = False) -> list[int]:
-    """The ids of a text."""
+    """The ids of a text. Raises ValueError for a text that is no Unicode (`check_unicode`)."""
 
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
     """The ids of each text."""
@@ -50,6 +50,23 @@ class Tokenizer(Protocol):
 def hash_vocabulary(kind: str, content: bytes) -> str:
   """The fingerprint of a tokenizer: SHA-256 of its kind and of what defines its mapping."""
   return sha256(kind.encode() + b"\n" + content)
+
+
+def check_unicode(text: str) -> None:
+  """Raises ValueError for a lone surrogate, which a str can hold and UTF-8 cannot.
+
+  It comes from JSON with half of an escaped pair, and from bytes that were decoded by force.
+  """
+  # Python knows without a look at the characters whether all are ASCII.
+  if text.isascii():
+    return
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      f"character {error.start:,} of the text is a lone surrogate "
+      f"(U+{ord(text[error.start]):04X}), which is no Unicode; leave it out, or put U+FFFD there"
+    ) from error
 
 
 def join_ids(separator: list[int], parts: Iterable[list[int]]) -> list[int]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpt2_jax.tokenizer.interface import EOT, hash_vocabulary, join_ids
+from gpt2_jax.tokenizer.interface import EOT, check_unicode, hash_vocabulary, join_ids
 
 if TYPE_CHECKING:
   import sentencepiece
@@ -35,6 +35,9 @@ class SentencePiece:
     # The library, not this module: imports are absolute.
     import sentencepiece
 
+    # The library takes no bytes at all for a model that is not loaded yet.
+    if not self.proto:
+      raise ValueError("a SentencePiece model of 0 bytes is none")
     try:
       return sentencepiece.SentencePieceProcessor(model_proto=self.proto)
     except RuntimeError as error:
@@ -63,6 +66,7 @@ class SentencePiece:
     return hash_vocabulary("sentencepiece", self.proto)
 
   def encode(self, text: str, allow_eot: bool = False) -> list[int]:
+    check_unicode(text)
     if allow_eot and self.eot is not None:
       return join_ids([self.eot], map(self.encode, text.split(EOT)))
 
@@ -76,6 +80,7 @@ class SentencePiece:
     return list(map(self.encode, texts))
 
   def encode_with_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+    check_unicode(text)
     # The library's offsets count the characters of what it was given, so parts are shifted.
     parts = text.split(SPACE_SYMBOL) if self._space_symbol_ids else [text]
     ids = []

@@ -17,6 +17,7 @@ from gpt2_jax.tokenizer import Gpt2Bpe, HuggingFace
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+import safetensors.torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 # Heads as published, narrow and of few layers; the last with the erf GELU.
@@ -233,7 +234,7 @@ def test_transformers_finds_the_tokenizer(made, tmp_path):
     ({"add_cross_attention": True}, "add_cross_attention=True"),
     ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
     ({"layer_norm_epsilon": 1e-6, "n_inner": 32}, r"layer_norm_epsilon=1e-06, n_inner=32"),
-    ({"activation_function": "relu"}, "activation_function=relu"),
+    ({"activation_function": "relu"}, "activation_function='relu'"),
     ({"activation_function": ["gelu"]}, "activation_function="),
     ({"n_embd": "16"}, "n_embd is '16'"),
     ({"n_embd": None}, "n_embd is 'None'"),
@@ -250,8 +251,8 @@ def test_transformers_finds_the_tokenizer(made, tmp_path):
       {"vocab_size": 132, "n_positions": 15},
       r"wte.weight is \[131, 16\], not \[132, 16\], wpe.weight is \[16, 16\]",
     ),
-    ({"n_layer": 5}, r"missing: h\.2-4\.ln_1\.weight, .*h\.2-4\.mlp\.c_proj\.bias\)"),
-    ({"n_layer": 1}, r"extra: .*h\.1\.ln_1\.weight"),
+    ({"n_layer": 5}, r"missing: h\.2-4\.ln_1\.weight, .*, and 7 more\)"),
+    ({"n_layer": 1}, r"extra: h\.1\.attn\.c_attn\.bias, .*, and 7 more"),
   ],
 )
 def test_a_config_of_no_gpt2_is_one_line(changes, message, copy, refused):
@@ -406,3 +407,81 @@ def test_numbers_too_large_for_float16_are_refused(random_gpt2, tmp_path):
     pretrained.write(weights, str(tmp_path / "half"), "hf", "float16")
   assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
   pretrained.write(weights, str(tmp_path / "half"), "hf", "bfloat16")
+
+
+def own_shards(folder, tmp_path, monkeypatch):
+  """The folder written anew in shards: their index, and its content."""
+  monkeypatch.setattr(hf, "SHARD", "6KB")
+  hf.write(hf.read(folder), tmp_path / "shards")
+  index = tmp_path / "shards" / "model.safetensors.index.json"
+  return index, json.loads(index.read_text())
+
+
+def test_an_index_holds_what_its_shards_do(small, tmp_path, monkeypatch, refused):
+  """Each tensor in the shard that it names, no other, and as many bytes in all."""
+  index, content = own_shards(small[1], tmp_path, monkeypatch)
+  shards = sorted(set(content["weight_map"].values()))
+  first, last = (
+    next(name for name, shard in content["weight_map"].items() if shard == wanted)
+    for wanted in (shards[0], shards[-1])
+  )
+  fault = "and its shards do not hold the same tensors"
+  for change in ({first: shards[-1]}, {last: shards[0]}, {"extra": shards[0]}):
+    index.write_text(json.dumps(content | {"weight_map": content["weight_map"] | change}))
+    refused(index.parent, fault)
+  del content["weight_map"][first]
+  index.write_text(json.dumps(content))
+  refused(index.parent, f"{fault}|bytes in all, and its shards hold")
+
+  # A second copy of a tensor, with other numbers, in a shard that comes later.
+  index, content = own_shards(small[1], tmp_path / "again", monkeypatch)
+  late = index.parent / shards[-1]
+  tensors = safetensors.torch.load_file(late)
+  save_file(tensors | {first: torch.ones(3)}, late)
+  refused(index.parent, f"{fault}.*{first}")
+
+
+@pytest.mark.parametrize("total", [0, 1, "1000", -5, [], 10**30])
+def test_an_index_states_the_bytes_of_its_shards(total, small, tmp_path, monkeypatch, refused):
+  index, content = own_shards(small[1], tmp_path, monkeypatch)
+  index.write_text(json.dumps(content | {"metadata": {"total_size": total}}))
+  refused(index.parent, "bytes in all, and its shards hold .*fetch them again")
+  for metadata in ({}, None, {"total_size": None}):
+    index.write_text(json.dumps(content | {"metadata": metadata}))
+    assert hf.read(index.parent).config.n_layer == 2, "an index need not state it"
+
+
+def test_a_tied_head_with_nan_is_tied(small, copy):
+  """Broken weights are converted, and said to be broken; that is no reason to call them untied."""
+  tensors = {name: x.detach().clone() for name, x in small[0].transformer.named_parameters()}
+  tensors["wte.weight"][3, 3] = torch.nan
+  save_file(tensors | {"lm_head.weight": tensors["wte.weight"].clone()}, copy / "model.safetensors")
+  assert np.isnan(hf.read(copy).read("wte")).sum() == 1
+
+
+def test_only_a_mask_may_be_of_integers(small, copy, refused):
+  """A bias's name ends as a mask's does."""
+  (copy / "model.safetensors").unlink()
+  tensors = {name: x.detach().clone() for name, x in small[0].transformer.named_parameters()}
+  for name in ("ln_f.bias", "h.0.attn.c_attn.bias"):
+    integers = {name: tensors[name].to(torch.int64)}
+    torch.save(tensors | masks(2) | integers, copy / "pytorch_model.bin")
+    refused(copy, f"{name} in .* is torch.int64")
+
+
+def test_messages_of_a_config_have_a_length(copy, refused):
+  long = "x" * 9_000
+  changes = [
+    {"model_type": long},
+    {"activation_function": long},
+    {"n_inner": [long]},
+    {"layer_norm_epsilon": long, "scale_attn_weights": {"a": long}, "add_cross_attention": long},
+    {"embd_pdrop": long},
+    {"vocab_size": long, "n_layer": long, "n_head": [long], "n_embd": None, "n_positions": long},
+    {"activation_function": "a\nb"},
+  ]
+  for change in changes:
+    edit(copy, **{"model_type": "gpt2", "vocab_size": 131, "n_layer": 2, "n_head": 4} | change)
+    with pytest.raises(ValueError) as error:
+      hf.read(copy)
+    assert len(str(error.value)) < 600 and "\n" not in str(error.value)

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import json
+
 import ml_dtypes
 import numpy as np
 import pytest
 
-from gpt2_jax.convert import llmc
+from gpt2_jax.convert import llmc, pretrained
 from gpt2_jax.convert.weights import weights_sha256
 from gpt2_jax.model import ModelConfig
-from gpt2_jax.tokenizer import Gpt2Bpe
+from gpt2_jax.tokenizer import Characters, Gpt2Bpe
 
 torch = pytest.importorskip("torch")
 
@@ -103,3 +106,43 @@ def test_a_truncated_file_is_one_line(size, theirs, tmp_path, refused):
   refused(tmp_path / "x.bin", "fetch it again|version 0|sizes that no GPT-2 has")
   (tmp_path / "x.bin").write_bytes(as_llmc(theirs, 3) + b"\0")
   refused(tmp_path / "x.bin", "fetch it again")
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    ("{", "is no JSON"),
+    ("[" * 100_000, "nested too deep"),
+    ('{"kind": "huggingface", "payload": "{}"}', "no tokenizer.json"),
+    ('{"kind": "characters", "alphabet": "ba"}', "sorted characters"),
+    (json.dumps({"kind": "characters", "alphabet": "".join(map(chr, range(32, 164)))}), "has 132"),
+  ],
+  ids=range(5),
+)
+def test_an_invalid_tokenizer_is_one_line(content, message, theirs, tmp_path, refused):
+  """Told when the model is opened, not at its first text."""
+  (tmp_path / "model.bin").write_bytes(as_llmc(theirs, 3))
+  (tmp_path / "model.bin.tokenizer.json").write_text(content)
+  refused(tmp_path / "model.bin", f"the vocabulary in .*model.bin.tokenizer.json.*{message}")
+
+
+def test_another_models_tokenizer_is_not_taken_over(theirs, tmp_path):
+  """The file beside that the new model would be read with; also if it comes while that is
+  written."""
+  (tmp_path / "theirs.bin").write_bytes(as_llmc(theirs, 3))
+  weights = llmc.read(tmp_path / "theirs.bin")
+  letters = Characters("ab")
+  extra_file = tmp_path / "ours.bin.tokenizer.json"
+
+  def read(name):
+    extra_file.write_text(json.dumps(letters.to_json()))
+    return weights.read(name)
+
+  for tokenizer in (None, Gpt2Bpe(), Characters("cd")):
+    late = dataclasses.replace(weights, read=read, tokenizer=tokenizer)
+    extra_file.unlink(missing_ok=True)
+    for _ in range(2):
+      with pytest.raises(FileExistsError, match="ours.bin.tokenizer.json is there already"):
+        pretrained.write(late, str(tmp_path / "ours.bin"), "llmc")
+    assert not (tmp_path / "ours.bin").exists()
+    assert json.loads(extra_file.read_text()) == letters.to_json()

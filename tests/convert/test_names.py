@@ -61,3 +61,13 @@ def test_c_attn_columns_are_grouped_by_head_and_back():
 def test_faults_join_layers_to_ranges(found, expected, message):
   with pytest.raises(ValueError, match=f"^it does not hold the tensors of its config {message}$"):
     names.check_shapes(dict.fromkeys(found, (1,)), dict.fromkeys(expected, (1,)), "it")
+
+
+def test_the_message_has_a_length():
+  """However many names there are, and whatever they are called."""
+  expected = {f"h.{i}.{'a' * n}.w": (n, n) for i in range(48) for n in range(1, 60)}
+  found = {f"{n}\n\ud800{'x' * 900}": (1,) for n in range(300)}
+  found |= {name: (1,) * 30 for name in expected if "h.7" in name}
+  with pytest.raises(ValueError, match="missing: .*and 5. more; extra: .*; misshapen: ") as error:
+    names.check_shapes(found, expected, "a file")
+  assert len(str(error.value)) < 600 and "\n" not in str(error.value)

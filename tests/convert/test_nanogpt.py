@@ -251,3 +251,22 @@ def test_a_folders_weights_alone_are_no_checkpoint(theirs, tmp_path, refused):
   refused(
     tmp_path / "pytorch_model.bin", "no nanoGPT checkpoint .*; give a Hugging Face folder whole"
   )
+
+
+@pytest.mark.parametrize("bias", [torch.ones(3), "yes", None, [True]], ids=str)
+def test_a_bias_that_is_no_bool_is_one_line(bias, theirs, tmp_path, refused):
+  saved = checkpoint(theirs)
+  torch.save(saved | {"model_args": saved["model_args"] | {"bias": bias}}, tmp_path / "ckpt.pt")
+  refused(tmp_path, "bias in the model_args of .*ckpt.pt is .*; it is a bool")
+
+
+def test_a_head_of_another_dtype_or_with_nan_is_tied_by_its_values(theirs, tmp_path, refused):
+  state = as_nanogpt(theirs)
+  half = state["transformer.wte.weight"].half()
+  half[2, 2] = torch.nan
+  changes = {"transformer.wte.weight": half.float(), "lm_head.weight": half}
+  torch.save(checkpoint(theirs, model=state | changes), tmp_path / "ckpt.pt")
+  assert np.isnan(nanogpt.read(tmp_path).read("wte")).sum() == 1
+  changes["lm_head.weight"] = half[:-1].clone()
+  torch.save(checkpoint(theirs, model=state | changes), tmp_path / "ckpt.pt")
+  refused(tmp_path, "an lm_head that is not wte")

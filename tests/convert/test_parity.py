@@ -2,6 +2,8 @@
 import dataclasses
 import json
 import math
+import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -250,3 +252,47 @@ def test_a_text_needs_a_tokenizer_and_two_tokens():
     parity.text_windows("text", None, 16)
   with pytest.raises(ValueError, match="fewer than two tokens"):
     parity.text_windows("a", LETTERS, 16)
+
+
+def test_recordings_of_no_numbers_are_one_line(tmp_path):
+  tokens = np.zeros((1, 2), np.int32)
+  for logits in (
+    np.full((1, 2, 131), "a"),
+    np.zeros((1, 2, 131), bool),
+    np.zeros((1, 2, 131), "V2"),
+  ):
+    np.savez(tmp_path / "x.npz", tokens=tokens, logits=logits)
+    with pytest.raises(ValueError, match="the logits in .*x.npz are .*, and no numbers"):
+      parity.load_recorded(str(tmp_path / "x.npz"), CONFIG)
+
+
+@pytest.mark.parametrize("form", ["llmc", "nanogpt", "orbax", "openai"])
+def test_transformers_runs_the_weights_of_every_format(form, mesh, same, tmp_path):
+  """transformers reads its own folders alone: of others it gets the weights that were read here."""
+  pytest.importorskip("torch")
+  pytest.importorskip("transformers")
+  path = str(tmp_path / "copy")
+  if form == "openai":
+    path = os.path.join(os.environ.get("GPT2_JAX_TEST_DATA", ""), "checkpoints", "openai_tf")
+    if not os.path.isdir(path):
+      pytest.skip("GPT2_JAX_TEST_DATA is not set: no checkpoint of OpenAI's")
+  else:
+    pretrained.write(pretrained.open_weights(same), path, form, other_gelu=True)
+
+  with mesh(1, 1, 1):
+    ours, theirs = parity.load_ours(path), parity.load_transformers(path)
+    windows = parity.random_windows(ours.config.n_vocab, 16)
+    result = parity.compare(ours, theirs, *windows, 1e-4)
+  assert result["same_model"] and result["same_weights"] and result["max_abs_logit_difference"] > 0
+  assert result["b"]["source"] == f"{path} (transformers' forward)"
+
+
+def test_what_transformers_cannot_load_is_one_line(folder):
+  """A folder that was a GPT-2 when it was opened here."""
+  pytest.importorskip("transformers")
+  path = pathlib.Path(folder("changing"))
+  model = parity.load_transformers(str(path))
+  (path / "model.safetensors").write_bytes(b"x" * 100)
+  with pytest.raises(ValueError, match="transformers cannot load .*changing: ") as error:
+    model.load()
+  assert "\n" not in str(error.value)

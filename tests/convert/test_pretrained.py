@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gpt2_jax.convert import names, pretrained
-from gpt2_jax.convert.weights import from_model, weights_sha256
+from gpt2_jax.convert.weights import Weights, from_model, weights_sha256
 from gpt2_jax.model import ModelConfig
 from gpt2_jax.sharding import BATCH, make_mesh
 from gpt2_jax.tokenizer import Characters, HuggingFace
@@ -277,3 +277,88 @@ def test_libraries_of_single_formats_are_not_imported_with_the_package():
   modules = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
   heavy = {"orbax", "huggingface_hub", "safetensors", "torch", "transformers", "tensorflow"}
   assert not heavy & set(modules.stdout.split())
+
+
+@pytest.mark.parametrize("form", TARGETS)
+def test_numbers_that_are_not_finite_are_told(form, weights, tmp_path, capsys):
+  """And written as they are; of whole weights nothing is told."""
+  whole = weights(CONFIG)
+  broken = np.array(whole.read("h.1.mlp.c_fc.w"))
+  broken[0, :2] = np.nan, np.inf
+
+  def read(name):
+    return broken if name == "h.1.mlp.c_fc.w" else whole.read(name)
+
+  write(whole, tmp_path / "whole", form)
+  assert "warning" not in capsys.readouterr().err
+  damaged = dataclasses.replace(whole, read=read)
+  write(damaged, tmp_path / "damaged", form)
+  assert capsys.readouterr().err.splitlines()[-1] == (
+    "warning: 2 weights of a test are NaN or infinite, and written as they are: h.1.mlp.c_fc.w"
+  )
+  again = pretrained.open_weights(str(tmp_path / "damaged"))
+  assert weights_sha256(again) == weights_sha256(damaged)
+
+
+def test_a_workdir_is_written_to_gs_and_other_formats_are_refused(
+  bucket, weights, tmp_path, monkeypatch
+):
+  """Never to a local folder that is called gs:."""
+  monkeypatch.chdir(tmp_path)
+  made = weights(CONFIG)
+  for form in ("hf", "nanogpt", "llmc"):
+    with pytest.raises(ValueError, match="is a URL, and .* only a workdir"):
+      pretrained.write(made, "gs://bucket/x", form, other_gelu=True)
+  for url in ("s3://bucket/x", "file:///x", "gs://"):
+    with pytest.raises(ValueError, match="neither a local path nor gs://BUCKET/PATH"):
+      pretrained.write(made, url, "orbax")
+
+  pretrained.write(made, "gs://bucket/run", "orbax")
+  assert weights_sha256(pretrained.open_weights("gs://bucket/run")) == weights_sha256(made)
+  with pytest.raises(FileExistsError, match="gs://bucket/run is there already"):
+    pretrained.write(made, "gs://bucket/run", "orbax")
+  assert not list(tmp_path.iterdir())
+
+
+def test_paths_are_expanded_and_their_folders_made(weights, tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  for form in TARGETS:
+    pretrained.write(weights(CONFIG), f"~/new/er/{form}", form, other_gelu=True)
+    assert pretrained.open_weights(f"~/new/er/{form}").config.n_layer == 2
+  assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize(
+  ("path", "message"),
+  [
+    ("", "a path is empty"),
+    ("  ", "a path is empty"),
+    ("~nobody-of-this-name/x", "this machine has no such user"),
+    ("a\0b", "has a NUL in it"),
+  ],
+  ids=range(4),
+)
+def test_what_is_no_path_is_one_line(path, message, weights, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ValueError, match=message):
+    pretrained.open_weights(path)
+  for form in TARGETS:
+    with pytest.raises(ValueError, match=message):
+      pretrained.write(weights(CONFIG), path, form, other_gelu=True)
+  assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_read(tmp_path):
+  """For want of room, or of a folder; the weights here cannot be read at all."""
+  unread = Weights(ModelConfig(10**7, 1024, 10**6, 10, 100), None, None, "a test")
+  (tmp_path / "file").write_text("mine")
+  (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+  before = sorted(tmp_path.iterdir())
+  for form in TARGETS:
+    with pytest.raises(OSError, match=r"new.x takes [\d,.]+ MiB, and .* MiB free; make room"):
+      pretrained.write(unread, str(tmp_path / "new" / "x"), form)
+    with pytest.raises(OSError, match="file.to cannot be written: .*file is a file, not a folder"):
+      pretrained.write(unread, str(tmp_path / "file" / "to"), form)
+    with pytest.raises(FileExistsError, match="link is there already"):
+      pretrained.write(unread, str(tmp_path / "link"), form)
+  assert sorted(tmp_path.iterdir()) == before

@@ -2,10 +2,11 @@
 import os
 import pathlib
 import pickle
+import zipfile
 
 import pytest
 
-from gpt2_jax.convert.safe_load import read_plain_pickle
+from gpt2_jax.convert.safe_load import read_plain_pickle, read_torch
 
 
 @pytest.mark.parametrize("value", [{"a": [1, 2.5, "x", None, (True, b"y")]}, {0: "a"}, []])
@@ -45,3 +46,78 @@ def test_code_in_a_pickle_is_not_run(payload, tmp_path):
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({"itos": payload}, protocol))
     with pytest.raises(ValueError, match="is refused"):
       read_plain_pickle(tmp_path / "x.pkl")
+
+
+def torch_zip(path, compression=zipfile.ZIP_STORED, **extra):
+  """A file of torch.save, its members packed anew; `extra` are members more, by name."""
+  torch = pytest.importorskip("torch")
+  tensors = {"a": torch.arange(5000.0), "b": torch.full((3, 100), 0.5)}
+  torch.save(tensors, path)
+  if compression == zipfile.ZIP_STORED and not extra:
+    return tensors
+
+  with zipfile.ZipFile(path) as archive:
+    contents = {member.filename: archive.read(member) for member in archive.infolist()}
+  folder = next(iter(contents)).split("/")[0]
+  contents |= {f"{folder}/{name}": content for name, content in extra.items()}
+  with zipfile.ZipFile(path, "w", compression) as archive:
+    for name, content in contents.items():
+      archive.writestr(name, content)
+  return tensors
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_compressed_torch_file_holds_the_same_tensors(compression, tmp_path):
+  """Mapped, the compressed bytes would be taken for numbers."""
+  expected = torch_zip(tmp_path / "x.pt", compression)
+  tensors = read_torch(tmp_path / "x.pt")
+  assert tensors.keys() == expected.keys()
+  assert all(tensors[name].equal(expected[name]) for name in expected)
+
+
+def test_a_compression_that_torch_does_not_know_is_refused(tmp_path):
+  for compression in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+    torch_zip(tmp_path / "x.pt", compression)
+    with pytest.raises(ValueError, match="cannot be read; it is damaged or no torch file"):
+      read_torch(tmp_path / "x.pt")
+
+
+def test_every_flipped_byte_of_a_tensor_is_found(tmp_path):
+  """A torch file has a CRC of every tensor, at which torch does not look."""
+  torch_zip(tmp_path / "x.pt")
+  whole = (tmp_path / "x.pt").read_bytes()
+  with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+    member = max(archive.infolist(), key=lambda member: member.file_size)
+  first = whole.index(b"\0\0\x80\x3f\0\0\0\x40", member.header_offset)
+  for at in range(first, first + member.file_size - 8, 1009):
+    mutant = bytearray(whole)
+    mutant[at] ^= 1
+    (tmp_path / "x.pt").write_bytes(mutant)
+    with pytest.raises(ValueError, match="x.pt cannot be read; .*Bad CRC-32.*; fetch it again"):
+      read_torch(tmp_path / "x.pt")
+
+
+def test_a_torch_file_without_crcs_is_read(tmp_path):
+  """As torch writes them when it is told to: 0 for every member."""
+  torch = pytest.importorskip("torch")
+  torch.serialization.set_crc32_options(False)
+  try:
+    expected = torch_zip(tmp_path / "x.pt")
+  finally:
+    torch.serialization.set_crc32_options(True)
+  with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+    assert not any(member.CRC for member in archive.infolist())
+  assert read_torch(tmp_path / "x.pt")["a"].equal(expected["a"])
+
+
+def test_a_zip_made_to_fill_the_memory_is_refused(tmp_path):
+  torch_zip(tmp_path / "x.pt", zipfile.ZIP_DEFLATED, bomb=bytes(1 << 24))
+  with pytest.raises(ValueError, match=r"expands to 16,\d+,\d+ bytes, over 10 times its size"):
+    read_torch(tmp_path / "x.pt")
+
+
+def test_a_zip_with_two_members_of_one_name_is_refused(tmp_path):
+  """torch looks names up without regard to case: which of the two was checked?"""
+  torch_zip(tmp_path / "x.pt", **{"DATA/0": b"other"})
+  with pytest.raises(ValueError, match="two members have one name"):
+    read_torch(tmp_path / "x.pt")

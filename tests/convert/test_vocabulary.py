@@ -92,6 +92,17 @@ def test_gpt2s_tokenizer_is_the_default_for_its_vocabulary_size(tmp_path):
       {"vocab.json": json.dumps(PIECES), "merges.txt": "a b\nab c"},
       "has 6 tokens, and the model 5",
     ),
+    (
+      {"vocab.json": '{"a": 0, "b": 5}', "merges.txt": ""},
+      "has a token with id 5, and the model 5",
+    ),
+    ({"vocab.json": '{"a": 0, "b": 0}', "merges.txt": ""}, "'a' and 'b' have one id"),
+    ({"vocab.json": '{"a\\ud800": 0}', "merges.txt": ""}, "is damaged"),
+    ({"vocab.json": "[" * 100_000, "merges.txt": ""}, "is damaged .*nested too deep"),
+    ({"tokenizer.json": "[" * 100_000}, "is damaged"),
+    ({"tokenizer.json": b"\xff"}, "is damaged .*tokenizer.json is not UTF-8 at byte 0"),
+    ({"gpt2_jax_tokenizer.json": '{"kind": "huggingface", "payload": 3}'}, "no tokenizer in"),
+    ({"gpt2_jax_tokenizer.json": '{"kind": "sentencepiece", "proto": ""}'}, "of 0 bytes"),
   ],
 )
 def test_an_invalid_vocabulary_is_one_line(files, message, tmp_path):

@@ -2,6 +2,7 @@
 import collections
 import dataclasses
 import hashlib
+import warnings
 import weakref
 
 import jax
@@ -9,7 +10,14 @@ import numpy as np
 import pytest
 
 from gpt2_jax.convert import names
-from gpt2_jax.convert.weights import Weights, cast_weights, from_model, to_model, weights_sha256
+from gpt2_jax.convert.weights import (
+  Weights,
+  cast_weights,
+  count_nonfinite,
+  from_model,
+  to_model,
+  weights_sha256,
+)
 from gpt2_jax.model import GPT2, ModelConfig, name_of
 from gpt2_jax.sharding import make_mesh
 
@@ -160,3 +168,21 @@ def test_cast_weights_are_what_a_file_of_that_dtype_holds(five):
     expected = torch.from_numpy(x).to(getattr(torch, dtype)).float().numpy()
     cast = cast_weights(five, dtype).read("wpe").astype(np.float32)
     np.testing.assert_array_equal(cast, expected)
+
+
+def test_numbers_that_are_not_finite_are_counted_by_tensor(five):
+  """However often a tensor is read, and whatever kind of NaN it has."""
+  broken = {name: np.array(five.read(name)) for name in ("h.1.attn.c_attn.w", "ln_f.g")}
+  broken["h.1.attn.c_attn.w"][0, :3] = np.nan, np.inf, -np.inf
+  broken["ln_f.g"].view(np.uint32)[1] = 0x7F800001  # a signalling NaN
+
+  def read(name):
+    return broken.get(name, five.read(name))
+
+  counted, counts = count_nonfinite(dataclasses.replace(five, read=read))
+  with warnings.catch_warnings(action="error"):
+    assert weights_sha256(counted) == weights_sha256(counted) != weights_sha256(five)
+    weights_sha256(cast_weights(counted, "bfloat16"))
+  assert counts == {"h.1.attn.c_attn.w": 3, "ln_f.g": 1}
+  counted, counts = count_nonfinite(five)
+  assert weights_sha256(counted) == weights_sha256(five) and not counts

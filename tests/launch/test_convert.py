@@ -2,15 +2,18 @@
 """The command as it is typed. What each format refuses stands in tests/convert; here, how that
 looks from outside."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import pickle
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from gpt2_jax.convert import llmc, pretrained
 from gpt2_jax.convert.weights import from_model, weights_sha256
@@ -219,6 +222,9 @@ def damaged(folder):
   (root / "openai").mkdir()
   (root / "openai" / "model.ckpt.index").write_text("x")
   (root / "file").write_text("mine")
+  (root / "latin").write_bytes("\xe9".encode("latin-1"))
+  (root / "deep.json").mkdir()
+  (root / "deep.json" / "config.json").write_text("[" * 100_000)
 
 
 CASES = [
@@ -234,11 +240,19 @@ CASES = [
   (["--from=openai"], "hparams.json is not there"),
   (["--from=file"], "file is no GPT-2 checkpoint"),
   (["--from=./gone"], "gone is not there"),
-  (["--from=theirs", "--to=file"], "file is there already; take another --to"),
+  (["--from=theirs", "--to=file"], "file is there already; take another name"),
   (["--from=theirs", "--to=cut"], "cut is there already"),
   (["--from=theirs", "--to=file/to"], "file"),
   (["--from=theirs", "--to=/proc/to"], "/proc"),
   (["--from=theirs", "--to="], "--from wants a --to"),
+  (["--from=theirs", "--to=gs://bucket/x"], "is a URL, and of what can be written only a workdir"),
+  (["--from=theirs", "--to=s3://b/x", "--format=orbax"], "neither a local path nor gs://"),
+  (["--from=theirs", "--to=~nobody-of-this-name/x"], "this machine has no such user"),
+  (["--from=~nobody-of-this-name/x"], "this machine has no such user"),
+  (["--from=deep.json"], "config.json is JSON that is nested too deep"),
+  (["--from=./gone", "--format=llmc", "--dtype=float16"], "llm.c has no float16"),
+  (["--from=./gone", "--to=file/to"], "file is a file, not a folder"),
+  (["--from=theirs", "--text=file"], "--text is nothing to --from"),
   (["--from=theirs", "--format=openai"], "should be one of <hf|orbax|nanogpt|llmc>"),
   (["--from=theirs", "--format=nanogpt"], "nanoGPT computes the erf one"),
   (["--from=theirs", "--format=llmc", "--dtype=float16"], "llm.c has no float16"),
@@ -247,6 +261,19 @@ CASES = [
   (["--from=theirs", "--verify=theirs"], "give --from=... --to=... to convert, or --verify"),
   (["--verify=theirs"], "wants either --against=CHECKPOINT or --logits=FILE"),
   (["--verify=theirs", "--logits=file"], "file is no .npz file"),
+  (["--verify=./gone", "--logits=none.npz"], "none.npz is no file"),
+  (["--verify=./gone", "--logits="], "a path is empty"),
+  (["--verify=theirs", "--against="], "a path is empty"),
+  (["--verify=./gone", "--against=theirs", "--out="], "a path is empty"),
+  (["--verify=./gone", "--against=theirs", "--out=file/x"], "file is a file, not a folder"),
+  (["--verify=./gone", "--against=theirs", "--out=gs://b/x"], "is a URL, and only a local path"),
+  (["--verify=./gone", "--against=theirs", "--text=latin"], "latin is not UTF-8 at byte 0"),
+  (["--verify=theirs", "--against=theirs", "--text=latin", "--out=~nobody-of-this-name/x"], "user"),
+  (["--verify=./gone", "--against=theirs", "--tolerance=nan"], "--tolerance is nan"),
+  (["--verify=./gone", "--against=theirs", "--tolerance=-1"], "--tolerance is -1"),
+  (["--verify=theirs", "--logits=file", "--oracle=transformers"], "leave --text and --oracle out"),
+  (["--verify=theirs", "--against=theirs", "--dtype=float16"], "--dtype is nothing to --verify"),
+  (["--verify=theirs", "--against=theirs", "--revision=x"], "--revision is nothing to --verify"),
   (["--verify=theirs", "--against=theirs", "--text=gone"], "gone"),
   (["--verify=theirs", "--against=cut"], "is no whole safetensors file"),
 ]
@@ -263,3 +290,56 @@ def test_invalid_input_is_one_line_and_status_2_and_writes_nothing(damaged, tmp_
     assert (code, out, err.count("\n")) == (2, "", 1), (flags, err)
     assert err.startswith("error: ") and message in err, (flags, err)
   assert tree(tmp_path) == before
+
+
+def test_numbers_that_are_not_finite_are_told(folder, weights, tmp_path):
+  """The conversion is done; status 0, and a line on stderr with the count and the place."""
+  broken = np.array(weights.read("ln_f.g"))
+  broken[3:5] = np.nan, -np.inf
+  changed = dataclasses.replace(
+    weights, read=lambda name: broken if name == "ln_f.g" else weights.read(name)
+  )
+  pretrained.write(changed, str(tmp_path / "broken"), "hf")
+  lines = [["--from=theirs", "--to=x.bin", "--format=llmc"]]
+  lines += [
+    ["--from=broken", "--to=y.bin", "--format=llmc"],
+    ["--verify=broken", "--against=y.bin"],
+  ]
+  whole, told, verified = run_many(lines, tmp_path)
+  assert (whole[0], whole[2]) == (0, "")
+  assert told[0] == 0 and "read back, the same" in told[1]
+  assert told[2] == (
+    "warning: 2 weights of broken (Hugging Face) are NaN or infinite, and written as they are: "
+    "ln_f.g\n"
+  )
+  assert verified[0] == 2 and "gives logits that are not finite" in verified[2]
+
+
+def test_paths_are_expanded_and_their_folders_made(folder, tmp_path):
+  (tmp_path / "text").write_text("Some text.")
+  lines = [
+    ["--from=~/theirs", "--to=~/new/er/x.bin", "--format=llmc"],
+    ["--verify=~/theirs", "--against=~/new/er/x.bin", "--out=~/of/all/x.json", "--text=~/text"],
+  ]
+  home = f"import os\nos.environ['HOME'] = {str(tmp_path)!r}\n"
+  (tmp_path / "cwd").mkdir()
+  for code, _, err in run_many(lines, tmp_path / "cwd", home):
+    assert (code, err) == (0, "")
+  assert json.loads((tmp_path / "of/all/x.json").read_text())["same_model"]
+  assert not list((tmp_path / "cwd").iterdir())
+
+
+def test_a_compressed_pickle_is_converted_to_the_same_weights(folder, weights, tmp_path):
+  """As a folder that somebody packed anew. Its compressed bytes are numbers, too, but others."""
+  torch = pytest.importorskip("torch")
+  tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+  (folder / "model.safetensors").unlink()
+  torch.save({name: torch.from_numpy(x) for name, x in tensors.items()}, tmp_path / "stored")
+  with (
+    zipfile.ZipFile(tmp_path / "stored") as stored,
+    zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+  ):
+    for member in stored.infolist():
+      packed.writestr(member.filename, stored.read(member))
+  [(code, out, err)] = run_many([["--from=theirs", "--to=to"]], tmp_path)
+  assert (code, err) == (0, "") and f"weights sha256 {weights_sha256(weights)}" in out

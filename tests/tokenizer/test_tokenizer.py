@@ -323,6 +323,15 @@ def test_load_reads_what_was_written(tmp_path, sentencepiece):
       "its kind is gpt2, huggingface, sentencepiece or characters",
     ),
     ("bad.json", b'{"kind": "huggingface", "payload": "{"}', "1 characters are no tokenizer.json"),
+    ("bad.model", b"", "a SentencePiece model of 0 bytes is none"),
+    ("bad.json", b"[" * 100_000, "bad.json is JSON that is nested too deep"),
+    ("bad.json", b"[]", "bad.json holds a list, not an object"),
+    ("bad.json", b"\xff", "bad.json is not UTF-8 at byte 0"),
+    ("bad.json", b'{"kind": "huggingface", "payload": 3}', "no tokenizer in"),
+    ("bad.json", b'{"kind": "huggingface", "payload": "{}", "end": true}', "the end of a text is"),
+    ("bad.json", b'{"kind": "sentencepiece", "proto": ["AAAA"]}', "no tokenizer in"),
+    ("bad.json", b'{"kind": "characters", "alphabet": {"a": 1}}', "no tokenizer in"),
+    ("bad.json", b'{"kind": "characters", "alphabet": "a\\udc80"}', r"lone surrogate \(U\+DC80\)"),
   ],
 )
 def test_what_is_no_tokenizer_is_one_line(tmp_path, name, content, message):
@@ -330,4 +339,86 @@ def test_what_is_no_tokenizer_is_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
   with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
     tokenizer_lib.load_tokenizer(name if name == "gpt3" else str(tmp_path / name))
+  assert "\n" not in str(error.value)
+
+
+def test_a_path_is_expanded(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "a.json").write_text(json.dumps(Characters("ab").to_json()))
+  assert tokenizer_lib.load_tokenizer("~/a.json") == Characters("ab")
+  with pytest.raises(ValueError, match="this machine has no such user"):
+    tokenizer_lib.load_tokenizer("~nobody-of-this-name/a.json")
+
+
+LONE_SURROGATES = ["\ud83d", "ab\udc80", "a\ud83d b\ude00\n"]
+
+
+@pytest.mark.parametrize("text", LONE_SURROGATES, ids=ascii)
+def test_a_lone_surrogate_is_named_with_its_place(text, sentencepiece):
+  """By every tokenizer and every way in. None puts another character in its place."""
+  place = next(n for n, character in enumerate(text) if "\ud800" <= character <= "\udfff")
+  tokenizers = [sentencepiece, small_bpe(), Characters("ab")]
+  if "TIKTOKEN_CACHE_DIR" in os.environ:
+    tokenizers.append(Gpt2Bpe())
+
+  for ours in tokenizers:
+    ways = [ours.encode, ours.encode_with_offsets, lambda text: ours.encode_batch(["a", text])]  # noqa: B023
+    for encode in ways:
+      message = rf"character {place} of the text is a lone surrogate \(U\+{ord(text[place]):04X}\)"
+      with pytest.raises(ValueError, match=message) as error:
+        encode(text)
+      assert len(str(error.value)) < 200
+
+
+def nested(depth: int) -> dict:
+  """Pre-tokenizers within each other, deeper than the library's parser goes."""
+  inner = {"type": "Sequence", "pretokenizers": []}
+  for _ in range(depth):
+    inner = {"type": "Sequence", "pretokenizers": [inner]}
+  return inner
+
+
+# The library panics at the first three, which is no Exception, and raises at the others.
+PRECOMPILED = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+BAD_PARTS = [
+  {"normalizer": PRECOMPILED},
+  {"normalizer": {"type": "Sequence", "normalizers": [PRECOMPILED]}},
+  {"normalizer": PRECOMPILED | {"precompiled_charsmap": "////AAAA"}},
+  {"pre_tokenizer": nested(200)},
+  {"pre_tokenizer": 5},
+  {"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}},
+]
+
+
+@pytest.mark.parametrize("parts", BAD_PARTS, ids=range(len(BAD_PARTS)))
+def test_a_panic_of_the_library_is_one_line_and_silent(parts, capfd):
+  ours = HuggingFace(json.dumps(json.loads(small_bpe().payload) | parts))
+  with pytest.raises(ValueError, match="characters are no tokenizer.json") as error:
+    _ = ours.vocab_size
+  assert "\n" not in str(error.value) and len(str(error.value)) < 400
+  assert capfd.readouterr() == ("", "")
+
+
+def test_a_panic_at_a_text_is_one_line():
+  chunks = {"type": "FixedLength", "length": 0}
+  ours = HuggingFace(json.dumps(json.loads(small_bpe().payload) | {"pre_tokenizer": chunks}))
+  for encode in (ours.encode, ours.encode_with_offsets, lambda text: ours.encode_batch([text])):
+    with pytest.raises(ValueError, match="the tokenizers library refuses"):
+      encode("ab")
+
+
+@pytest.mark.parametrize(
+  ("vocab", "message"),
+  [
+    ({"a": 0, "b": 0}, "'a' and 'b' have one id, 0"),
+    ({"a": -1}, "the id of 'a' is '-1'"),
+    ({"a": True}, "the id of 'a' is 'True'"),
+    ({"a": [0]}, r"the id of 'a' is '\[0\]'"),
+    ({"a": 2**40}, "the tokenizers library refuses"),
+    ({"\ud800": 0}, "the tokenizers library refuses"),
+  ],
+)
+def test_a_vocabulary_of_no_ids_is_one_line(vocab, message):
+  with pytest.raises(ValueError, match=message) as error:
+    HuggingFace.from_merges(vocab, [])
   assert "\n" not in str(error.value)
