@@ -4,6 +4,7 @@
 import difflib
 import logging as standard_logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -95,6 +96,11 @@ def parse_flags(argv: list[str], config: str | None = None) -> list[str]:
       f"there is no flag --{error.flagname[:80]}; did you mean --{near}{dot}{knob[:80]}? "
       f"--help shows all"
     ) from error
+  except flags.IllegalFlagValueError as error:
+    missing = re.search(r"flag --(\S+)=None: .* other than None", str(error))
+    if missing is None:
+      raise
+    raise ValueError(f"--{missing[1]} is missing; give it, --help says what it is") from error
 
 
 _CONFIG = ("--config=", "-config=")

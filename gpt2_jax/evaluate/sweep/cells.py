@@ -13,6 +13,8 @@ import math
 import os
 import pathlib
 import re
+import shutil
+from collections.abc import Iterator
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -181,13 +183,27 @@ def check_out(folder: pathlib.Path) -> None:
       raise IsADirectoryError(f"{folder / name} is a folder; take another --out, or move it away")
 
 
-def lock_folder(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def lock_folder(folder: pathlib.Path) -> Iterator[None]:
   """Locks a sweep's folder for as long as the context lasts, so that no cell is computed twice.
 
-  Raises OSError if another sweep holds it.
+  A folder that was made for this, and into which nothing came, is removed. Raises OSError if
+  another sweep holds it.
   """
   busy = f"another sweep is writing into {folder}; wait until it ends, or take another --out"
-  return file_lock(folder / ".lock", busy)
+  was_there = folder.exists()
+  with file_lock(folder / ".lock", busy):
+    try:
+      yield
+    finally:
+      if not was_there:
+        _remove_if_empty(folder)
+
+
+def _remove_if_empty(folder: pathlib.Path) -> None:
+  """Removes a sweep's folder with no file in it but its lock."""
+  if not any(path.is_file() for path in folder.rglob("*") if path != folder / ".lock"):
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---- files of cells

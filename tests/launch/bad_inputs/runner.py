@@ -28,6 +28,9 @@ CACHES = re.compile(
   r"home/(tensorflow_datasets(?!.*incomplete)|\.cache|\.config)\b|(.*/)?(\.?lock$|__pycache__)"
 )
 
+# A sweep tells of each cell as it fails, before it tells that none is left.
+CELL = re.compile(r"\[\d+/\d+\] failed ")
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -207,7 +210,7 @@ def judge(row: Row, result: Result, changed: list[str]) -> list[str]:
     errors = [line for line in lines if "failed " in line]
   else:
     errors = [line for line in lines if line.startswith("error: ")]
-    others = [line for line in lines if line not in errors]
+    others = [line for line in lines if line not in errors and not CELL.match(line)]
     if others and not row.may_write and "traceback" not in faults:
       faults.append(f"{len(others)} other lines")
   if len(errors) != 1 and result.status != 0 and "traceback" not in faults:

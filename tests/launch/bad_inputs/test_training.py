@@ -15,7 +15,7 @@ COMMAND_LINES = rows(
   "train",
   "",
   [
-    ("no flags", "--config", ""),
+    ("no flags", "is missing", ""),
     ("no workdir", "--workdir", "--config=configs/shakespeare.py"),
     ("no config", "--config", "--workdir=new"),
     ("a flag that is none", "wrokdir", f"{SHAKESPEARE} --wrokdir=x"),
@@ -263,7 +263,7 @@ PLANS = rows(
   "",
   [
     ("a plan", None, PLAN),
-    ("no flags", "--config", ""),
+    ("no flags", "is missing", ""),
     ("no topology", "--topology", "--config=configs/gpt2.py:117M"),
     ("no config", "--config", "--topology=v5e:2x2"),
     ("a chip that is none", "v9z", f"{PLAN} --topology=v9z:2x2"),
