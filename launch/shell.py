@@ -38,8 +38,7 @@ def run(
       sys.exit(_line(error))
 
   def guarded(argv):
-    # What libraries log as an error, they raise too: it would be told twice.
-    logging.set_verbosity(logging.FATAL)
+    logging.set_verbosity(logging.FATAL)  # the flags have set another
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     try:
       # An unquoted glob comes as several words, and only the first would be the flag's.
@@ -66,6 +65,10 @@ def run(
   # next would get the number of the output, and what libraries write there.
   if sys.stdout is None:
     sys.exit(_line(OSError("the standard output is closed; give it a file, or /dev/null")))
+
+  # What libraries log as an error, they raise too: it would be told twice.
+  logging.use_absl_handler()
+  logging.set_verbosity(logging.FATAL)
   app.run(guarded, flags_parser=parse)
 
 

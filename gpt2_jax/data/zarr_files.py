@@ -188,6 +188,9 @@ def _spec(path: str, name: str) -> dict:
 
 
 def _url(path: str) -> str:
+  """The URL of a local folder, or of one on gs://. Raises ValueError for any other URL."""
   path = str(path)
+  if "://" in path and not path.startswith(("gs://", "file://")):
+    raise ValueError(f"{path[:80]} is neither a local path nor gs://BUCKET/PATH; take one of these")
   url = path if "://" in path else pathlib.Path(path).absolute().as_uri()
   return url.rstrip("/") + "/"

@@ -164,7 +164,9 @@ class Checkpoints:
     known, unknown = [], {}
     for step in self.steps():
       try:
-        known.append((step, self._read_val_loss(step)))
+        val_loss = self._read_val_loss(step)
+        if val_loss is not None:
+          known.append((step, val_loss))
       except UNREADABLE as error:
         unknown[step] = first_line(error, 120)
 
@@ -178,12 +180,14 @@ class Checkpoints:
       )
     return known
 
-  def _read_val_loss(self, step: int) -> float:
+  def _read_val_loss(self, step: int) -> float | None:
+    """The loss saved with `step`; None for a renamed folder, as whoever reads it will be told."""
     metrics = self._read_json(step, "metrics/metrics")
     checksum = metrics.pop("sha256", None)
     if checksum is not None and json_sha256(metrics) != checksum:
       raise ValueError("the checksum of metrics/metrics is wrong")
-    check_step(metrics.get("step", step), step)
+    if metrics.get("step", step) != step:
+      return None
     val_loss = metrics.get("val_loss")
     if not isinstance(val_loss, int | float) or not math.isfinite(val_loss):
       raise ValueError(f"metrics/metrics has a val_loss of {str(val_loss)[:40]}")

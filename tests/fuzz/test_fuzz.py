@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fuzzing: of every container that is read, damaged copies are refused in one line, or are whole.
 
-GPT2_JAX_FUZZ=2000 tries that many mutants of each, where the default is what takes a minute in all.
-What a format has checksums for (torch's zips, workdirs, token stores, OpenAI's bundles) never gives
-anything but what was written. A mutant is made by its number alone: a failure names it.
+GPT2_JAX_MUTANTS=2000 tries that many mutants of each; the default is what takes a minute in all.
+What a format has checksums for (torch's zips, workdirs, token stores, OpenAI's bundles, cells) never
+gives anything but what was written. A mutant is made by its number alone: a failure names it.
 """
 
 import collections
@@ -25,13 +25,14 @@ from gpt2_jax import tokenizer as tokenizer_lib
 from gpt2_jax.convert import parity, pretrained
 from gpt2_jax.convert.weights import Weights, from_model, weights_sha256
 from gpt2_jax.data import TokenStore, encode_corpus
-from gpt2_jax.evaluate import contamination
+from gpt2_jax.evaluate import contamination, tasks
 from gpt2_jax.evaluate.sweep import cells
 from gpt2_jax.files import sha256
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.runs import checkpoint
 from gpt2_jax.runs.metrics import Metrics, plot_losses
 from gpt2_jax.sharding import make_mesh
+from tests.evaluate.sweep import test_cells
 from tests.fuzz.mutants import copy_fresh, mutate_file
 
 TEXT = "".join(chr(97 + (i * i + i // 7) % 23) for i in range(3000))
@@ -218,17 +219,14 @@ def read_store(folder: pathlib.Path) -> str:
 
 
 def write_cell(folder: pathlib.Path):
-  content = {
-    "identity": {"model": "m", "task": "lambada", "rows": "abc"},
-    "scores": {"accuracy": 0.5},
-    "sums": {"correct": [1.0, 0.0], "nats": [2.5, 3.5]},
-    "rows": 2,
-  }
-  cells.write(folder / "cell.json", content)
+  cells.write(folder / "cell.json", test_cells.content())
 
 
 def read_cell(folder: pathlib.Path) -> str:
-  return str(cells.read(folder / "cell.json")["sums"])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(tasks.TASKS, "toy", test_cells.TOY)
+    content = cells.read(folder / "cell.json", test_cells.IDENTITY)
+  return str(content["sums"]) + str(content["metrics"])
 
 
 def write_filter(folder: pathlib.Path):
@@ -289,7 +287,7 @@ CONTAINERS = {
   "workdir, resumed": Container(save_run, resume, 12, ORBAX, True, "step 1"),
   "metrics.jsonl": Container(write_metrics, read_metrics, 20),
   "token store": Container(write_store, read_store, 60, "it/**/*", True),
-  "cell": Container(write_cell, read_cell, 200),
+  "cell": Container(write_cell, read_cell, 100, "*", True),
   "filter": Container(write_filter, read_filter, 100),
   "recorded logits": Container(write_logits, read_logits, 100),
   "sentencepiece": Container(write_sentencepiece, read_tokenizer("it.model"), 100),
@@ -309,7 +307,7 @@ def test_a_damaged_file_is_refused_in_one_line_or_read_as_it_was(name, tmp_path,
   truth = container.read(mutant)
 
   counts, faults = collections.Counter(), []
-  for number in range(int(os.environ.get("GPT2_JAX_FUZZ", container.mutants))):
+  for number in range(int(os.environ.get("GPT2_JAX_MUTANTS", container.mutants))):
     copy_fresh(source, mutant)
     done = mutate_file(mutant, names, random.Random(f"{name} {number}"))
     outcome, fault = judge(container, mutant, truth)
@@ -318,7 +316,7 @@ def test_a_damaged_file_is_refused_in_one_line_or_read_as_it_was(name, tmp_path,
       faults.append(f"{number} ({done}): {fault}")
 
   with capsys.disabled():
-    if "GPT2_JAX_FUZZ" in os.environ:
+    if "GPT2_JAX_MUTANTS" in os.environ:
       print(f"\n{name}: {dict(counts)}")
   assert not faults, f"{len(faults)} faults: " + "\n".join(faults[:20])
   is_whole = counts["whole"] == counts.total()

@@ -23,12 +23,13 @@ IDENTITY |= {"shots": 0, "rows": "abc", "examples": [], "limit": 0, "seed": 0, "
 MUTANTS = int(os.environ.get("GPT2_JAX_MUTANTS", "300"))
 
 
+SOURCE = Source("toy", ("*",), None, "https://example.org")
+TOY = {"plain": Task("toy", "plain", "", SOURCE, None, None, METRICS)}
+
+
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
-  source = Source("toy", ("*",), None, "https://example.org")
-  monkeypatch.setitem(
-    tasks.TASKS, "toy", {"plain": Task("toy", "plain", "", source, None, None, METRICS)}
-  )
+  monkeypatch.setitem(tasks.TASKS, "toy", TOY)
 
 
 def content(n: int = 5) -> dict:
