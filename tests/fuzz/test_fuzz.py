@@ -2,8 +2,8 @@
 """Fuzzing: of every container that is read, damaged copies are refused in one line, or are whole.
 
 GPT2_JAX_MUTANTS=2000 tries that many mutants of each; the default is what takes a minute in all.
-What a format has checksums for (torch's zips, workdirs, token stores, OpenAI's bundles, cells) never
-gives anything but what was written. A mutant is made by its number alone: a failure names it.
+What a format has checksums for (torch's zips, workdirs, token stores, OpenAI's bundles, cells)
+never gives anything but what was written. A mutant is made by its number alone: a failure names it.
 """
 
 import collections
@@ -226,7 +226,8 @@ def read_cell(folder: pathlib.Path) -> str:
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(tasks.TASKS, "toy", test_cells.TOY)
     content = cells.read(folder / "cell.json", test_cells.IDENTITY)
-  return str(content["sums"]) + str(content["metrics"])
+  sums = {name: values.tolist() for name, values in content["sums"].items()}
+  return json.dumps([sums, content["metrics"]], sort_keys=True)
 
 
 def write_filter(folder: pathlib.Path):
