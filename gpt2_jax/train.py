@@ -245,8 +245,9 @@ def train_loop(setup: Setup, jitted_step, objective) -> TrainState:
     # 5. Stop where a signal asked for it.
     if signal_number:
       name = signal.Signals(signal_number).name
+      where = "there" if is_saved else "the newest checkpoint"
       done = "stopped and saved" if is_saved else "stopped"
-      metrics.say(f"{name}: {done} at step {step}; the same command resumes the run")
+      metrics.say(f"{name}: {done} at step {step}; the same command resumes from {where}")
       break
     setup.log.start_clock()
   setup.profile.end(state)

@@ -233,6 +233,20 @@ def test_paths_of_a_run_may_begin_with_the_home_folder(data, tmp_path, monkeypat
   assert "profile_steps: no trace will be written" in said
 
 
+@pytest.mark.parametrize("workdir", ["file", "file/run", "other"])
+def test_a_workdir_that_is_no_folder_is_refused_before_anything_is_computed(
+  data, tmp_path, monkeypatch, workdir
+):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "file").write_text("a file")
+  (tmp_path / "other").mkdir()
+  (tmp_path / "other/checkpoints").write_text("a file")
+  before = sorted(tmp_path.rglob("*"))
+  with pytest.raises(OSError, match=r" cannot be written: .* is no folder that this user may"):
+    train.run(config_for(data), workdir)
+  assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("workdir", ["", "  ", "~nouser/run", "a\0b"])
 def test_a_workdir_that_is_no_path_is_one_line(data, tmp_path, monkeypatch, workdir):
   monkeypatch.chdir(tmp_path)

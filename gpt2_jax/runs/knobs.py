@@ -11,8 +11,6 @@ import json
 import math
 import numbers
 
-from ml_collections.config_dict import RequiredValueError
-
 from gpt2_jax.files import user_path
 
 FLOAT32_MAX = 3.4028234e38
@@ -171,10 +169,7 @@ def check(config) -> None:
       f"get_config gives a value of type {type(config).__name__}, not a ConfigDict; "
       f"begin with configs/gpt2.py"
     )
-  try:
-    values = flatten(config)
-  except RequiredValueError as error:
-    raise ValueError("a required knob has no value; set it by --config.NAME=VALUE") from error
+  values = flatten(config)
   for name in values:
     if name not in KNOBS:
       near = difflib.get_close_matches(name, KNOBS, 1, cutoff=0)[0]

@@ -124,13 +124,19 @@ def out_of_memory(config: ConfigDict, model_config: ModelConfig, abstract_state)
 
 
 def check_disk(workdir: str, abstract_state) -> None:
-  """Raises OSError if one checkpoint does not fit the disk of a local workdir."""
+  """Raises OSError if a local workdir is no folder that can be written, or one checkpoint does not
+  fit its disk."""
   free = math.inf
   if distributed.is_primary() and not is_remote(workdir):
     # The workdir itself may not be there yet.
-    folder = pathlib.Path(workdir).absolute()
+    folder = pathlib.Path(workdir).absolute() / "checkpoints"
     while not folder.exists():
       folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+      raise OSError(
+        f"{workdir} cannot be written: {folder} is no folder that this user may write; "
+        f"take another --workdir"
+      )
     free = shutil.disk_usage(folder).free
 
   needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state))

@@ -247,6 +247,7 @@ class Log:
     self.checkpoints = checkpoints
     self.last_time: float | None = None
     self.skips = 0  # updates that were skipped in a row, up to the last step that was read
+    self.updates = 0  # that were made since the run started or resumed
 
   def start_clock(self):
     """Starts the step time anew: evaluation and saving, which came before, do not count."""
@@ -274,6 +275,7 @@ class Log:
     for i, step in enumerate(range(last - count + 1, last + 1)):
       values = {name: array[i].item() for name, array in stacked.items()}
       skips = self.skips = values["skips"]
+      self.updates += not skips
       if step % self.config.log_every == 0 or skips:
         self.metrics.write(step, **values, **throughput)
       if skips:
@@ -292,9 +294,16 @@ class Log:
     )
 
   def last_good(self) -> str:
-    """The newest checkpoint, for a message; none is ever saved of a state that is not finite."""
+    """The newest checkpoint, for a message: none is ever saved of a state that is broken."""
     steps = self.checkpoints.steps()
-    return f"checkpoint {steps[0]} is good" if steps else "no checkpoint was saved before"
+    if not steps:
+      return "no checkpoint was saved before"
+    # Another program may have saved it.
+    if not self.updates:
+      return (
+        f"no update after checkpoint {steps[0]} was finite: move it away to resume from another"
+      )
+    return f"checkpoint {steps[0]} is good"
 
 
 class Profile:

@@ -3,18 +3,20 @@ import contextlib
 import json
 import resource
 import threading
+import types
 import warnings
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from configs import gpt2
 from gpt2_jax import distributed
 from gpt2_jax.batch import Batch
 from gpt2_jax.loss import NextToken, mean_loss
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.runs import metrics as metrics_lib
-from gpt2_jax.runs.metrics import Metrics, TensorBoard, flops_per_token, mfu, plot_losses
+from gpt2_jax.runs.metrics import Log, Metrics, TensorBoard, flops_per_token, mfu, plot_losses
 from gpt2_jax.sizes import SIZES
 
 
@@ -197,3 +199,27 @@ def test_metrics_on_a_full_disk_end_the_run_in_one_line_and_keep_the_lines(tmp_p
       metrics.write(step, loss=1.0)
   metrics.close()
   assert [line["step"] for line in lines(tmp_path)] == list(range(1, step + 1))
+
+
+@pytest.mark.parametrize(
+  "steps, skips, line",
+  [
+    ([], [1, 2], "no checkpoint was saved before;"),
+    ([40, 20], [0, 1, 2], "checkpoint 40 is good;"),
+    ([40, 20], [1, 2], "no update after checkpoint 40 was finite: move it away to resume from"),
+  ],
+)
+def test_the_line_of_a_run_that_diverged_vouches_only_for_what_it_knows(
+  tmp_path, steps, skips, line
+):
+  config = gpt2.get_config()
+  config.update(max_skips=2, log_every=1)
+  metrics = Metrics(str(tmp_path), 40, 100)
+  checkpoints = types.SimpleNamespace(steps=lambda: steps)
+  log = Log(metrics, config, SIZES["117M"], checkpoints)
+  log.start_clock()
+  stacked = {"loss": jnp.full(len(skips), 3.0), "skips": jnp.array(skips)}
+  with pytest.raises(FloatingPointError, match=line) as raised:
+    log.read(40 + len(skips), stacked)
+  assert "2 updates in a row were not finite" in str(raised.value) and len(str(raised.value)) < 400
+  metrics.close()
