@@ -210,7 +210,8 @@ def check_manifest(manifest: dict, place: str) -> None:
   for key in ("tokens", "bytes", "documents", "documents_per_part"):
     if not _is_count(manifest.get(key)):
       raise ValueError(f"{place}: {key} is {str(manifest.get(key))[:40]!r}, no count; {REPAIR}")
-  for key, kind in (("parts", dict), ("source", dict), ("tokenizer_fingerprint", str)):
+  kinds = {"parts": dict, "source": dict, "tokenizer": dict, "tokenizer_fingerprint": str}
+  for key, kind in kinds.items():
     if not isinstance(manifest.get(key), kind):
       raise ValueError(f"{place} has no {key}; {REPAIR}")
   if manifest.get("dtype") not in ("uint16", "uint32"):

@@ -349,6 +349,7 @@ CONTRADICTIONS = {
   "no documents a part": lambda manifest: manifest.update(documents_per_part=0),
   "hash": lambda manifest: manifest["parts"]["part-00002"].update(sha256="0" * 64),
   "tokenizer": lambda manifest: manifest.update(tokenizer=Characters(DIGITS).to_json()),
+  "no tokenizer": lambda manifest: manifest.pop("tokenizer"),
   "fingerprint": lambda manifest: manifest.update(tokenizer_fingerprint="0" * 64),
   "source": lambda manifest: manifest.update(source={"kind": "list", "version": 2}),
 }
