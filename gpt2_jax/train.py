@@ -20,7 +20,7 @@ from gpt2_jax.loss import NextToken, mean_loss, per_token
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.optimizer import adamw, schedule
 from gpt2_jax.runs import knobs
-from gpt2_jax.runs.limits import check_batch, check_memory, out_of_memory
+from gpt2_jax.runs.limits import check_batch, check_kernel, check_memory, out_of_memory
 from gpt2_jax.runs.metrics import plot_losses
 from gpt2_jax.runs.setup import Setup, set_up
 from gpt2_jax.runs.validation import log_initial_loss, save_if_sound, validate
@@ -269,6 +269,7 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     resources.enter_context(jax.set_mesh(make_mesh(**config.mesh)))
     model_config = ModelConfig(**config.model)
     check_batch(config)
+    check_kernel(model_config)
     init, jitted_step = make_step(config, model_config, platform())
     key = jax.random.split(jax.random.key(config.seed))[0]
     abstract_state = jax.eval_shape(init, key)

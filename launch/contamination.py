@@ -119,9 +119,11 @@ def corpus_filter(data_dir: str | None) -> contamination.BloomFilter:
 
   # A filter is enough by itself. If the flags name a corpus, too, it has to be the filter's.
   bloom = contamination.BloomFilter.load(str(path))
-  if has_corpus and bloom.source != corpus_documents(data_dir).source:
-    source = str(bloom.source)[:200]
-    raise ValueError(f"{path} is of another corpus, {source}; name another --filter")
+  if has_corpus:
+    documents = corpus_documents(data_dir)
+    if not corpus.is_same_source(bloom.source, documents.source, documents.former_source):
+      source = str(bloom.source)[:200]
+      raise ValueError(f"{path} is of another corpus, {source}; name another --filter")
   return bloom
 
 

@@ -5,6 +5,7 @@ Inside an array, chunks of 2,048 tokens with a crc32c each lie in shards of 16 M
 are few files, and a random window reads a few KiB.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -34,25 +35,36 @@ def open_arrays(
   # A store never changes once it is complete: what is in the cache needs no second look.
   options = {"recheck_cached_data": "open", "recheck_cached_metadata": "open"}
 
-  # All are opened at once and not one after another: on gs:// each costs a round trip.
-  opening = []
-  for name in lengths:
+  # All are read at once and not one after another: on gs:// each costs a round trip. First their
+  # metadata, as JSON: TensorStore would crash on what is nested too deep.
+  folder = _folder(path)
+  reading = [folder.read(f"{name}/zarr.json") for name in lengths]
+  opening = {}
+  for name, metadata in zip(lengths, reading, strict=True):
+    with _lost_part(path, name):
+      parse_json_object(metadata.result().value or "{}", "its zarr.json")
     spec = _spec(path, name) | options
-    opening.append(ts.open(spec, context=context, read=True, write=False))
+    opening[name] = ts.open(spec, context=context, read=True, write=False)
 
   arrays = []
-  for (name, length), array in zip(lengths.items(), opening, strict=True):
-    try:
-      arrays.append(array.result())
+  for name, length in lengths.items():
+    with _lost_part(path, name):
+      arrays.append(opening[name].result())
       _check_metadata(arrays[-1], length, dtype)
-
-    # NotImplementedError is TensorStore's answer to a codec that it does not know.
-    except (ValueError, NotImplementedError) as error:
-      raise ValueError(
-        f"{path} has lost a part: {name}, {tensorstore_reason(error)}; "
-        "the same tokenize command writes it again"
-      ) from error
   return arrays
+
+
+@contextlib.contextmanager
+def _lost_part(path: str, name: str) -> Iterator[None]:
+  """Makes one line of what TensorStore raises for a part that is gone or damaged."""
+  try:
+    yield
+  # NotImplementedError is TensorStore's answer to a codec that it does not know.
+  except (ValueError, NotImplementedError) as error:
+    raise ValueError(
+      f"{path} has lost a part: {name}, {tensorstore_reason(error)}; "
+      "the same tokenize command writes it again"
+    ) from error
 
 
 def _check_metadata(array: ts.TensorStore, length: int, dtype: str) -> None:

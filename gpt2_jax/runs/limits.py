@@ -11,6 +11,7 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 import gpt2_jax.distributed as distributed
 from gpt2_jax.chips import GIB
 from gpt2_jax.files import first_line
+from gpt2_jax.kernels.choose import choose_attention
 from gpt2_jax.model import ModelConfig
 from gpt2_jax.runs.workdir import is_remote
 from gpt2_jax.sharding import ROWS, axis_size, check_divides, concrete
@@ -27,6 +29,16 @@ LESS_MEMORY = (
   "lower --config.batch_size or .steps_per_call, raise --config.microbatches, set "
   "--config.model.remat=full, or split more with --config.mesh.data or .model"
 )
+SMALLER_MODEL = (
+  "lower --config.model.n_embd or .n_layer, or split the parameters over more devices with "
+  "--config.mesh.data or .model"
+)
+
+
+def check_kernel(model_config: ModelConfig) -> None:
+  """Raises ValueError for an attention kernel that the devices of the mesh do not have."""
+  K = model_config.n_embd // model_config.n_head
+  choose_attention(model_config.attention, model_config.n_ctx, K, jnp.dtype(model_config.dtype))
 
 
 def check_batch(config: ConfigDict) -> None:
@@ -59,7 +71,7 @@ def memory_needs(config: ConfigDict, model_config: ModelConfig, abstract_state) 
   """Bytes that an update needs at least on each device, by what they hold; on the mesh in force."""
   mesh = jax.sharding.get_mesh()
   state = concrete(abstract_state, mesh)
-  item = jax.numpy.dtype(model_config.dtype).itemsize
+  item = jnp.dtype(model_config.dtype).itemsize
 
   # Of one microbatch the backward pass keeps each layer's input and the logits, whatever remat is.
   rows = config.batch_size // axis_size(*ROWS)
@@ -97,9 +109,12 @@ def check_memory(config: ConfigDict, model_config: ModelConfig, abstract_state) 
   needs, available = memory_needs(config, model_config, abstract_state), device_memory()
   if sum(needs.values()) > available:
     parts = [f"{name} {nbytes / GIB:,.2f}" for name, nbytes in needs.items()]
+    # Parameters, their moments and gradients are there whatever the batch is.
+    has_room_for_model = needs["the state"] + needs["gradients"] <= available
+    way_out = LESS_MEMORY if has_room_for_model else SMALLER_MODEL
     raise ValueError(
       f"out of memory: an update needs at least {sum(needs.values()) / GIB:,.2f} GiB on each "
-      f"device ({', '.join(parts)}), and {available / GIB:,.2f} are there; {LESS_MEMORY}"
+      f"device ({', '.join(parts)}), and {available / GIB:,.2f} are there; {way_out}"
     )
 
 

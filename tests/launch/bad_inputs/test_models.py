@@ -5,7 +5,6 @@ import pytest
 
 from tests.launch.bad_inputs import fixtures
 from tests.launch.bad_inputs.fixtures import FEW, NOBODY
-from tests.launch.bad_inputs.pending import parameters
 from tests.launch.bad_inputs.runner import FIRST_TEXT, check, rows
 
 # What is no checkpoint: its name, what the error says, and the path.
@@ -266,6 +265,6 @@ def ready(make, sandbox):
   sandbox.seal()
 
 
-@pytest.mark.parametrize("row", parameters(TABLE))
+@pytest.mark.parametrize("row", TABLE, ids=str)
 def test_a_bad_input_is_one_line_and_writes_nothing(row, ready, worker, sandbox):
   check(row, worker, sandbox)

@@ -6,7 +6,6 @@ import fcntl
 import pytest
 
 from tests.launch.bad_inputs import fixtures
-from tests.launch.bad_inputs.pending import parameters
 from tests.launch.bad_inputs.runner import check, rows
 
 SHAKESPEARE = "--config=configs/shakespeare.py --workdir=new"
@@ -365,6 +364,6 @@ def ready(make, sandbox):
     yield
 
 
-@pytest.mark.parametrize("row", parameters(TABLE))
+@pytest.mark.parametrize("row", TABLE, ids=str)
 def test_a_bad_input_is_one_line_and_writes_nothing(row, ready, worker, sandbox):
   check(row, worker, sandbox)
