@@ -20,7 +20,7 @@ from gpt2_jax.loss import NextToken, mean_loss, per_token
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.optimizer import adamw, schedule
 from gpt2_jax.runs import knobs
-from gpt2_jax.runs.limits import check_batch, check_kernel, check_memory, out_of_memory
+from gpt2_jax.runs.limits import check_batch, check_kernel, check_update_fits, out_of_memory
 from gpt2_jax.runs.metrics import plot_losses
 from gpt2_jax.runs.setup import Setup, set_up
 from gpt2_jax.runs.validation import log_initial_loss, save_if_sound, validate
@@ -245,9 +245,8 @@ def train_loop(setup: Setup, jitted_step, objective) -> TrainState:
     # 5. Stop where a signal asked for it.
     if signal_number:
       name = signal.Signals(signal_number).name
-      where = "there" if is_saved else "the newest checkpoint"
-      done = "stopped and saved" if is_saved else "stopped"
-      metrics.say(f"{name}: {done} at step {step}; the same command resumes from {where}")
+      done = "stopped and saved" if is_saved else "stopped, not saved,"
+      metrics.say(f"{name}: {done} at step {step}; the same command resumes from what is saved")
       break
     setup.log.start_clock()
   setup.profile.end(state)
@@ -273,7 +272,7 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     init, jitted_step = make_step(config, model_config, platform())
     key = jax.random.split(jax.random.key(config.seed))[0]
     abstract_state = jax.eval_shape(init, key)
-    check_memory(config, model_config, abstract_state)
+    check_update_fits(config, model_config, abstract_state)
     resources.enter_context(out_of_memory(config, model_config, abstract_state))
 
     # 2. Open the data and the workdir; resume, or start.

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from gpt2_jax.decoding.kv_cache import check_seed
 from gpt2_jax.decoding.samplers import Greedy, Sample, make_sampler
+from gpt2_jax.tokenizer import check_unicode
 
 DEFAULT_N_NEW = 128
 
@@ -35,17 +36,6 @@ class Completion:
   logprobs: list[float] | None = None
   score: float | None = None
   finished: bool = False
-
-
-def check_unicode(text: str, what: str) -> None:
-  """Raises ValueError for a lone surrogate, which stands for a byte that is not UTF-8."""
-  try:
-    text.encode()
-  except UnicodeEncodeError as error:
-    raise ValueError(
-      f"{what} is not valid Unicode at character {error.start:,}: "
-      f"{ascii(text[error.start :])[:40]}; give UTF-8"
-    ) from error
 
 
 @dataclasses.dataclass(frozen=True)

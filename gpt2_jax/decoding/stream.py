@@ -5,11 +5,11 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 from gpt2_jax.decoding.generate import advance, check_generation, completions, start
-from gpt2_jax.decoding.generation_config import Generation, check_unicode, make_generation
+from gpt2_jax.decoding.generation_config import Generation, make_generation
 from gpt2_jax.decoding.kv_cache import InferenceModel, for_inference
 from gpt2_jax.decoding.samplers import Greedy, Sample
 from gpt2_jax.model import GPT2
-from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.tokenizer import Tokenizer, check_unicode
 
 # Tokens before the new ones that are decoded with them. They are 8 bytes at least: more than a
 # character's 4 and the 3 that may be held back.

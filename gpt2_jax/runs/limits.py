@@ -104,7 +104,7 @@ def device_memory() -> float:
   return total / len(devices)
 
 
-def check_memory(config: ConfigDict, model_config: ModelConfig, abstract_state) -> None:
+def check_update_fits(config: ConfigDict, model_config: ModelConfig, abstract_state) -> None:
   """Raises ValueError if an update cannot fit the devices' memory, with the numbers."""
   needs, available = memory_needs(config, model_config, abstract_state), device_memory()
   if sum(needs.values()) > available:

@@ -7,7 +7,7 @@ All share the interface `Tokenizer`. The libraries behind them are imported at t
 from gpt2_jax.tokenizer.byte_bpe import Gpt2Bpe, byte_alphabet
 from gpt2_jax.tokenizer.characters import Characters, train_characters
 from gpt2_jax.tokenizer.huggingface import HuggingFace
-from gpt2_jax.tokenizer.interface import EOT, Tokenizer
+from gpt2_jax.tokenizer.interface import EOT, Tokenizer, check_unicode
 from gpt2_jax.tokenizer.load import from_json, load_tokenizer
 from gpt2_jax.tokenizer.sentencepiece import SentencePiece, train_sentencepiece
 
@@ -19,6 +19,7 @@ __all__ = [
   "SentencePiece",
   "Tokenizer",
   "byte_alphabet",
+  "check_unicode",
   "from_json",
   "load_tokenizer",
   "train_characters",

@@ -52,7 +52,7 @@ def hash_vocabulary(kind: str, content: bytes) -> str:
   return sha256(kind.encode() + b"\n" + content)
 
 
-def check_unicode(text: str) -> None:
+def check_unicode(text: str, what: str = "the text") -> None:
   """Raises ValueError for a lone surrogate, which a str can hold and UTF-8 cannot.
 
   It comes from JSON with half of an escaped pair, and from bytes that were decoded by force.
@@ -64,8 +64,8 @@ def check_unicode(text: str) -> None:
     text.encode()
   except UnicodeEncodeError as error:
     raise ValueError(
-      f"character {error.start:,} of the text is a lone surrogate "
-      f"(U+{ord(text[error.start]):04X}), which is no Unicode; leave it out, or put U+FFFD there"
+      f"{what} is not valid Unicode: character {error.start:,} is a lone surrogate "
+      f"(U+{ord(text[error.start]):04X}); leave it out, or give UTF-8"
     ) from error
 
 

@@ -126,7 +126,7 @@ def test_history_is_saved_and_nothing_is_overwritten(say, tmp_path):
     ("/save /dev/null/x", "File exists"),
     ("/save a\0b", "it has a NUL in it"),
     ("/save " + "x" * 300, "File name too long"),
-    ("ab\udcff", "the prompt is not valid Unicode at character 2"),
+    ("ab\udcff", "the prompt is not valid Unicode: character 2"),
     ("/set top_k", "/set top_k wants a value"),
     ("/set", "no setting ''"),
     ("/save", "no command /save"),

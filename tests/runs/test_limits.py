@@ -24,7 +24,7 @@ def check(mesh, sizes=(1, 1, 1), **knobs):
   with mesh(*sizes):
     init, _ = train.make_step(config, model_config, platform())
     state = jax.eval_shape(init, jax.random.key(0))
-    limits.check_memory(config, model_config, state)
+    limits.check_update_fits(config, model_config, state)
     return limits.memory_needs(config, model_config, state)
 
 
