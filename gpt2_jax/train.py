@@ -4,7 +4,6 @@
 import contextlib
 import dataclasses
 import functools
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ from gpt2_jax.runs import knobs
 from gpt2_jax.runs.limits import check_batch, check_kernel, check_update_fits, out_of_memory
 from gpt2_jax.runs.metrics import plot_losses
 from gpt2_jax.runs.setup import Setup, set_up
+from gpt2_jax.runs.signals import stop_line
 from gpt2_jax.runs.validation import log_initial_loss, save_if_sound, validate
 from gpt2_jax.runs.workdir import as_path
 from gpt2_jax.sharding import BATCH, ROWS, make_mesh, platform
@@ -244,9 +244,7 @@ def train_loop(setup: Setup, jitted_step, objective) -> TrainState:
 
     # 5. Stop where a signal asked for it.
     if signal_number:
-      name = signal.Signals(signal_number).name
-      done = "stopped and saved" if is_saved else "stopped, not saved,"
-      metrics.say(f"{name}: {done} at step {step}; the same command resumes from what is saved")
+      metrics.say(stop_line(signal_number, step, is_saved))
       break
     setup.log.start_clock()
   setup.profile.end(state)

@@ -81,3 +81,12 @@ def _tell(text: str):
   # Past sys.stderr, whose lock the main thread may hold; and whatever stderr is, the signal counts.
   with contextlib.suppress(OSError):
     os.write(2, f"\n{text}\n".encode())
+
+
+def stop_line(number: int, step: int, is_saved: bool) -> str:
+  """What a run says that a signal has stopped at `step`."""
+  done = "stopped and saved" if is_saved else "stopped"
+  where = "there" if is_saved else "the newest checkpoint"
+  return (
+    f"{signal.Signals(number).name}: {done} at step {step}; the same command resumes from {where}"
+  )

@@ -203,7 +203,7 @@ def python(arguments: list[str]):
   if end == "SIGTERM":
     while not heard:
       time.sleep(0.02)
-    print("SIGTERM: stopped and saved at step 7; the same command resumes from what is saved")
+    print("SIGTERM: stopped and saved at step 7; the same command resumes from there")
   elif end == "hangs":
     time.sleep(60)
   elif end != "done":

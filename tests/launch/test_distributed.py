@@ -162,7 +162,7 @@ def test_resumed_on_other_numbers_of_processes_it_is_the_same_run(data, whole, t
   assert [status for status, _ in ends] == [0] * 4, ends
   assert "4 processes x 2 devices (cpu), mesh (1, 8, 1)" in ends[0][1]
   assert (
-    f"SIGTERM: stopped and saved at step {stopped}; the same command resumes from what is saved"
+    f"SIGTERM: stopped and saved at step {stopped}; the same command resumes from there"
     in ends[0][1]
   )
   assert newest(tmp_path) == stopped < STEPS
