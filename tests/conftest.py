@@ -2,6 +2,8 @@
 """Eight simulated CPU devices for every test, and what several test files share."""
 
 import getpass
+import importlib.abc
+import importlib.machinery
 import logging
 import math
 import os
@@ -13,9 +15,25 @@ import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start, too
 
-# TensorFlow and the triton that torch brings crash in one process, and several libraries import
-# TensorFlow wherever it is installed. The one test that asks it for anything starts a process.
-sys.modules["tensorflow"] = None
+
+class NoTensorFlow(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+  """Makes an ImportError of `import tensorflow`, as if it were not installed.
+
+  TensorFlow and the triton that torch brings crash in one process, and several libraries import
+  TensorFlow wherever it is installed. The one test that asks it for anything starts a process.
+  """
+
+  def find_spec(self, name, path=None, target=None):
+    return importlib.machinery.ModuleSpec(name, self) if name == "tensorflow" else None
+
+  def create_module(self, spec):
+    raise ModuleNotFoundError("TensorFlow is not for this process", name="tensorflow")
+
+  def exec_module(self, module):
+    raise NotImplementedError
+
+
+sys.meta_path.insert(0, NoTensorFlow())
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402

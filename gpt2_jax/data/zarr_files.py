@@ -62,7 +62,7 @@ def _lost_part(path: str, name: str) -> Iterator[None]:
   # NotImplementedError is TensorStore's answer to a codec that it does not know.
   except (ValueError, NotImplementedError) as error:
     raise ValueError(
-      f"{path} has lost a part: {name}, {tensorstore_reason(error)}; "
+      f"{path} has lost a part: {name}, {tensorstore_reason(error)[:300]}; "
       "the same tokenize command writes it again"
     ) from error
 

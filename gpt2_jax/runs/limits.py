@@ -30,8 +30,8 @@ LESS_MEMORY = (
   "--config.model.remat=full, or split more with --config.mesh.data or .model"
 )
 SMALLER_MODEL = (
-  "lower --config.model.n_embd or .n_layer, or split the parameters over more devices with "
-  "--config.mesh.data or .model"
+  "lower --config.model.n_embd, .n_layer or .n_ctx, or split the parameters over more devices "
+  "with --config.mesh.data or .model"
 )
 
 

@@ -176,8 +176,8 @@ def test_bad_input_is_one_line_and_a_status(tmp_path, script, flags, message):
   "source, message",
   [
     ("x = 1", "get_config"),
-    ("def get_config():\n  return 5", "get_config gives a value of type int, not a ConfigDict"),
-    ("def get_config():\n  return {'steps': 5}", "the config has no seed"),
+    ("def get_config():\n  return 5", "bad.py returns int; it is a ConfigDict"),
+    ("def get_config():\n  return {'steps': 5}", "bad.py returns dict; it is a ConfigDict"),
     ("def get_config():\n  return None", "--config"),
   ],
 )

@@ -29,21 +29,21 @@ def check(mesh, sizes=(1, 1, 1), **knobs):
 
 
 @pytest.mark.parametrize(
-  "knobs, part",
+  "knobs, part, way_out",
   [
-    ({"batch_size": 10**8}, "logits 762.94"),
-    ({"steps_per_call": 10**9, "steps": 10**9}, "batches 506.64"),
-    ({"model.n_layer": 10**7}, "the state 366.57"),
-    ({"model.n_embd": 2**20}, "gradients 98,304"),
-    ({"model.n_ctx": 2**28}, "activations 256.00"),
+    ({"batch_size": 10**8}, "logits 762.94", "microbatches"),
+    ({"steps_per_call": 10**9, "steps": 10**9}, "batches 506.64", "steps_per_call"),
+    ({"model.n_layer": 10**7}, "the state 366.57", "n_layer"),
+    ({"model.n_embd": 2**20}, "gradients 98,304", "n_embd"),
+    ({"model.n_ctx": 2**28}, "activations 256.00", "n_ctx"),
   ],
 )
-def test_what_cannot_fit_is_refused_at_once_with_the_numbers(mesh, knobs, part):
+def test_what_cannot_fit_is_refused_at_once_with_the_numbers(mesh, knobs, part, way_out):
   begin = time.monotonic()
   with pytest.raises(ValueError, match=r"^out of memory: an update needs at least") as raised:
     check(mesh, **knobs)
   line = str(raised.value)
-  assert part in line and "GiB" in line and "--config.microbatches" in line and len(line) < 500
+  assert part in line and "GiB" in line and way_out in line.split(";")[-1] and len(line) < 500
   assert time.monotonic() - begin < 5
 
 
