@@ -242,9 +242,13 @@ def first_line(error: BaseException, limit: int = 300) -> str:
 
 
 def summarize(items: Iterable[object], limit: int = 8, each: int = 80) -> str:
-  """The first items for a message, each cut to a length, and how many more there are."""
+  """The first items for a message, long ones without their middle, and how many more there are."""
   texts = [str(item) for item in items]
-  shown = [text if len(text) <= each else text[: each - 3] + "..." for text in texts[:limit]]
+  shown = []
+  for text in texts[:limit]:
+    # The end of a path says more than its middle.
+    half = each // 2 - 2
+    shown.append(text if len(text) <= each else f"{text[:half]}...{text[-half:]}")
   if len(texts) > limit:
     shown.append(f"and {len(texts) - limit:,} more")
   return ", ".join(shown)

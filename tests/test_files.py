@@ -139,3 +139,4 @@ def test_a_long_list_is_summed_up():
   assert summarize(["a", 2]) == "a, 2"
   assert summarize(range(1000), limit=3) == "0, 1, 2, and 997 more"
   assert len(summarize(["x" * 1000] * 20)) < 8 * 82 + 20
+  assert summarize(["/a" * 100 + "/gone.txt"]).endswith("/gone.txt")

@@ -196,7 +196,8 @@ def tree(tmp_path_factory) -> pathlib.Path:
 def test_symlinks_that_lead_nowhere_are_told(files, tmp_path, capsys):
   (files / "gone.txt").symlink_to(files / "nothing")
   assert len(read(f"{files}/*.txt", tmp_path)) == 1
-  assert f"lead nowhere, left out: {files}/gone.txt" in capsys.readouterr().err
+  told = capsys.readouterr().err
+  assert "symlinks that lead nowhere, left out: " in told and "gone.txt" in told
 
 
 def test_the_extension_is_read_in_any_case(tmp_path):
