@@ -21,11 +21,11 @@ def atomic_write(path: pathlib.Path, overwrite: bool = False) -> Iterator[pathli
   Raises FileExistsError if `path` exists, unless `overwrite` allows to replace it, which only a
   file can.
   """
+  remove_stale(path)
   if path.exists() and not overwrite:
     raise FileExistsError(f"{path} is there already; take another name, or move it away")
 
   path.parent.mkdir(parents=True, exist_ok=True)
-  _remove_stale(path)
   with _partial_folder(path) as folder:
     partial = folder / path.name
     yield partial
@@ -66,12 +66,19 @@ def _locked_folder(path: pathlib.Path) -> tuple[pathlib.Path, int]:
       os.close(descriptor)
 
 
-def _remove_stale(path: pathlib.Path) -> None:
-  """Removes what killed writers of `path` left beside it: their folders, which nobody locks."""
+def remove_stale(path: pathlib.Path) -> None:
+  """Removes what killed writers of `path` left beside it: their folders, which nobody locks.
+
+  One that was killed after it gave the file its name leaves an empty folder. Raises nothing.
+  """
   prefix = f".{path.name[:150]}."
-  for folder in path.parent.iterdir():
-    if not (folder.name.startswith(prefix) and folder.name.endswith(".partial")):
-      continue
+  leftovers = []
+  with contextlib.suppress(OSError):
+    for folder in path.parent.iterdir():
+      if folder.name.startswith(prefix) and folder.name.endswith(".partial"):
+        leftovers.append(folder)
+
+  for folder in leftovers:
     # A writer that ends, or starts, at this moment is no fault.
     with contextlib.suppress(OSError):
       descriptor = os.open(folder, os.O_RDONLY)

@@ -93,6 +93,14 @@ def test_what_a_kill_leaves_is_removed_by_the_next_writer_and_a_living_one_is_no
   assert path.read_text() == "living" and list(tmp_path.iterdir()) == [path]
 
 
+def test_what_a_kill_leaves_of_a_whole_file_is_removed_by_who_is_refused(tmp_path):
+  (tmp_path / "file").write_text("whole")
+  (tmp_path / ".file.0123456789abcdef.partial").mkdir()
+  with pytest.raises(FileExistsError), atomic_write(tmp_path / "file"):
+    pass
+  assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_lock_is_held_by_one_and_free_afterwards(tmp_path):
   path = tmp_path / "new folder" / "lock"
   with file_lock(path, "busy"), pytest.raises(OSError, match="^busy$"), file_lock(path, "busy"):

@@ -21,7 +21,14 @@ from gpt2_jax.convert.weights import (
   from_model,
   to_model,
 )
-from gpt2_jax.files import atomic_write, check_writable, local_path, summarize, user_path
+from gpt2_jax.files import (
+  atomic_write,
+  check_writable,
+  local_path,
+  remove_stale,
+  summarize,
+  user_path,
+)
 from gpt2_jax.model import GPT2
 from gpt2_jax.runs.workdir import as_path, exists, is_remote
 from gpt2_jax.sharding import make_mesh
@@ -243,6 +250,8 @@ def check_target(path: str, form: str, dtype: str = "float32") -> str:
   # A link to nowhere is something, too.
   is_taken = exists(path) if is_remote(path) else os.path.lexists(path)
   if is_taken:
+    if not is_remote(path):
+      remove_stale(pathlib.Path(path))
     raise FileExistsError(f"{path} is there already; take another name, or move it away")
   if form == "llmc":
     llmc.check_absent(pathlib.Path(path))
