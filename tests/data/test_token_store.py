@@ -561,3 +561,15 @@ def test_five_million_tokens_a_second(tmp_path):
     store.read(batch, 1025)
     seconds.append(time.perf_counter() - begin)
   assert 512 * 1024 / min(seconds) > 5e6
+
+
+def test_array_metadata_that_is_nested_too_deep_is_one_line(tmp_path):
+  """TensorStore would end the process."""
+  write(tmp_path / "store")
+  deep = "[" * 100_000 + "]" * 100_000
+  (tmp_path / "store/part-00000/zarr.json").write_text(
+    f'{{"codecs": [{{"configuration": {deep}}}]}}'
+  )
+  with pytest.raises(ValueError, match="part-00000, its zarr.json .*nested too deep") as error:
+    TokenStore.open(str(tmp_path / "store"))
+  assert len(str(error.value)) < 600
