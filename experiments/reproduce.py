@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from configs import gpt2
 from gpt2_jax.chips import GIB, parse_topology
+from gpt2_jax.cli import shell
 from gpt2_jax.files import atomic_write, check_folder, local_path, read_json_object
 from gpt2_jax.plan.report import Plan, save
-from launch import shell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,4 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  shell.run(main)
+  shell.run(main, __doc__)

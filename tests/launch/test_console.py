@@ -5,10 +5,10 @@ import string
 
 import pytest
 
+from gpt2_jax.cli.console import Console, Settings
 from gpt2_jax.decoding import Greedy, Sample, Temperature, TopK, complete
 from gpt2_jax.model import ModelConfig
 from gpt2_jax.tokenizer import Characters
-from launch.console import Console, Settings
 
 ALPHABET = "".join(sorted(string.ascii_lowercase + " .\n/"))
 CONFIG = ModelConfig(

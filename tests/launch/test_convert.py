@@ -26,15 +26,15 @@ LETTERS = Characters("".join(map(chr, range(32, 127))))
 # Runs many command lines in one process, for starting one takes seconds.
 MANY = """
 import contextlib, io, json, sys
-from launch import convert, shell
+from gpt2_jax.cli import convert, shell
 for flags in json.loads(sys.argv.pop()):
   sys.argv, out, err, code = ["convert.py", *flags], io.StringIO(), io.StringIO(), 0
   shell.flags.FLAGS.unparse_flags()
-  for name in convert.flags.FLAGS.flags_by_module_dict()["launch.convert"]:
+  for name in convert.flags.FLAGS.flags_by_module_dict()["gpt2_jax.cli.convert"]:
     name.value, name.present = name.default, 0
   try:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-      shell.run(convert.main)
+      shell.run(convert.main, '')
   except SystemExit as exit:
     code = exit.code
   print(json.dumps([code or 0, out.getvalue(), err.getvalue()]))

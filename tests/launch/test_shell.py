@@ -15,7 +15,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from launch import config_file, shell
+from gpt2_jax.cli import config_file, shell
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPTS = ("train", "tokenize", "convert", "evaluate", "contamination", "sample", "plan")
@@ -25,9 +25,9 @@ def command(tmp_path, body: str) -> list:
   """A script whose main has this body."""
   lines = "\n".join(f"  {line}" for line in body.splitlines())
   path = tmp_path / "command.py"
-  path.write_text(f"import os, sys, time\nfrom launch import shell\ndef main():\n{lines}\n")
+  path.write_text(f"import os, sys, time\nfrom gpt2_jax.cli import shell\ndef main():\n{lines}\n")
   with open(path, "a") as file:
-    file.write("shell.run(main)\n")
+    file.write("shell.run(main, 'A test.')\n")
   return [sys.executable, path]
 
 

@@ -165,7 +165,7 @@ def test_what_the_user_got_wrong_is_one_line_and_status_2(tmp_path, flags, messa
 MANY = """
 import json, sys
 from absl import flags
-from launch import tokenize
+from gpt2_jax.cli import tokenize
 for row in json.loads(sys.argv[1]):
   flags.FLAGS.unparse_flags()
   flags.FLAGS(["tokenize.py", *row])
@@ -174,7 +174,7 @@ for row in json.loads(sys.argv[1]):
     print(json.dumps("no error"))
   except (ValueError, OSError) as error:
     print(json.dumps(str(error)))
-  for name in flags.FLAGS.flags_by_module_dict()["launch.tokenize"]:
+  for name in flags.FLAGS.flags_by_module_dict()["gpt2_jax.cli.tokenize"]:
     name.unparse()
 """
 BAD_FLAGS = [

@@ -64,8 +64,12 @@ def _forget_flags() -> None:
   flags.FLAGS.unparse_flags()
   names = [name for name in flags.FLAGS if name.startswith("config.")]
   for module, defined in flags.FLAGS.flags_by_module_dict().items():
-    if module.endswith(".py"):
+    if module.endswith(".py") or module.startswith("gpt2_jax.cli."):
       names.extend(flag.name for flag in defined)
+  # The package itself, too, since it has its modules as attributes.
+  for module in list(sys.modules):
+    if module.startswith("gpt2_jax.cli"):
+      del sys.modules[module]
   for name in names:
     delattr(flags.FLAGS, name)
 

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable
 
+from gpt2_jax.cli import shell
 from gpt2_jax.decoding import (
   Generation,
   Greedy,
@@ -16,7 +17,6 @@ from gpt2_jax.decoding import (
   stream,
 )
 from gpt2_jax.files import atomic_write, local_path
-from launch import shell
 
 # Arrow keys and line history in input(); not on every platform.
 with contextlib.suppress(ImportError):

@@ -6,15 +6,18 @@ import logging as standard_logging
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from launch import interrupts
+from gpt2_jax.cli import interrupts
 
 # Characters of an error's line at most: it is for people, at a terminal.
 LINE_LIMIT = 1000
+
+HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
 
 # These carry our own messages, or are of the machine; any other is a defect.
 EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError, RecursionError)
@@ -22,16 +25,20 @@ EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError, R
 
 def run(
   main: Callable[[], None],
+  description: str,
   exit_process: Callable[[int], None] = sys.exit,
   config: str | None = None,
 ) -> None:
   """Parses the flags and calls `main`; an error with a message for the user becomes that line.
 
-  After an error the process exits through `exit_process`. `config` is the file that the flag
-  --config has if it is not given.
+  --help prints `description` and the flags of main's module. After an error the process exits
+  through `exit_process`. `config` is the file that the flag --config has if it is not given.
   """
 
   def parse(argv):
+    if any(word in HELP for word in argv[1:]):
+      print(f"{description.strip()}\n\n{_flag_help(main.__module__)}")
+      sys.exit(0)
     try:
       return parse_flags(argv, config)
     except (flags.Error, AttributeError, ValueError, OSError) as error:
@@ -72,6 +79,22 @@ def run(
   app.run(guarded, flags_parser=parse)
 
 
+def _flag_help(module: str) -> str:
+  """The flags that a module defines: name, what it is for, default."""
+  lines = ["Flags:"]
+  for flag in flags.FLAGS.get_flags_for_module(module):
+    default = "" if flag.default in (None, []) else f" (default: {flag.default})"
+    lines.append(
+      textwrap.fill(
+        f"--{flag.name}: {flag.help}{default}",
+        100,
+        initial_indent="  ",
+        subsequent_indent="      ",
+      )
+    )
+  return "\n".join(lines)
+
+
 # JAX's errors, by name: the scripts that need no JAX do not import it for them.
 _OF_JAX = ("JaxRuntimeError", "XlaRuntimeError")
 
@@ -82,7 +105,7 @@ def parse_flags(argv: list[str], config: str | None = None) -> list[str]:
   Raises flags.Error or ValueError, with the nearest name for an unknown flag or knob.
   """
   if "config" in flags.FLAGS:
-    from launch import config_file
+    from gpt2_jax.cli import config_file
 
     config_file.check_errors(argv)
     is_given = any(word in ("--config", "-config") or word.startswith(_CONFIG) for word in argv)

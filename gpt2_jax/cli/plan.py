@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans a run on TPUs without a TPU: does it fit the HBM, how long is a step, what does it cost?
+
+  python launch/plan.py --config=configs/gpt2.py:1542M --topology=v5e:8x8 --config.mesh.replica=8 \\
+    --config.mesh.data=8 --config.model.remat=full --usd_per_chip_hour=1.2
+  python launch/plan.py --config=configs/gpt2.py:1542M --topology=v5e:8x8 --search
+
+It compiles the training step that launch/train.py runs with that config, with libtpu (pip install
+'.[plan]'). It prints what HBM holds, what fills a step, and how long all steps of the config take.
+All times are estimates.
+"""
+
+import math
+import os
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from gpt2_jax import chips
+from gpt2_jax.cli import shell
+from gpt2_jax.files import local_path
+from gpt2_jax.plan import compiling, report, search
+from gpt2_jax.runs import knobs
+
+_LIST_PRICES = ", ".join(f"{name} {tpu.usd_per_chip_hour:.2f}" for name, tpu in chips.TPUS.items())
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "A file of configs/, with :SIZE where it takes one."
+)
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", None, "v5e:8x8 or v5e-64 (v6e alike), v4:4x4x4 (v5p alike)."
+)
+_SLICES = flags.DEFINE_integer(
+  "slices",
+  1,
+  "Slices of that topology, joined by the data-center network.",
+  lower_bound=1,
+  upper_bound=4096,
+)
+_SEARCH = flags.DEFINE_bool(
+  "search", False, "Try meshes, microbatches, remat and kernels; print the best as flags."
+)
+_COMPILED = flags.DEFINE_integer(
+  "compiled", 4, "Of a search, how many of the best estimates are compiled.", lower_bound=1
+)
+_TOKENS = flags.DEFINE_float(
+  "tokens", None, "Tokens to train on; all of the config's steps if not given."
+)
+_PRICE = flags.DEFINE_float(
+  "usd_per_chip_hour", None, f"For the price of the run. On demand, about: {_LIST_PRICES}."
+)
+_OUT = flags.DEFINE_string("out", None, "A folder for plan.json and plan.png.")
+
+
+def main() -> None:
+  # 1. A compilation takes minutes: what can be known is said before.
+  config = _CONFIG.value
+  knobs.check(config)
+  topology = chips.parse_topology(_TOPOLOGY.value, _SLICES.value)
+  for flag in (_TOKENS, _PRICE):
+    if flag.value is not None and not 0 < flag.value < math.inf:
+      raise ValueError(f"--{flag.name}={flag.value} is not a finite number above 0")
+  out = None if _OUT.value is None else _writable_folder(_OUT.value)
+
+  # 2. Plan.
+  if _SEARCH.value:
+    plan = _search(config, topology)
+    print(plan.table())
+    print(f"\nthe best, to paste after --config:\n{report.flags(plan)}")
+  else:
+    plan = _plan(config, topology)
+    print(plan.table())
+
+  if out is not None:
+    report.save(plan, str(out))
+
+
+def _writable_folder(flag: str) -> pathlib.Path:
+  """The folder of --out, which may not be there yet. Raises ValueError or OSError if it cannot."""
+  path = local_path(flag)
+  there = path.absolute()
+  while not there.exists():
+    there = there.parent
+  if not there.is_dir() or not os.access(there, os.W_OK):
+    raise OSError(f"--out={path} cannot be written: {there} is no folder that this user may write")
+  return path
+
+
+def _plan(config: ConfigDict, topology: chips.Topology) -> report.Plan:
+  return report.Plan.of(config, topology, _TOKENS.value, _PRICE.value)
+
+
+def _search(config: ConfigDict, topology: chips.Topology) -> report.Plan:
+  """The fastest plan among the best estimates, each reported as soon as it is compiled.
+
+  Raises ValueError if none of them fits.
+  """
+  # Before the ranking, which takes a while and needs no libtpu.
+  compiling.check_installed()
+
+  # 1. Rank by the roofline estimate.
+  ranked = search.candidates(config, topology)
+  leading = search.leading(ranked, _COMPILED.value)
+  print(
+    f"{len(ranked)} candidates divide and are estimated to fit; compiling {len(leading)}",
+    file=sys.stderr,
+  )
+
+  # 2. Compile the best. The estimate of HBM is rough, so some may not fit.
+  plans = []
+  for candidate in tqdm(leading, unit="compile", disable=None):
+    try:
+      plan = _plan(candidate.apply(config), topology)
+    except compiling.DoesNotFit as error:
+      tqdm.write(f"{candidate}: {error}")
+      continue
+
+    plans.append(plan)
+    fast, slow = plan.estimate.step
+    hbm = plan.compiled.hbm_needed / chips.GIB
+    tqdm.write(f"{candidate}: {1e3 * fast:,.0f} to {1e3 * slow:,.0f} ms, {hbm:.2f} GiB")
+
+  # 3. The fastest, by the middle of its range.
+  if not plans:
+    raise ValueError(
+      f"none of the {len(leading)} compiled fits {topology}; take more with --compiled"
+    )
+  return min(plans, key=lambda plan: sum(plan.estimate.step))
+
+
+def run() -> None:
+  # libtpu only compiles: nothing is run on a TPU, even if there is one.
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  flags.mark_flags_as_required(["config", "topology"])
+  shell.run(main, __doc__)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generates text with any GPT-2: a published name, a checkpoint of any format, or a run's workdir.
+
+python launch/sample.py --model=gpt2 --prompt='Once upon a time' --temperature=0.8 --top_k=40
+python launch/sample.py --model=runs/117M --step=best --samples=3 --n_new=200 --window=256
+python launch/sample.py --model=gpt2-xl --quantize=int8 --interactive
+"""
+
+import dataclasses
+import signal
+import sys
+
+from absl import flags
+
+from gpt2_jax.cli import shell
+from gpt2_jax.cli.console import Console, Settings, newlines
+from gpt2_jax.convert.pretrained import load_pretrained
+from gpt2_jax.decoding import complete, stream
+from gpt2_jax.files import user_path
+from gpt2_jax.sharding import make_mesh
+
+_MODEL = flags.DEFINE_string(
+  "model",
+  None,
+  "A published name (gpt2, gpt2-xl, ...), a checkpoint's path, or a workdir (also gs://).",
+)
+_STEP = flags.DEFINE_string(
+  "step", "latest", "Of a workdir: latest, best (least validation loss), or a step."
+)
+_REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit of the Hub's repository.")
+_PROMPT = flags.DEFINE_multi_string(
+  "prompt", [], "A text to continue; may be repeated. Default: <|endoftext|>."
+)
+_SAMPLES = flags.DEFINE_integer("samples", 1, "Continuations of each prompt.", lower_bound=1)
+_INTERACTIVE = flags.DEFINE_bool(
+  "interactive", False, "Read prompts from the terminal, one after another."
+)
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "float32", ["float32", "bfloat16"], "Of activations and matmuls."
+)
+_QUANTIZE = flags.DEFINE_enum("quantize", None, ["int8"], "Make the matrices int8.")
+_DATA = flags.DEFINE_integer(
+  "mesh_data", -1, "Size of the data axis; -1 takes the devices that are left."
+)
+_MESH_MODEL = flags.DEFINE_integer("mesh_model", 1, "Size of the model axis.")
+
+# Each field of the console's Settings is a flag: the names, defaults and help stand there once.
+DEFINE = {
+  int: flags.DEFINE_integer,
+  float: flags.DEFINE_float,
+  bool: flags.DEFINE_bool,
+  str: flags.DEFINE_multi_string,
+}
+_SETTINGS = {
+  field.name: DEFINE[field.metadata["type"]](field.name, field.default, field.metadata["help"])
+  for field in dataclasses.fields(Settings)
+}
+
+
+def settings() -> Settings:
+  """The settings of the flags."""
+  values = {name: flag.value for name, flag in _SETTINGS.items()}
+  return Settings(**values | {"stop": tuple(map(newlines, values["stop"]))})
+
+
+def _console(model, tokenizer) -> None:
+  # Bytes that are no UTF-8 make an error of their line, and not of the session. A second Ctrl-C
+  # does not end the session either: it has texts that nobody has saved.
+  if sys.stdin.encoding:
+    sys.stdin.reconfigure(errors="surrogateescape")
+  if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+  Console(model, tokenizer, settings()).run()
+
+
+def main() -> None:
+  # 1. What cannot be is refused before anything is loaded.
+  generation = settings().generation()
+  if _INTERACTIVE.value and (_PROMPT.value or _SAMPLES.value > 1):
+    raise ValueError(
+      "--interactive reads prompts from the terminal, one text each; leave out --prompt, --samples"
+    )
+  if _INTERACTIVE.value and sys.stdin is None:
+    raise ValueError("the standard input is closed, and --interactive reads it; give --prompt")
+
+  # 2. Load.
+  mesh = make_mesh(1, _DATA.value, _MESH_MODEL.value)
+  model, tokenizer = load_pretrained(
+    user_path(_MODEL.value),
+    mesh,
+    _DTYPE.value,
+    revision=_REVISION.value,
+    quantize=_QUANTIZE.value,
+    step=_STEP.value,
+  )
+  if tokenizer is None:
+    raise ValueError(f"{_MODEL.value} has no tokenizer; put its files beside the checkpoint")
+
+  # 3. Generate: in a session, one text as it comes, or several when all of them are there.
+  if _INTERACTIVE.value:
+    return _console(model, tokenizer)
+  prompts = _PROMPT.value or [""]
+  if len(prompts) * _SAMPLES.value == 1:
+    chunks = stream(model, tokenizer, prompts[0], generation=generation)
+    print(prompts[0], end="")
+    for chunk in chunks:
+      print(chunk, end="", flush=True)
+    return print()
+
+  generation = dataclasses.replace(generation, samples=_SAMPLES.value)
+  texts = complete(model, tokenizer, prompts, generation=generation)
+  for row, text in enumerate(texts):
+    print("-" * 80)
+    print(prompts[row // _SAMPLES.value] + text)
+
+
+def run() -> None:
+  flags.mark_flags_as_required(["model"])
+  shell.run(main, __doc__)
