@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Interactive text generation at a terminal: streaming, settings that may change, history."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import difflib
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from gpt2_jax.cli import shell
-from gpt2_jax.decoding import (
-  Generation,
-  Greedy,
-  Sample,
-  SlidingWindow,
-  for_inference,
-  make_sampler,
-  stream,
-)
 from gpt2_jax.files import atomic_write, local_path
+
+if TYPE_CHECKING:
+  from gpt2_jax.decoding import Generation, Greedy, Sample
 
 # Arrow keys and line history in input(); not on every platform.
 with contextlib.suppress(ImportError):
@@ -70,6 +67,8 @@ class Settings:
 
     Raises ValueError for numbers that cannot be.
     """
+    from gpt2_jax.decoding import make_sampler
+
     # A penalty of 0 changes nothing, and would count the tokens for it.
     return make_sampler(
       greedy=self.greedy,
@@ -86,10 +85,12 @@ class Settings:
 
   def generation(self) -> Generation:
     """The options of `stream` and `complete`."""
+    from gpt2_jax.decoding import Generation, SlidingWindow
+
     window = None if self.window is None else SlidingWindow(self.window)
     return Generation(self.n_new, self.sampler(), self.seed, stop=self.stop, window=window)
 
-  def changed(self, name: str, text: str) -> "Settings":
+  def changed(self, name: str, text: str) -> Settings:
     """These settings with one set to what the text says.
 
     Raises ValueError for unknown names and values.
@@ -147,6 +148,8 @@ class Console:
   def __init__(
     self, model, tokenizer, settings: Settings, read: Callable[[str], str] = input, write=print
   ):
+    from gpt2_jax.decoding import for_inference
+
     self.decoder = for_inference(model)
     self.tokenizer = tokenizer
     self.settings = settings
@@ -255,6 +258,8 @@ class Console:
 
   def _continue(self, prompt: str) -> None:
     """Writes the text as it is made, and remembers it, whole or interrupted."""
+    from gpt2_jax.decoding import stream
+
     generation = self.settings.generation()
     added = []
     try:

@@ -11,12 +11,18 @@ for each 8-gram; that is enough for the second. `launch/evaluate.py --overlap=la
 then scores clean and seen items apart.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from absl import flags
 
 from gpt2_jax.cli import shell
-from gpt2_jax.data import corpus
-from gpt2_jax.evaluate import contamination, sources, tasks
 from gpt2_jax.files import check_folder, file_lock, local_path, progress, user_path
+
+if TYPE_CHECKING:
+  from gpt2_jax.data import corpus
+  from gpt2_jax.evaluate import contamination
 
 _CORPUS = flags.DEFINE_string(
   "corpus", None, "Globs of local files, with commas between them; ** crosses folders."
@@ -44,6 +50,8 @@ _OUT = flags.DEFINE_string("out", None, "Where to write the overlap of each item
 
 
 def main() -> None:
+  from gpt2_jax.evaluate import contamination, sources, tasks
+
   # 1. The cheap checks first: the task, its rows, and that the results have a place.
   name, _, protocol = _TASK.value.partition(":")
   task = tasks.get(name, protocol or None)
@@ -88,6 +96,9 @@ def corpus_filter(data_dir: str | None) -> contamination.BloomFilter:
   Raises ValueError if the filter's file is of another corpus than the flags', OSError while another
   process builds it.
   """
+  from gpt2_jax.data import corpus
+  from gpt2_jax.evaluate import contamination
+
   has_corpus = bool(_CORPUS.value or _TFDS_NAME.value)
   path = local_path(_FILTER.value) if _FILTER.value is not None else None
   if _CORPUS.value and _TFDS_NAME.value:
@@ -118,6 +129,8 @@ def corpus_filter(data_dir: str | None) -> contamination.BloomFilter:
 
 
 def corpus_documents(data_dir: str | None) -> corpus.Documents:
+  from gpt2_jax.data import corpus
+
   options = _SPLIT.value, _TEXT_KEY.value, data_dir
   if _CORPUS.value:
     return corpus.file_documents(_CORPUS.value, *options)
@@ -126,6 +139,8 @@ def corpus_documents(data_dir: str | None) -> corpus.Documents:
 
 def build_filter(documents: corpus.Documents) -> contamination.BloomFilter:
   """Reads the corpus twice: to size the filter, and to fill it."""
+  from gpt2_jax.evaluate import contamination
+
   expected = contamination.count_ngrams(progress(documents, "counting"))
   if not expected:
     raise ValueError(
@@ -152,4 +167,4 @@ def describe(name: str, overlap: contamination.Overlap, bloom: contamination.Blo
 
 
 def run() -> None:
-  shell.run(main, __doc__)
+  shell.run(main, __doc__, imports=("gpt2_jax.evaluate.tasks",))

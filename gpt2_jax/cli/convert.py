@@ -12,26 +12,31 @@ weights, prints the result and writes it to parity.json; it exits with 1 if the 
 same model.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import os
 import pathlib
 import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from gpt2_jax.cli import shell
-from gpt2_jax.convert import parity, pretrained
-from gpt2_jax.convert.weights import cast_weights, weights_sha256
 from gpt2_jax.files import atomic_write, check_writable, local_path, read_text
-from gpt2_jax.runs.workdir import is_remote
-from gpt2_jax.tokenizer import Gpt2Bpe, HuggingFace
+
+if TYPE_CHECKING:
+  from gpt2_jax.convert import parity
+
+# What convert.pretrained can write.
+FORMATS = ("hf", "orbax", "nanogpt", "llmc")
 
 _FROM = flags.DEFINE_string("from", None, "The checkpoint to convert: a name or a path.")
 _TO = flags.DEFINE_string(
   "to", None, "The folder (llmc: the file; orbax: or gs://) to write; it must not exist."
 )
-_FORMAT = flags.DEFINE_enum("format", "hf", pretrained.WRITABLE, "The format to write.")
+_FORMAT = flags.DEFINE_enum("format", "hf", FORMATS, "The format to write.")
 _DTYPE = flags.DEFINE_enum(
   "dtype", "float32", ["float32", "float16", "bfloat16"], "The dtype of the weights to write."
 )
@@ -62,6 +67,11 @@ _ONLY_VERIFY = (_AGAINST, _ORACLE, _LOGITS, _TEXT, _TOLERANCE, _OUT)
 
 def convert() -> None:
   """Converts --from to --to, reads it back, and compares the SHA-256 of the weights."""
+  from gpt2_jax.convert import pretrained
+  from gpt2_jax.convert.weights import cast_weights, weights_sha256
+  from gpt2_jax.runs.workdir import is_remote
+  from gpt2_jax.tokenizer import Gpt2Bpe, HuggingFace
+
   # 1. Refuse what can be told before the weights are read.
   if not _TO.value:
     raise ValueError("--from wants a --to: the folder or file to write")
@@ -100,6 +110,8 @@ def convert() -> None:
 
 def verify() -> None:
   """Compares two models, prints the result and writes --out; exits with 1 if they differ."""
+  from gpt2_jax.convert import parity
+
   # 1. Refuse flags that contradict each other, and what is not there, before anything is loaded.
   if (_AGAINST.value is None) == (_LOGITS.value is None):
     raise ValueError("--verify wants either --against=CHECKPOINT or --logits=FILE")
@@ -136,6 +148,8 @@ def verify() -> None:
 
 def _windows(a: parity.Model, b: parity.Model, text: str | None):
   """Token windows of a text by the tokenizer of --verify, or else of random tokens."""
+  from gpt2_jax.convert import parity, pretrained
+
   n_ctx = min(a.config.n_ctx, b.config.n_ctx)
   n_vocab = min(a.config.n_vocab, b.config.n_vocab)
   if text is None:
@@ -169,4 +183,4 @@ def main() -> None:
 
 
 def run() -> None:
-  shell.run(main, __doc__)
+  shell.run(main, __doc__, imports=("gpt2_jax.convert.parity",))

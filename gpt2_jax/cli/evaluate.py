@@ -34,9 +34,6 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from gpt2_jax.cli import shell
-from gpt2_jax.evaluate import contamination
-from gpt2_jax.evaluate.sweep import cells, compute, report
-from gpt2_jax.evaluate.tasks import TASKS
 
 _ZERO_SHOT = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "zero_shot.py")
 _CONFIG = config_flags.DEFINE_config_file(
@@ -74,6 +71,10 @@ _LIST = flags.DEFINE_bool("list", False, "Print the tasks with their protocols, 
 
 
 def main() -> None:
+  from gpt2_jax.evaluate import contamination
+  from gpt2_jax.evaluate.sweep import cells, compute, report
+  from gpt2_jax.evaluate.tasks import TASKS
+
   if _LIST.value:
     return print(report.task_listing(TASKS))
   if not _OUT.value:
@@ -108,4 +109,4 @@ def main() -> None:
 
 
 def run() -> None:
-  shell.run(main, __doc__, config=_ZERO_SHOT)
+  shell.run(main, __doc__, imports=("gpt2_jax.evaluate.sweep.report",), config=_ZERO_SHOT)

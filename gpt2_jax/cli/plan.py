@@ -10,10 +10,13 @@ It compiles the training step that launch/train.py runs with that config, with l
 All times are estimates.
 """
 
+from __future__ import annotations
+
 import math
 import os
 import pathlib
 import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -22,8 +25,10 @@ from tqdm import tqdm
 from gpt2_jax import chips
 from gpt2_jax.cli import shell
 from gpt2_jax.files import local_path
-from gpt2_jax.plan import compiling, report, search
 from gpt2_jax.runs import knobs
+
+if TYPE_CHECKING:
+  from gpt2_jax.plan import report
 
 _LIST_PRICES = ", ".join(f"{name} {tpu.usd_per_chip_hour:.2f}" for name, tpu in chips.TPUS.items())
 
@@ -56,6 +61,8 @@ _OUT = flags.DEFINE_string("out", None, "A folder for plan.json and plan.png.")
 
 
 def main() -> None:
+  from gpt2_jax.plan import report
+
   # 1. A compilation takes minutes: what can be known is said before.
   config = _CONFIG.value
   knobs.check(config)
@@ -90,6 +97,8 @@ def _writable_folder(flag: str) -> pathlib.Path:
 
 
 def _plan(config: ConfigDict, topology: chips.Topology) -> report.Plan:
+  from gpt2_jax.plan import report
+
   return report.Plan.of(config, topology, _TOKENS.value, _PRICE.value)
 
 
@@ -98,6 +107,8 @@ def _search(config: ConfigDict, topology: chips.Topology) -> report.Plan:
 
   Raises ValueError if none of them fits.
   """
+  from gpt2_jax.plan import compiling, search
+
   # Before the ranking, which takes a while and needs no libtpu.
   compiling.check_installed()
 
@@ -135,4 +146,4 @@ def run() -> None:
   # libtpu only compiles: nothing is run on a TPU, even if there is one.
   os.environ["JAX_PLATFORMS"] = "cpu"
   flags.mark_flags_as_required(["config", "topology"])
-  shell.run(main, __doc__)
+  shell.run(main, __doc__, imports=("gpt2_jax.plan.report",))

@@ -14,10 +14,7 @@ from absl import flags
 
 from gpt2_jax.cli import shell
 from gpt2_jax.cli.console import Console, Settings, newlines
-from gpt2_jax.convert.pretrained import load_pretrained
-from gpt2_jax.decoding import complete, stream
 from gpt2_jax.files import user_path
-from gpt2_jax.sharding import make_mesh
 
 _MODEL = flags.DEFINE_string(
   "model",
@@ -74,6 +71,10 @@ def _console(model, tokenizer) -> None:
 
 
 def main() -> None:
+  from gpt2_jax.convert.pretrained import load_pretrained
+  from gpt2_jax.decoding import complete, stream
+  from gpt2_jax.sharding import make_mesh
+
   # 1. What cannot be is refused before anything is loaded.
   generation = settings().generation()
   if _INTERACTIVE.value and (_PROMPT.value or _SAMPLES.value > 1):
@@ -116,4 +117,4 @@ def main() -> None:
 
 def run() -> None:
   flags.mark_flags_as_required(["model"])
-  shell.run(main, __doc__)
+  shell.run(main, __doc__, imports=("gpt2_jax.convert.pretrained", "gpt2_jax.decoding"))

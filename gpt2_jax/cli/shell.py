@@ -2,6 +2,7 @@
 """Command-line entry of the scripts: parses flags, turns errors into one line and status 2."""
 
 import difflib
+import importlib
 import logging as standard_logging
 import os
 import re
@@ -26,6 +27,7 @@ EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError, R
 def run(
   main: Callable[[], None],
   description: str,
+  imports: tuple[str, ...] = (),
   exit_process: Callable[[int], None] = sys.exit,
   config: str | None = None,
 ) -> None:
@@ -33,6 +35,8 @@ def run(
 
   --help prints `description` and the flags of main's module. After an error the process exits
   through `exit_process`. `config` is the file that the flag --config has if it is not given.
+  `imports` are the modules that `main` imports and that take seconds, as JAX does: --help waits for
+  none of them, and Ctrl-C meanwhile ends the process.
   """
 
   def parse(argv):
@@ -51,6 +55,8 @@ def run(
       # An unquoted glob comes as several words, and only the first would be the flag's.
       if argv[1:]:
         raise ValueError(f"{argv[1]!r} is no flag; see --help, and quote patterns")
+      for module in imports:
+        importlib.import_module(module)
       with interrupts.raise_interrupts():
         main()
         sys.stdout.flush()

@@ -12,18 +12,22 @@ writes the damaged parts again. Records that are no text are skipped and counted
 the first.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
 import pathlib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from absl import flags
 
-from gpt2_jax import tokenizer as tokenizer_lib
 from gpt2_jax.cli import shell
-from gpt2_jax.data import TokenStore, corpus, encode_corpus
 from gpt2_jax.files import atomic_write, local_path, user_path
+
+if TYPE_CHECKING:
+  from gpt2_jax.data import TokenStore
 
 _FILES = flags.DEFINE_string(
   "files", None, "Corpus of local files: globs with commas between them; ** crosses folders."
@@ -75,6 +79,9 @@ def main() -> None:
 
 def tokenize() -> str:
   """Tokenizes the corpus that the flags name. Returns a line that describes the token store."""
+  from gpt2_jax.data import corpus, encode_corpus
+  from gpt2_jax.tokenizer import load_tokenizer
+
   # 1. Look at all flags, before hours are spent on any of them.
   out, tokenizer_path = _check_flags()
 
@@ -91,7 +98,7 @@ def tokenize() -> str:
   if _TRAIN.value:
     texts = documents if _STRICT.value else corpus.readable(documents)
     _write_tokenizer(tokenizer_path, _train_tokenizer(texts, _TRAIN.value))
-  tokenizer = tokenizer_lib.load_tokenizer(tokenizer_path)
+  tokenizer = load_tokenizer(tokenizer_path)
 
   # 4. Encode the documents.
   store = encode_corpus(
@@ -109,6 +116,9 @@ def tokenize() -> str:
 
 def _check_flags() -> tuple[str, str]:
   """The paths of the store and the tokenizer. Raises ValueError for what cannot go well."""
+  from gpt2_jax.data import corpus
+  from gpt2_jax.tokenizer import load_tokenizer
+
   if not _OUT.value or bool(_FILES.value) == bool(_TFDS_NAME.value):
     raise ValueError("give --out and one of --files and --tfds_name")
   if _CHARACTERS.value:
@@ -122,7 +132,7 @@ def _check_flags() -> tuple[str, str]:
   if not _TRAIN.value:
     tokenizer_path = user_path(_TOKENIZER.value)
     # GPT-2's is fetched when its size is asked for.
-    _ = tokenizer_lib.load_tokenizer(tokenizer_path).vocab_size
+    _ = load_tokenizer(tokenizer_path).vocab_size
     return out, tokenizer_path
   tokenizer_path = local_path(_TOKENIZER.value)
   suffix = {"sentencepiece": ".model", "characters": ".json"}[_TRAIN.value]
@@ -150,13 +160,17 @@ def _check_folder(folder: pathlib.Path, flag: str) -> None:
 
 def _train_tokenizer(texts: Iterable[str], kind: str) -> bytes:
   """Trains a tokenizer, and returns the content of its file."""
+  from gpt2_jax.tokenizer import train_characters, train_sentencepiece
+
   if kind == "sentencepiece":
-    return tokenizer_lib.train_sentencepiece(texts, _VOCAB_SIZE.value).proto
-  return json.dumps(tokenizer_lib.train_characters(texts).to_json()).encode()
+    return train_sentencepiece(texts, _VOCAB_SIZE.value).proto
+  return json.dumps(train_characters(texts).to_json()).encode()
 
 
 def verify(path: str) -> str:
   """Checks a token store against its checksums. Raises ValueError if it is damaged."""
+  from gpt2_jax.data import TokenStore
+
   store = TokenStore.open(user_path(path))
   store.verify()
   return f"{_describe(store)}; every checksum is right"
@@ -187,4 +201,4 @@ def _write_tokenizer(path: str, content: bytes) -> None:
 
 
 def run() -> None:
-  shell.run(main, __doc__)
+  shell.run(main, __doc__, imports=("gpt2_jax.data",))

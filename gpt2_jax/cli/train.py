@@ -14,7 +14,6 @@ explains; 75 a process of the run was lost: start the same command again on ever
 from absl import flags
 from ml_collections import config_flags
 
-from gpt2_jax import distributed, train
 from gpt2_jax.cli import shell
 from gpt2_jax.runs import knobs
 
@@ -37,6 +36,8 @@ _START_WITHIN = flags.DEFINE_integer(
 
 
 def main() -> None:
+  from gpt2_jax import distributed, train
+
   process = distributed.find_process(
     _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _START_WITHIN.value
   )
@@ -44,6 +45,17 @@ def main() -> None:
     train.run(_CONFIG.value, _WORKDIR.value)
 
 
+def _exit(status: int) -> None:
+  from gpt2_jax import distributed
+
+  distributed.exit(status)
+
+
 def run() -> None:
   flags.mark_flags_as_required(["config", "workdir"])
-  shell.run(main, f"{__doc__}\n{knobs.help_text()}\n", exit_process=distributed.exit)
+  shell.run(
+    main,
+    f"{__doc__}\n{knobs.help_text()}\n",
+    imports=("gpt2_jax.train",),
+    exit_process=_exit,
+  )
