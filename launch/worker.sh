@@ -30,10 +30,13 @@ running() { [ -e "$STATE/lock" ] && ! flock --nonblock "$STATE/lock" true; }
 
 install() {
   trap 'say "install failed at: $BASH_COMMAND"' ERR
-  # Images of TPU VMs have Python 3.10, the project needs 3.11: uv, from PyPI, installs one.
+  # Images of TPU VMs have Python 3.10: uv, from PyPI, installs the one that the whole suite passes
+  # with, and those versions. An environment of another Python is made anew.
   python3 -m pip install --user --quiet uv
-  [ -x "$ENV/bin/python" ] || python3 -m uv venv --quiet --python 3.12 "$ENV"
-  python3 -m uv pip install --quiet --python "$ENV/bin/python" --editable '.[tpu]'
+  grep --quiet 'version_info = 3.13' "$ENV/pyvenv.cfg" 2>/dev/null ||
+    python3 -m uv venv --quiet --clear --python 3.13 "$ENV"
+  python3 -m uv pip install --quiet --python "$ENV/bin/python" --constraint launch/constraints.txt \
+    --editable '.[tpu,eval]'
   say installed
 }
 

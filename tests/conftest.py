@@ -54,13 +54,44 @@ sys.path.append(
   str(pathlib.Path(__file__).parents[1])
 )  # where the package is not installed; configs and launch
 
-from gpt2_jax.model import (  # noqa: E402
-  GPT2,
-  ModelConfig,
-  name_of,  # noqa: E402
-)
+from gpt2_jax.model import GPT2, ModelConfig, name_of  # noqa: E402
 from gpt2_jax.sharding import abstract_mesh, concrete, make_mesh  # noqa: E402
 from tests.fake_bucket import Bucket  # noqa: E402
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    "--oracles",
+    action="store_true",
+    help="a test that skips for want of a package, or of data that the environment names, fails",
+  )
+
+
+def _fail_if_incomplete(report, config) -> None:
+  """With --oracles: turns a skip into a failure if the environment should have prevented it."""
+  if not (report.skipped and config.getoption("--oracles") and isinstance(report.longrepr, tuple)):
+    return
+
+  path, line, reason = report.longrepr
+  data = [name for name in ("GPT2_JAX_TEST_DATA", "TIKTOKEN_CACHE_DIR") if name in os.environ]
+  if "could not import" in reason or any(name in reason for name in data):
+    report.outcome = "failed"
+    report.longrepr = f"{path}:{line}: {reason} (with --oracles, nothing skips for want of that)"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+  report = yield
+  _fail_if_incomplete(report, item.config)
+  return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+  """A whole file that skips."""
+  report = yield
+  _fail_if_incomplete(report, collector.config)
+  return report
 
 
 def _mesh(*sizes: int):

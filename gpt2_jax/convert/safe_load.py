@@ -35,7 +35,7 @@ def import_torch(path: pathlib.Path):
     import torch
   except ImportError as error:
     raise ImportError(
-      f"{path} is a torch file: pip install torch, or convert it where torch is"
+      f"{path} is a torch file: pip install 'gpt2_jax[convert]', or convert it where torch is"
     ) from error
   return torch
 

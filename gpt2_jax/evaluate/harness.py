@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """lm-evaluation-harness: this project's models as its model type `gpt2_jax`.
 
-  pip install -e '.[harness]'
+  pip install 'gpt2_jax[harness]'
   python -m gpt2_jax.evaluate.harness --model gpt2_jax \\
     --model_args pretrained=gpt2,dtype=bfloat16 --tasks lambada_openai,blimp --batch_size 64
 
@@ -37,7 +37,7 @@ try:
   from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 except ImportError as error:
   raise ImportError(
-    f"lm-evaluation-harness is not installed completely ({error}): pip install 'lm_eval>=0.4.13'"
+    f"lm-evaluation-harness is not installed completely ({error}): pip install 'gpt2_jax[harness]'"
   ) from error
 
 from gpt2_jax.convert.names import shapes

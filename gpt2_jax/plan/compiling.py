@@ -69,7 +69,7 @@ def _dump_folder() -> tempfile.TemporaryDirectory:
 def check_installed() -> None:
   """Raises ImportError without libtpu."""
   if importlib.util.find_spec("libtpu") is None:
-    raise ImportError("libtpu, the TPU compiler, is not installed: pip install '.[plan]'")
+    raise ImportError("libtpu, the TPU compiler, is not installed: pip install 'gpt2_jax[plan]'")
 
 
 def open_topology(topology: Topology) -> list:

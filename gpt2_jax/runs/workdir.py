@@ -44,7 +44,7 @@ def as_path(path: str) -> "epath.Path":
         f"{path[:200]} is neither a local path nor gs://BUCKET/PATH; take one of these"
       )
     if importlib.util.find_spec("gcsfs") is None:
-      raise ImportError("gs:// needs gcsfs: pip install '.[gcs]'")
+      raise ImportError("gs:// needs gcsfs: pip install 'gpt2_jax[gcs]'")
     _choose_gcs_client()
 
   from etils import epath

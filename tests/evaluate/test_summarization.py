@@ -190,5 +190,5 @@ def test_a_missing_or_malformed_story_is_refused(tmp_path):
 
 def test_without_rouge_score_the_command_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-  with pytest.raises(ImportError, match=r"pip install -e '.\[eval\]'"):
+  with pytest.raises(ImportError, match=r"pip install 'gpt2_jax\[eval\]'"):
     summarization._rouge.__wrapped__()

@@ -123,5 +123,5 @@ def test_files_that_are_not_parallel_are_refused(tmp_path):
 
 def test_without_sacrebleu_the_command_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
-  with pytest.raises(ImportError, match=r"pip install -e '.\[eval\]'"):
+  with pytest.raises(ImportError, match=r"pip install 'gpt2_jax\[eval\]'"):
     translation._sacrebleu.__wrapped__()

@@ -164,6 +164,7 @@ def python3(arguments: list[str]):
     program = pathlib.Path(arguments[-1]) / "bin" / "python"
     program.parent.mkdir(parents=True)
     program.symlink_to(__file__)
+    (program.parents[1] / "pyvenv.cfg").write_text("version_info = 3.13.0\n")
   elif arguments[:2] == ["-m", "uv"] and worker in next_play(
     f"install-{worker}", scenario().get("install_fails", [[]])
   ):

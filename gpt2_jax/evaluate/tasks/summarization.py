@@ -171,7 +171,7 @@ def _rouge():
   try:
     from rouge_score.rouge_scorer import RougeScorer
   except ImportError as error:
-    raise ImportError("ROUGE needs rouge-score; pip install -e '.[eval]'") from error
+    raise ImportError("ROUGE needs rouge-score: pip install 'gpt2_jax[eval]'") from error
   return RougeScorer(["rouge1", "rouge2", "rougeLsum"], use_stemmer=True)
 
 

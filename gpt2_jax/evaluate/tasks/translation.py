@@ -109,7 +109,7 @@ def _sacrebleu():
   try:
     from sacrebleu.metrics import BLEU
   except ImportError as error:
-    raise ImportError("BLEU needs sacrebleu; pip install -e '.[eval]'") from error
+    raise ImportError("BLEU needs sacrebleu: pip install 'gpt2_jax[eval]'") from error
   # effective_order changes only the score of a single sentence, which nobody reads
   return BLEU(effective_order=True)
 
