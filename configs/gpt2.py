@@ -51,5 +51,7 @@ def get_config(size: str = "117M") -> ConfigDict:
       "save_every": 1000,
       "keep": 3,  # newest checkpoints kept; the best one stays besides
       "profile_steps": 0,  # steps of a JAX trace in workdir/profile
+      "sample_tokens": 0,  # tokens of a sample that each evaluation shows; 0 is none
+      "wandb_project": "",  # at Weights & Biases, through extra [wandb]; empty is none
     }
   )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Atomic writes, locks, paths that people type, JSON that nobody vouches for, SHA-256, progress."""
+"""Atomic writes, locks, paths that people type, JSON that nobody vouches for, SHA-256, progress,
+lines about long waits."""
 
 import contextlib
 import fcntl
@@ -10,6 +11,7 @@ import pathlib
 import secrets
 import shutil
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 
 
@@ -269,3 +271,37 @@ def progress(items: Iterable, what: str, unit: str = "it", disable: bool | None 
   import tqdm
 
   return tqdm.tqdm(items, desc=what, unit=unit, disable=disable, leave=False)
+
+
+# False in a run's processes other than the first: all of them wait for the same thing.
+_is_announcing = True
+
+
+def announce_if(is_primary: bool) -> None:
+  """Makes `announce` silent in this process from now on, unless it is the first of its run."""
+  global _is_announcing
+  _is_announcing = is_primary
+
+
+@contextlib.contextmanager
+def announce(text: str, seconds: float = 3.0) -> Iterator[None]:
+  """Prints one line on stderr if the body still runs after `seconds`: "compiling, about a minute".
+
+  What is quicker leaves no trace. Processes other than the first of a run print nothing.
+  """
+  import tqdm
+
+  def say():
+    # A terminal that is gone ends nothing. tqdm's `write` spares a bar that is drawn meanwhile.
+    if _is_announcing and sys.stderr is not None:
+      with contextlib.suppress(OSError):
+        tqdm.tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
+
+  timer = threading.Timer(seconds, say)
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()

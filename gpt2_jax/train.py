@@ -13,15 +13,14 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from gpt2_jax.batch import Batch
-from gpt2_jax.files import user_path
+from gpt2_jax.files import announce, user_path
 from gpt2_jax.finetune.trainable import merge, partition, trainable_mask
 from gpt2_jax.loss import NextToken, mean_loss, per_token
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.optimizer import adamw, schedule
 from gpt2_jax.runs import knobs
 from gpt2_jax.runs.limits import check_batch, check_kernel, check_update_fits, out_of_memory
-from gpt2_jax.runs.metrics import plot_losses
-from gpt2_jax.runs.setup import Setup, set_up
+from gpt2_jax.runs.setup import Setup, finish, set_up
 from gpt2_jax.runs.signals import stop_line
 from gpt2_jax.runs.validation import log_initial_loss, save_if_sound, validate
 from gpt2_jax.runs.workdir import as_path
@@ -215,7 +214,8 @@ def train_loop(setup: Setup, jitted_step, objective) -> TrainState:
     if step == 0:
       log_initial_loss(metrics, state.model, batches, rows)
     setup.profile.before(step, state)
-    state, call_metrics, new_signals = jitted_step(state, batches, objective, stop.signals())
+    with setup.log.compiling():
+      state, call_metrics, new_signals = jitted_step(state, batches, objective, stop.signals())
     step += batches.tokens_BT.shape[0]
 
     # 2. Log the call before it, whose metrics are there: the device never waits for the host.
@@ -263,7 +263,9 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     workdir = user_path(workdir)
     as_path(workdir)
     knobs.check(config)
-    resources.enter_context(jax.set_mesh(make_mesh(**config.mesh)))
+    with announce("starting JAX on its devices"):
+      mesh = make_mesh(**config.mesh)
+    resources.enter_context(jax.set_mesh(mesh))
     model_config = ModelConfig(**config.model)
     check_batch(config)
     check_kernel(model_config)
@@ -279,8 +281,8 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     # 3. Train. The picture is drawn once metrics and checkpoints are closed, whole.
     with setup.writers:
       if setup.state is None:
-        setup = dataclasses.replace(setup, state=jax.jit(init)(key))
+        with announce("initializing the parameters"):
+          setup = dataclasses.replace(setup, state=jax.jit(init)(key))
       state = train_loop(setup, jitted_step, NextToken())
-    if setup.metrics.active:
-      plot_losses(setup.workdir.path)
+    finish(setup, int(state.step))
     return state

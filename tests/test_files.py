@@ -5,10 +5,13 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from gpt2_jax.files import (
+  announce,
+  announce_if,
   atomic_write,
   file_lock,
   first_line,
@@ -148,3 +151,26 @@ def test_a_long_list_is_summed_up():
   assert summarize(range(1000), limit=3) == "0, 1, 2, and 997 more"
   assert len(summarize(["x" * 1000] * 20)) < 8 * 82 + 20
   assert summarize(["/a" * 100 + "/gone.txt"]).endswith("/gone.txt")
+
+
+def test_a_long_wait_is_announced_once_and_a_short_one_not(capsys):
+  with announce("compiling, about a minute", seconds=0.02):
+    time.sleep(0.2)
+  assert capsys.readouterr().err == "compiling, about a minute\n"
+  with announce("loading", seconds=0.2):
+    pass
+  with pytest.raises(OSError, match="gone"), announce("loading", seconds=0.2):
+    raise OSError("gone")
+  time.sleep(0.4)
+  assert capsys.readouterr() == ("", "")
+
+
+def test_other_processes_and_a_closed_stderr_announce_nothing(capsys, monkeypatch):
+  announce_if(False)
+  with announce("compiling", seconds=0.01):
+    time.sleep(0.1)
+  announce_if(True)
+  monkeypatch.setattr(sys, "stderr", None)
+  with announce("compiling", seconds=0.01):
+    time.sleep(0.1)
+  assert capsys.readouterr() == ("", "")

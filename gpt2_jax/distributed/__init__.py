@@ -33,7 +33,7 @@ from gpt2_jax.distributed.process_group import (
   ProcessGroup,
   write_error,
 )
-from gpt2_jax.files import first_line
+from gpt2_jax.files import announce_if, first_line
 
 __all__ = [
   "EXIT_RETRY",
@@ -72,6 +72,7 @@ def initialize(process_info: Process | None, seconds: int = 300):
     write_error(str(error))
     sys.exit(EXIT_RETRY)
   group.start()
+  announce_if(process_info.process_index == 0)
 
   # 2. Run, and leave together: JAX's shutdown would wait for those who are late.
   try:

@@ -134,6 +134,12 @@ KNOBS = {
   "save_every": _count("steps between checkpoints; the best evaluation saves too", resumable=True),
   "keep": _count("newest checkpoints kept; the best one stays besides", resumable=True),
   "profile_steps": _count("steps of a JAX trace in workdir/profile", 0, True),
+  "sample_tokens": Knob(
+    int, "tokens of a sample at each evaluation; 0 is none", 0, resumable=True, added=0
+  ),
+  "wandb_project": Knob(
+    str, "project at Weights & Biases, by extra [wandb]; empty is none", resumable=True, added=""
+  ),
 }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics of a run: metrics.jsonl, TensorBoard, a progress line, throughput, MFU, a loss curve."""
+"""Metrics of a run: metrics.jsonl, its boards, a progress line, throughput, MFU, a loss curve."""
 
 import contextlib
 import json
@@ -9,6 +9,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 from ml_collections import ConfigDict
@@ -16,8 +17,9 @@ from tqdm import tqdm
 
 import gpt2_jax.distributed as distributed
 from gpt2_jax.chips import peak_flops
-from gpt2_jax.files import atomic_write, first_line, parse_json_object
+from gpt2_jax.files import announce, atomic_write, first_line, parse_json_object
 from gpt2_jax.model import ModelConfig
+from gpt2_jax.runs.tensorboard import TensorBoard
 
 
 def flops_per_token(config: ModelConfig) -> int:
@@ -68,77 +70,34 @@ def _points(lines: list[tuple[bytes, dict]], name: str) -> list[tuple[int, float
   return points
 
 
+def best_and_last(workdir: str) -> tuple[tuple[int, float], tuple[int, float]] | None:
+  """Step and value of the least and of the newest validation loss in metrics.jsonl, if any."""
+  lines, _ = read_metrics(pathlib.Path(workdir) / "metrics.jsonl")
+  points = _points(lines, "val_loss")
+  if not points:
+    return None
+  return min(points, key=lambda point: point[1]), points[-1]
+
+
 def damage(path: pathlib.Path, damaged: list[int]) -> str:
   """One line about damaged lines, for a message."""
   return f"{path}: {len(damaged):,} damaged lines are left out, the first is line {damaged[0]:,}"
 
 
-class TensorBoard:
-  """Writes scalars for TensorBoard, which is a convenience: at the first error it is given up.
+class Board(Protocol):
+  """What shows a run besides metrics.jsonl. None of its errors ends the run."""
 
-  tensorboardX's SummaryWriter has a thread and a queue. When a full disk ends the thread, the queue
-  fills, and who writes waits for ever. So its event file is written here, by the caller's thread.
-  """
+  def write(self, step: int, values: dict): ...
 
-  FLUSH_SECONDS = 60
+  def write_text(self, step: int, tag: str, text: str): ...
 
-  def __init__(self, folder: str, step: int, say: Callable[[str], None]):
-    # Imported here because the import sets an environment variable.
-    from tensorboardX import event_file_writer, proto
+  def flush(self): ...
 
-    self.folder = folder
-    self.say = say
-    self.event = proto.event_pb2.Event
-    self.summary = proto.summary_pb2.Summary
-    self.file = None
-    self.flushed = time.monotonic()
-
-    # What an earlier run wrote after `step` is purged. The number of this process keeps the files
-    # of two runs that start within one second apart.
-    session = self.event(step=step + 1, wall_time=time.time(), file_version="brain.Event:2")
-    session.session_log.status = proto.event_pb2.SessionLog.START
-    with self._giving_up():
-      os.makedirs(folder, exist_ok=True)
-      self.file = event_file_writer.EventsWriter(
-        os.path.join(folder, "events"), filename_suffix=f".{os.getpid()}"
-      )
-      self.file.write_event(session)
-      self.file.flush()
-
-  @contextlib.contextmanager
-  def _giving_up(self):
-    try:
-      yield
-    except OSError as error:
-      self.file = None
-      self.say(f"TensorBoard in {self.folder} is given up ({first_line(error)}); the run goes on")
-
-  def write(self, step: int, values: dict):
-    """Writes numbers of one step."""
-    with self._giving_up():
-      for name, value in values.items():
-        if self.file is None:
-          return
-        scalar = self.summary.Value(tag=name, simple_value=value)
-        summary = self.summary(value=[scalar])
-        self.file.write_event(self.event(step=step, wall_time=time.time(), summary=summary))
-      if time.monotonic() > self.flushed + self.FLUSH_SECONDS:
-        self.flush()
-
-  def flush(self):
-    if self.file is not None:
-      self.flushed = time.monotonic()
-      with self._giving_up():
-        self.file.flush()
-
-  def close(self):
-    if self.file is not None:
-      with self._giving_up():
-        self.file.close()
+  def close(self): ...
 
 
 class Metrics:
-  """Appends to `workdir`/metrics.jsonl and TensorBoard; does nothing on processes other than 0.
+  """Appends to `workdir`/metrics.jsonl and boards; does nothing on processes other than 0.
 
   A run that resumes from checkpoint `step` drops the lines after it: they will be written again,
   the same. Raises OSError where metrics.jsonl cannot be written.
@@ -167,7 +126,7 @@ class Metrics:
     )
     if damaged:
       self.say(damage(self.path, damaged))
-    self.board = TensorBoard(os.path.join(workdir, "tensorboard"), step, self.say)
+    self.boards: list[Board] = [TensorBoard(os.path.join(workdir, "tensorboard"), step, self.say)]
 
   @contextlib.contextmanager
   def _disk(self):
@@ -193,14 +152,21 @@ class Metrics:
       return
     values = {name: value for name, value in values.items() if value is not None}
 
-    # JSON has neither NaN nor infinity; TensorBoard draws them.
+    # JSON has neither NaN nor infinity; boards draw them.
     line = {"step": step}
     for name, value in values.items():
       is_finite = not isinstance(value, float) or math.isfinite(value)
       line[name] = value if is_finite else None
     with self._disk():
       self.file.write(json.dumps(line) + "\n")
-    self.board.write(step, values)
+    for board in self.boards:
+      board.write(step, values)
+
+  def write_text(self, step: int, tag: str, text: str):
+    """Shows a text on the boards; metrics.jsonl holds numbers only."""
+    if self.active:
+      for board in self.boards:
+        board.write_text(step, tag, text)
 
   def show(self, step: int, **values):
     """Moves the progress line to `step`."""
@@ -219,16 +185,18 @@ class Metrics:
         self.bar.write(text, file=sys.stderr)
 
   def flush(self):
-    """Flushes TensorBoard's file; metrics.jsonl is written line by line."""
+    """Flushes the boards; metrics.jsonl is written line by line."""
     if self.active:
-      self.board.flush()
+      for board in self.boards:
+        board.flush()
 
   def close(self):
     if not self.active:
       return
     with contextlib.suppress(OSError):
       self.bar.close()
-    self.board.close()
+    for board in self.boards:
+      board.close()
     with self._disk():
       self.file.close()
 
@@ -248,6 +216,14 @@ class Log:
     self.last_time: float | None = None
     self.skips = 0  # updates that were skipped in a row, up to the last step that was read
     self.updates = 0  # that were made since the run started or resumed
+    self.is_compiled = False
+
+  def compiling(self) -> contextlib.AbstractContextManager:
+    """Announces the first call of the step, which compiles it; does nothing for the others."""
+    if self.is_compiled:
+      return contextlib.nullcontext()
+    self.is_compiled = True
+    return announce("compiling the training step, about a minute for a large model")
 
   def start_clock(self):
     """Starts the step time anew: evaluation and saving, which came before, do not count."""
@@ -277,7 +253,8 @@ class Log:
       skips = self.skips = values["skips"]
       self.updates += not skips
       if step % self.config.log_every == 0 or skips:
-        self.metrics.write(step, **values, **throughput)
+        tokens_seen = step * self.config.batch_size * self.model_config.n_ctx
+        self.metrics.write(step, **values, **throughput, tokens_seen=tokens_seen)
       if skips:
         self.metrics.say(
           f"step {step}: loss, gradient or update is not finite, update skipped ({skips} in a row)"

@@ -3,6 +3,9 @@
 
 import contextlib
 import dataclasses
+import json
+import pathlib
+import shlex
 
 import jax
 from ml_collections import ConfigDict
@@ -11,13 +14,19 @@ import gpt2_jax.distributed as distributed
 from gpt2_jax.data import Batches, TokenStore
 from gpt2_jax.data.batches import BatchSource, count_windows
 from gpt2_jax.data.stores import open_stores
+from gpt2_jax.files import announce, atomic_write
 from gpt2_jax.model import ModelConfig
-from gpt2_jax.runs.knobs import data_paths
+from gpt2_jax.runs.knobs import data_paths, flatten
 from gpt2_jax.runs.limits import check_disk
 from gpt2_jax.runs.metadata import run_identity, run_metadata
-from gpt2_jax.runs.metrics import Log, Metrics, Profile
+from gpt2_jax.runs.metrics import Log, Metrics, Profile, best_and_last, plot_losses
 from gpt2_jax.runs.signals import StopSignal
+from gpt2_jax.runs.weights_and_biases import WeightsAndBiases, check_wandb
 from gpt2_jax.runs.workdir import Workdir, exists, is_remote, lock
+from gpt2_jax.tokenizer import Tokenizer
+
+# The config of the run as it was last started, for people and scripts; checkpoints have their own.
+CONFIG_FILE = "train_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +38,7 @@ class Setup:
   first_step: int
   batches: BatchSource
   validation: TokenStore
+  tokenizer: Tokenizer
   metadata: dict  # saved with each checkpoint
   checkpoints: object  # of runs.checkpoint, which is imported late
   workdir: Workdir
@@ -47,8 +57,11 @@ def set_up(
   What has to be closed goes onto `resources`, an ExitStack. Raises ValueError or OSError where the
   input cannot be.
   """
+  check_wandb(config.wandb_project)
+
   # Orbax takes seconds to import, so only a run does.
-  from gpt2_jax.runs.checkpoint import Checkpoints
+  with announce("importing Orbax, which writes checkpoints"):
+    from gpt2_jax.runs.checkpoint import Checkpoints
 
   # 1. All processes must see the same data.
   train, validation, tokenizer = open_data(config, model_config)
@@ -60,7 +73,8 @@ def set_up(
   check_disk(workdir, abstract_state)
   resources.enter_context(lock(workdir))
   checkpoints = Checkpoints(workdir, config.keep)
-  state, first_step = checkpoints.restore_latest(abstract_state, metadata) or (None, 0)
+  with announce(f"reading the newest checkpoint of {workdir}"):
+    state, first_step = checkpoints.restore_latest(abstract_state, metadata) or (None, 0)
 
   # 3. Where the run writes. From here on SIGTERM asks for a save: before, it ends at once. Metrics
   #    are closed before checkpoints, which wait for a save.
@@ -70,6 +84,7 @@ def set_up(
   writers.callback(checkpoints.close)
   metrics = Metrics(folder.path, first_step, config.steps)
   writers.callback(metrics.close)
+  show_config(metrics, folder, first_step, config)
   profile = Profile(folder.path, config.profile_steps, metrics.say)
   writers.callback(profile.end, ())  # where an error ends the loop
   log_start(metrics, first_step, config)
@@ -80,6 +95,7 @@ def set_up(
     first_step=first_step,
     batches=batches,
     validation=validation,
+    tokenizer=tokenizer,
     metadata=metadata,
     checkpoints=checkpoints,
     workdir=folder,
@@ -109,6 +125,49 @@ def open_data(config: ConfigDict, model_config: ModelConfig):
   return train, validation, tokenizer
 
 
+def show_config(metrics: Metrics, folder: Workdir, first_step: int, config: ConfigDict):
+  """Writes the config where the run is looked at: a file, TensorBoard, Weights & Biases.
+
+  Raises OSError where Weights & Biases, if it is used, cannot be.
+  """
+  if not metrics.active:
+    return
+  values = config.to_dict()
+  with atomic_write(pathlib.Path(folder.path) / CONFIG_FILE, overwrite=True) as partial:
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+
+  if config.wandb_project:
+    name = pathlib.PurePosixPath(folder.place).name
+    board = WeightsAndBiases(
+      config.wandb_project, folder.path, name, first_step, values, metrics.say
+    )
+    metrics.boards.append(board)
+  lines = [f"{name} = {value}" for name, value in flatten(values).items()]
+  for board in metrics.boards:
+    board.write_text(first_step, "config", "\n".join(lines))
+
+
+def finish(setup: Setup, step: int):
+  """Draws the loss curve of a run whose files are closed; says where it is and what comes next."""
+  if not setup.metrics.active:
+    return
+  plot_losses(setup.workdir.path)
+
+  # 1. Where, how far, how good.
+  parts = [f"{setup.workdir.place}: {step:,} of {setup.config.steps:,} steps"]
+  losses = best_and_last(setup.workdir.path)
+  if losses:
+    (best_step, best), (_, last) = losses
+    parts.append(f"validation loss {last:.4f}, best {best:.4f} at step {best_step:,}")
+  parts.append("curve in loss.png")
+  setup.metrics.say("; ".join(parts))
+
+  # 2. What next. The words are quoted as a shell wants them.
+  if setup.checkpoints.steps():
+    model = shlex.quote(f"--model={setup.workdir.place}")
+    setup.metrics.say(f"to sample from it: gpt2-jax sample {model} --interactive")
+
+
 def log_start(metrics: Metrics, first_step: int, config: ConfigDict):
   """Says where the run computes, and from which step it resumes."""
   mesh, processes, devices = jax.sharding.get_mesh(), jax.process_count(), jax.local_device_count()
@@ -120,6 +179,9 @@ def log_start(metrics: Metrics, first_step: int, config: ConfigDict):
     metrics.say(f"all {first_step} steps were done before")
   elif first_step:
     metrics.say(f"resumed from step {first_step}")
+
+  if config.sample_tokens and processes > 1:
+    metrics.say("sample_tokens: a run of several processes shows no samples; gpt2-jax sample does")
 
   # A trace starts with the third call.
   calls = -(-(config.steps - first_step) // config.steps_per_call)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Validation loss of a run, and the loss of its first batch before training."""
 
+import contextlib
 import math
 
 import jax
@@ -9,10 +10,11 @@ from jax.sharding import NamedSharding
 import gpt2_jax.distributed as distributed
 from gpt2_jax.batch import Batch
 from gpt2_jax.data import TokenStore, evaluation_batches
-from gpt2_jax.files import progress
+from gpt2_jax.files import announce, progress
 from gpt2_jax.loss import cross_entropy
 from gpt2_jax.model import GPT2
 from gpt2_jax.runs.metrics import Metrics
+from gpt2_jax.runs.samples import log_sample
 from gpt2_jax.runs.setup import Setup
 from gpt2_jax.sharding import BATCH
 
@@ -35,16 +37,19 @@ def validation_loss(
   quiet = None if distributed.is_primary() else True  # None: where stderr is no terminal
   sums = []
   for batch in progress(batches, "evaluation", "batch", disable=quiet):
-    sums.append(distributed.block_until_ready(evaluation_sums(model, batch, objective)))
+    waiting = contextlib.nullcontext() if sums else announce("compiling the evaluation, seconds")
+    with waiting:
+      sums.append(distributed.block_until_ready(evaluation_sums(model, batch, objective)))
   sums = jax.device_get(sums)
   return sum(float(s["nats"]) for s in sums) / sum(float(s["tokens"]) for s in sums)
 
 
 def validate(setup: Setup, model: GPT2, objective, rows: int, step: int) -> float:
-  """The validation loss of a run at `step`, in batches of `rows`; it is logged, too."""
+  """The validation loss of a run at `step`, in batches of `rows`; it is logged, with a sample."""
   val_loss = validation_loss(model, objective, setup.validation, rows, setup.config.eval_windows)
   setup.metrics.write(step, val_loss=val_loss)
   setup.metrics.say(f"step {step}: validation {val_loss:.4f} nats a token")
+  log_sample(setup, model, step)
   return val_loss
 
 
@@ -95,7 +100,8 @@ def log_initial_loss(metrics: Metrics, model: GPT2, batches: Batch, rows: int):
   It is the loss of the first `rows` rows of the first step, for they fit at once.
   """
   tokens_BT = jax.lax.slice_in_dim(batches.tokens_BT[0], 0, rows)
-  loss, rms_L = jax.device_get(initial_loss(model, tokens_BT))
+  with announce("compiling the forward pass, seconds"):
+    loss, rms_L = jax.device_get(initial_loss(model, tokens_BT))
   expected = math.log(model.config.n_vocab)
   verdict = "as it should be"
   if abs(loss - expected) >= 0.5:

@@ -110,7 +110,8 @@ def exists(place: str) -> bool:
 class Workdir:
   """Where a run writes its files: `path`, a local folder. A local workdir is that folder itself.
 
-  For a workdir on gs:// it is a scratch folder, which begins with the metrics.jsonl that is there.
+  For a workdir on gs:// it is a scratch folder, which begins with the metrics.jsonl that is there,
+  and with the run's name at Weights & Biases.
   (TensorBoard's new file needs no older one.) `upload` brings the files that changed to gs://, and
   so does the end of the context, however it comes.
   """
@@ -129,6 +130,7 @@ class Workdir:
       os.mkdir(self.path)
       if distributed.is_primary():
         self._download("metrics.jsonl")
+        self._download("wandb_id")
     return self
 
   def _download(self, name: str):

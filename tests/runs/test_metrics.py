@@ -16,7 +16,15 @@ from gpt2_jax.batch import Batch
 from gpt2_jax.loss import NextToken, mean_loss
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.runs import metrics as metrics_lib
-from gpt2_jax.runs.metrics import Log, Metrics, TensorBoard, flops_per_token, mfu, plot_losses
+from gpt2_jax.runs.metrics import (
+  Log,
+  Metrics,
+  best_and_last,
+  flops_per_token,
+  mfu,
+  plot_losses,
+)
+from gpt2_jax.runs.tensorboard import TAGS, TensorBoard
 from gpt2_jax.sizes import SIZES
 
 
@@ -171,22 +179,63 @@ def test_tensorboard_on_a_full_disk_is_given_up_once_and_starts_no_thread(tmp_pa
   assert threading.active_count() == threads
 
 
-def test_tensorboard_reads_back_what_was_written(tmp_path):
+def read_events(folder):
   from tensorboardX.proto.event_pb2 import Event
 
-  board = TensorBoard(str(tmp_path), 4, print)
-  board.write(5, {"loss": 2.5})
-  board.close()
-  (file,) = tmp_path.iterdir()
+  (file,) = folder.iterdir()
   content, events = file.read_bytes(), []
   while content:  # a record: length, its checksum, the event, its checksum
     length = int.from_bytes(content[:8], "little")
     events.append(Event.FromString(content[12 : 12 + length]))
     content = content[16 + length :]
-  assert events[0].file_version == "brain.Event:2"
-  assert events[1].session_log.status == 1 and events[1].step == 5  # START: purges from there on
-  (value,) = events[2].summary.value
-  assert (events[2].step, value.tag, value.simple_value) == (5, "loss", 2.5)
+  return events
+
+
+def test_tensorboard_reads_back_what_was_written(tmp_path):
+  board = TensorBoard(str(tmp_path), 4, print)
+  board.write(5, {"loss": 2.5, "batch_hash": 7, "skips": 0, "accuracy": 0.5, "val_loss": 3.0})
+  board.write_text(6, "eval/sample", "# no title\n<b>")
+  board.close()
+  version, start, layout, *scalars, text = read_events(tmp_path)
+  assert version.file_version == "brain.Event:2"
+  assert start.session_log.status == 1 and start.step == 5  # START: purges from there on
+  values = [
+    (event.step, *((v.tag, v.simple_value) for v in event.summary.value)) for event in scalars
+  ]
+  assert values == [(5, ("train/loss", 2.5)), (5, ("train/accuracy", 0.5)), (5, ("eval/loss", 3.0))]
+  (value,) = text.summary.value
+  assert (
+    value.tag == "eval/sample/text_summary" and value.metadata.plugin_data.plugin_name == "text"
+  )
+  assert value.tensor.string_val == [b"    # no title\n    <b>"]  # not as Markdown
+
+
+def test_one_chart_of_tensorboard_has_both_losses(tmp_path):
+  from tensorboardX.proto.layout_pb2 import Layout
+
+  TensorBoard(str(tmp_path), 0, print).close()
+  (value,) = read_events(tmp_path)[2].summary.value
+  assert value.tag == "custom_scalars__config__"
+  (category,) = Layout.FromString(value.tensor.string_val[0]).category
+  assert [list(chart.multiline.tag) for chart in category.chart] == [["train/loss", "eval/loss"]]
+
+
+def test_the_losses_are_the_first_groups_of_tensorboard():
+  groups = sorted({tag.split("/")[0] for tag in TAGS.values()})
+  assert groups[:2] == ["eval", "train"] and TAGS["loss"] == "train/loss"
+
+
+def test_best_and_last_validation_loss_of_an_old_file_and_of_none(tmp_path):
+  rows = [
+    '{"step": 1, "loss": 1.0}',
+    '{"step": 2, "val_loss": 3.5}',
+    '{"step": 4, "val_loss": 3.0}',
+  ]
+  rows += ["torn", '{"step": 6, "val_loss": null}', '{"step": 8, "val_loss": 3.25}']
+  (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+  assert best_and_last(str(tmp_path)) == ((4, 3.0), (8, 3.25))
+  (tmp_path / "metrics.jsonl").write_text(rows[0] + "\n")
+  assert best_and_last(str(tmp_path)) is None
 
 
 def test_metrics_on_a_full_disk_end_the_run_in_one_line_and_keep_the_lines(tmp_path):

@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 IMPORT_ALL = """
 import os, pkgutil, sys
 import jax  # sets variables of its own
+from absl import flags
 before = dict(os.environ)
 import gpt2_jax
 import gpt2_jax.runs.workdir
@@ -17,6 +18,8 @@ for module in pkgutil.walk_packages(gpt2_jax.__path__, "gpt2_jax."):
   # lm_eval sets a variable, and the harness adapter is for those who have imported that
   if module.name in sys.modules or module.name == "gpt2_jax.evaluate.harness":
     continue
+  for flag in list(flags.FLAGS):  # two commands may have a flag of one name
+    delattr(flags.FLAGS, flag)
   try:
     __import__(module.name)
   except ImportError as error:
