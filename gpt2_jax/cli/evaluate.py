@@ -24,7 +24,13 @@ again. --out then holds
   plots/           scores over the number of parameters, and over the steps of a run
   computed.jsonl   a line for each cell, in the order in which they were computed
 
-The exit status is 1 if a cell could not be computed.
+On TPU hosts, slices and GKE the same command on every host is one sweep: each host computes its
+part of the cells on its own devices, and process 0 writes the report. --out is then on gs://, or on
+a disk that all share. Elsewhere each process is told its rank: --coordinator=HOST:PORT
+--processes=N --process=I.
+
+Exit status: 0 done; 1 a cell could not be computed; 2 an error that the line explains; 75 a process
+of the sweep was lost: start the same command again on every host.
 """
 
 import pathlib
@@ -33,7 +39,7 @@ import sys
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from gpt2_jax.cli import shell
+from gpt2_jax.cli import process_flags, shell
 
 _ZERO_SHOT = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "zero_shot.py")
 _CONFIG = config_flags.DEFINE_config_file(
@@ -56,7 +62,9 @@ _DATA = flags.DEFINE_string(
   "data", None, "Folder of the datasets, in place of the config's; or one dataset's file."
 )
 _OUT = flags.DEFINE_string(
-  "out", None, "Folder for cells, results, table and plots. A sweep that is there is resumed."
+  "out",
+  None,
+  "Folder for cells, results, table and plots; local or gs://. A sweep that is there is resumed.",
 )
 _SKIP_MISSING = flags.DEFINE_bool(
   "skip_missing", False, "Leave out the tasks whose datasets are not there."
@@ -68,17 +76,29 @@ _OVERLAP = flags.DEFINE_multi_string(
   "others.",
 )
 _LIST = flags.DEFINE_bool("list", False, "Print the tasks with their protocols, and exit.")
+_PROCESS = process_flags.add_flags()
 
 
 def main() -> None:
-  from gpt2_jax.evaluate import contamination
-  from gpt2_jax.evaluate.sweep import cells, compute, report
+  from gpt2_jax.evaluate.sweep import report
   from gpt2_jax.evaluate.tasks import TASKS
 
   if _LIST.value:
     return print(report.task_listing(TASKS))
   if not _OUT.value:
     raise ValueError("give --out, the folder for what comes out; --list shows the tasks")
+  with _PROCESS.initialize():
+    has_failed = evaluate()
+  if has_failed:
+    sys.exit(1)
+
+
+def evaluate() -> bool:
+  """Runs or resumes the sweep; returns whether a cell could not be computed."""
+  from gpt2_jax import distributed
+  from gpt2_jax.evaluate import contamination
+  from gpt2_jax.evaluate.sweep import cells, compute, report
+  from gpt2_jax.runs.workdir import Workdir
 
   # 1. Flags take the place of the config's lists.
   config = _CONFIG.value
@@ -98,15 +118,23 @@ def main() -> None:
   sweep = compute.prepare(config, _OUT.value, _SKIP_MISSING.value)
   report.check_overlaps(overlaps, sweep)
 
-  # 3. Nobody else writes into the folder until the report is whole.
+  # 3. Nobody else writes into the folder until the report is whole. Process 0 writes it.
   with cells.lock_folder(sweep.folder):
     outcome = compute.run(sweep)
-    table = report.write(outcome, _OUT.value, config, overlaps)
-  print(table, end="")
-  print(f"\nwritten to {_OUT.value}: table.md, results.jsonl, plots, cells", file=sys.stderr)
-  if outcome.failed:
-    sys.exit(1)
+    if distributed.is_primary():
+      with Workdir(_OUT.value) as workdir:
+        table = report.write(outcome, workdir.path, config, overlaps)
+      print(table, end="")
+      print(f"\nwritten to {_OUT.value}: table.md, results.jsonl, plots, cells", file=sys.stderr)
+    distributed.barrier("the report", compute.UNTIL_ALL_END)
+  return bool(outcome.failed)
 
 
 def run() -> None:
-  shell.run(main, __doc__, imports=("gpt2_jax.evaluate.sweep.report",), config=_ZERO_SHOT)
+  shell.run(
+    main,
+    __doc__,
+    imports=("gpt2_jax.evaluate.sweep.report",),
+    exit_process=process_flags.exit_process,
+    config=_ZERO_SHOT,
+  )

@@ -14,7 +14,7 @@ explains; 75 a process of the run was lost: start the same command again on ever
 from absl import flags
 from ml_collections import config_flags
 
-from gpt2_jax.cli import shell
+from gpt2_jax.cli import process_flags, shell
 from gpt2_jax.runs import knobs
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -23,39 +23,23 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where checkpoints, metrics.jsonl, TensorBoard and traces go; local or gs://."
 )
-_COORDINATOR = flags.DEFINE_string(
-  "coordinator", None, "HOST:PORT of process 0, where a TPU does not tell."
-)
-_PROCESSES = flags.DEFINE_integer(
-  "processes", None, "How many processes the run has.", lower_bound=1
-)
-_PROCESS = flags.DEFINE_integer("process", None, "The rank of this one, from 0.", lower_bound=0)
-_START_WITHIN = flags.DEFINE_integer(
-  "start_within", 300, "Seconds within which all processes must arrive.", lower_bound=1
-)
+_PROCESS = process_flags.add_flags()
 
 
 def main() -> None:
-  from gpt2_jax import distributed, train
+  from gpt2_jax import train
 
-  process = distributed.find_process(
-    _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _START_WITHIN.value
-  )
-  with distributed.initialize(process, _START_WITHIN.value):
+  with _PROCESS.initialize():
     train.run(_CONFIG.value, _WORKDIR.value)
-
-
-def _exit(status: int) -> None:
-  from gpt2_jax import distributed
-
-  distributed.exit(status)
 
 
 def run() -> None:
   flags.mark_flags_as_required(["config", "workdir"])
   shell.run(
     main,
-    f"{__doc__}\n{knobs.help_text()}\n",
+    f"{__doc__}
+{knobs.help_text()}
+",
     imports=("gpt2_jax.train",),
-    exit_process=_exit,
+    exit_process=process_flags.exit_process,
   )

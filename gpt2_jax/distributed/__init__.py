@@ -40,6 +40,7 @@ __all__ = [
   "Process",
   "SignalFlag",
   "all_gather_json",
+  "alone",
   "barrier",
   "block_until_ready",
   "broadcast",
@@ -151,6 +152,21 @@ def relay(host: str, port: int) -> int:
 
   threading.Thread(target=serve, daemon=True).start()
   return server.getsockname()[1]
+
+
+@contextlib.contextmanager
+def alone():
+  """Each process for itself: in the context nobody is waited for, and everyone is primary.
+
+  Processes may then load models and write files of their own at different times. The group still
+  sees a death, and ends all.
+  """
+  global _group
+  group, _group = _group, None
+  try:
+    yield
+  finally:
+    _group = group
 
 
 def all_gather_json(what: str, value, seconds: float = BARRIER_TIMEOUT) -> list:

@@ -190,16 +190,24 @@ def lock(workdir: str):
       raise OSError(f"{workdir} is in use by another run; wait for it, or take another --workdir")
 
     # 2. The others look for the mark: a path may be another disk on another host.
-    with cloud_errors(workdir):
-      is_seen = own_mark == mark or wait_for_text(path, mark)
-    all_see = distributed.all_gather_json("the workdir", is_seen)
-    blind = [str(process) for process, sees in enumerate(all_see) if not sees]
-    if blind:
-      raise ValueError(
-        f"process {summarize(blind)} does not see in {workdir} what process 0 wrote there; "
-        f"give a --workdir on a filesystem that all hosts share, or on gs://"
-      )
+    check_shared(path, mark, own_mark == mark, "--workdir")
     yield
+
+
+def check_shared(path: "epath.Path", mark: str, is_writer: bool, flag: str):
+  """Checks that every process sees the mark that process 0 wrote into a file.
+
+  Raises ValueError, on every process alike, with the flag that needs another place.
+  """
+  with cloud_errors(str(path)):
+    is_seen = is_writer or wait_for_text(path, mark)
+  all_see = distributed.all_gather_json("the shared folder", is_seen)
+  blind = [str(process) for process, sees in enumerate(all_see) if not sees]
+  if blind:
+    raise ValueError(
+      f"process {summarize(blind)} does not see in {path.parent} what process 0 wrote there; "
+      f"give a {flag} on a filesystem that all hosts share, or on gs://"
+    )
 
 
 def _acquire(path: "epath.Path", held: contextlib.ExitStack) -> str | None:

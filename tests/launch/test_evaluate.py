@@ -17,7 +17,7 @@ import safetensors.numpy
 import tokenizers
 
 import gpt2_jax
-from gpt2_jax.evaluate.sweep.compute import COMPUTED
+from gpt2_jax.evaluate.sweep.cells import COMPUTED
 
 ROOT = pathlib.Path(__file__).parents[2]
 WORDS = (

@@ -14,11 +14,15 @@ import os
 import pathlib
 import re
 import shutil
+import typing
+import uuid
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+import gpt2_jax.distributed as distributed
 from gpt2_jax.evaluate import sources, tasks
 from gpt2_jax.evaluate.sweep.models import SweptModel
 from gpt2_jax.evaluate.task import Task
@@ -28,15 +32,20 @@ from gpt2_jax.files import (
   file_lock,
   first_line,
   json_sha256,
-  read_json_object,
+  local_path,
+  parse_json_object,
   sha256,
 )
+from gpt2_jax.runs.workdir import as_path, check_shared, cloud_errors, is_remote
+
+if typing.TYPE_CHECKING:
+  from etils import epath
 
 # Goes up whenever a task or a scorer comes to other numbers, so that older cells are not kept.
 SCORES_VERSION = 1
 
 # Names in a sweep's folder, besides `cells`. The first has a line for each cell that was computed
-# here, in their order.
+# here, in their order; process 1 of several has computed.1.jsonl, and so on.
 COMPUTED = "computed.jsonl"
 RESULTS = "results.jsonl"
 TABLE = "table.md"
@@ -155,7 +164,7 @@ class Sweep:
   """A sweep whose tasks, datasets, models and folder have been checked: nothing is written yet."""
 
   config: ConfigDict
-  folder: pathlib.Path
+  folder: "pathlib.Path | epath.Path"
   datasets: Datasets
   cells: list[list[Cell]]  # model by model, so that each is loaded once at most
   failed: dict[str, str]  # the tasks that cannot be run, with the reason
@@ -174,8 +183,18 @@ class Outcome:
 # ---- the folder of a sweep
 
 
-def check_out(folder: pathlib.Path) -> None:
-  """Checks that a sweep can write into its folder, and makes nothing. Raises OSError."""
+def out_folder(out: str) -> "pathlib.Path | epath.Path":
+  """A sweep's folder from the flag: local, or on gs://. Raises ValueError, ImportError."""
+  return as_path(out) if is_remote(out) else local_path(out)
+
+
+def check_out(folder: "pathlib.Path | epath.Path") -> None:
+  """Checks that a sweep can write into its folder, and makes nothing. Raises OSError.
+
+  Whether gs:// can be written to shows at the lock.
+  """
+  if is_remote(str(folder)):
+    return
   for name in (".", "cells", PLOTS):
     check_folder(folder / name)
   for name in (COMPUTED, RESULTS, TABLE):
@@ -184,12 +203,24 @@ def check_out(folder: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def lock_folder(folder: pathlib.Path) -> Iterator[None]:
+def lock_folder(folder: "pathlib.Path | epath.Path") -> Iterator[None]:
   """Locks a sweep's folder for as long as the context lasts, so that no cell is computed twice.
 
   A folder that was made for this, and into which nothing came, is removed. Raises OSError if
-  another sweep holds it.
+  another sweep holds it. On gs:// there is no lock: two sweeps may compute a cell twice there.
+  Raises ValueError if another process of this sweep does not see the same folder.
   """
+  with _lock_of_primary(folder) if distributed.is_primary() else contextlib.nullcontext():
+    _mark_folder(folder)
+    yield
+
+
+@contextlib.contextmanager
+def _lock_of_primary(folder: "pathlib.Path | epath.Path") -> Iterator[None]:
+  if is_remote(str(folder)):
+    yield
+    return
+
   busy = f"another sweep is writing into {folder}; wait until it ends, or take another --out"
   was_there = folder.exists()
   with file_lock(folder / ".lock", busy):
@@ -198,6 +229,18 @@ def lock_folder(folder: pathlib.Path) -> Iterator[None]:
     finally:
       if not was_there:
         _remove_if_empty(folder)
+
+
+def _mark_folder(folder: "pathlib.Path | epath.Path") -> None:
+  """Writes a mark of this sweep into its lock, which every process of it must see."""
+  if jax.process_count() == 1 and not is_remote(str(folder)):
+    return
+  own_mark = uuid.uuid4().hex if distributed.is_primary() else None
+  if own_mark:
+    with cloud_errors(str(folder)):
+      (folder / ".lock").write_text(own_mark)
+  mark = distributed.broadcast("the lock of the sweep", own_mark)
+  check_shared(folder / ".lock", mark, own_mark == mark, "--out")
 
 
 def _remove_if_empty(folder: pathlib.Path) -> None:
@@ -209,23 +252,54 @@ def _remove_if_empty(folder: pathlib.Path) -> None:
 # ---- files of cells
 
 
-def write(path: pathlib.Path, content: dict) -> None:
+def finished(folder: "pathlib.Path | epath.Path") -> set[str]:
+  """The names of the files in a folder of cells; one listing, however many there are."""
+  with cloud_errors(str(folder)), contextlib.suppress(FileNotFoundError):
+    return {path.name for path in folder.iterdir()}
+  return set()
+
+
+def write(path: "pathlib.Path | epath.Path", content: dict) -> None:
   """Atomic write of a cell: the whole file or none, whenever the process ends."""
-  content = content | {"sha256": json_sha256(content)}
+  text = json.dumps(content | {"sha256": json_sha256(content)})
+  # An object of gs:// appears when all of it is there.
+  if is_remote(str(path)):
+    with cloud_errors(str(path)):
+      path.write_text(text)
+    return
+
   with atomic_write(path, overwrite=True) as partial, open(partial, "w", encoding="utf-8") as file:
-    json.dump(content, file)
+    file.write(text)
     # the name must not be on disk before the content is
     file.flush()
     os.fsync(file.fileno())
 
 
-def read(path: pathlib.Path, identity: dict | None = None) -> dict:
+def log_computed(folder: "pathlib.Path | epath.Path", cell: Cell, items: int) -> None:
+  """Adds a line to this process's list of what was computed. No two write the same file."""
+  rank = jax.process_index()
+  path = folder / (COMPUTED.replace(".", f".{rank}.") if rank else COMPUTED)
+  line = json.dumps({"cell": cell.file, "items": items}) + "\n"
+  if not is_remote(str(path)):
+    with open(path, "a", encoding="utf-8") as log:
+      log.write(line)
+    return
+
+  # Nothing can be appended to an object of gs://.
+  with cloud_errors(str(path)):
+    before = path.read_text() if path.exists() else ""
+    path.write_text(before + line)
+
+
+def read(path: "pathlib.Path | epath.Path", identity: dict | None = None) -> dict:
   """Reads a finished cell, its sums as arrays [N].
 
   Raises ValueError if it is damaged, or not the cell of that identity.
   """
   try:
-    content = read_json_object(path)
+    with cloud_errors(str(path)):
+      file = path.read_bytes()
+    content = parse_json_object(file, str(path))
     _check_content(content, identity)
     # It has served: results have no checksum of a file.
     content.pop("sha256", None)

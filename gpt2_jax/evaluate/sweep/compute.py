@@ -2,32 +2,38 @@
 """Runs a sweep of models x tasks, and resumes it after a kill: finished cells are kept.
 
 Each finished cell is a file of its own (cells.py). The same command computes what is missing.
+
+Of several processes each computes its part of the cells, on its own devices, and waits for nobody
+until it is through. A GPT-2 fits the devices of any one host, so no model is split over two.
 """
 
 import contextlib
-import json
 import math
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+import gpt2_jax.distributed as distributed
 from gpt2_jax.convert.pretrained import load_pretrained
 from gpt2_jax.evaluate import runner, sources
 from gpt2_jax.evaluate.scorers import Scorer
 from gpt2_jax.evaluate.sweep import bootstrap, cells
-from gpt2_jax.evaluate.sweep.cells import COMPUTED, Cell, Datasets, Outcome, Sweep, SweptTask
+from gpt2_jax.evaluate.sweep.cells import Cell, Datasets, Outcome, Sweep, SweptTask
 from gpt2_jax.evaluate.sweep.models import SweptModel, paper_size, resolve_models
 from gpt2_jax.evaluate.task import Task
-from gpt2_jax.files import first_line, local_path, summarize, user_path
+from gpt2_jax.files import first_line, summarize, user_path
 from gpt2_jax.runs.knobs import Knob
 from gpt2_jax.sharding import make_mesh
 
 # What fails a cell, and leaves the others to be computed.
 CELL_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, RuntimeError, MemoryError)
+# Seconds in which the other processes may still be computing: a month. Death is seen at once.
+UNTIL_ALL_END = 30 * 24 * 3600
 # Characters of an error's line. With a missing dataset it says where to get it.
 ERROR_LENGTH = 500
 
@@ -59,7 +65,7 @@ def prepare(config: ConfigDict, out: str, skip_missing: bool = False) -> Sweep:
   """
   # 1. Knobs, tasks by name, and the folder.
   requested = _requested_tasks(config)
-  folder = local_path(out)
+  folder = cells.out_folder(out)
   cells.check_out(folder)
 
   # 2. All datasets before any model: a sweep of hours must not end at a file that is not there.
@@ -78,10 +84,11 @@ def prepare(config: ConfigDict, out: str, skip_missing: bool = False) -> Sweep:
 
   # 4. The cells. Those that are not there yet will ask for every row: all are written out now.
   of_tasks = {}
+  there = cells.finished(folder / "cells")
   for task in ready:
     of_task = [cells.make_cell(model, task, datasets, config) for model in models]
     try:
-      if not all((folder / "cells" / cell.file).exists() for cell in of_task):
+      if not there.issuperset(cell.file for cell in of_task):
         runner.check_rows(task.task, *_rows_and_pool(task, datasets, config))
       of_tasks[task.name] = of_task
     except (*CELL_ERRORS, *sources.MALFORMED) as error:
@@ -92,8 +99,13 @@ def prepare(config: ConfigDict, out: str, skip_missing: bool = False) -> Sweep:
     reasons = summarize((failed | absent).values(), limit=1, each=ERROR_LENGTH)
     raise ValueError(f"none of the {len(requested)} tasks can be run: {reasons}")
   for name, text in failed.items():
-    print(f"failed {name}: {text}", file=sys.stderr)
+    if distributed.is_primary():
+      print(f"failed {name}: {text}", file=sys.stderr)
   by_model = [list(of_model) for of_model in zip(*of_tasks.values(), strict=True)]
+
+  # 6. Every process has the same rows of the same tasks, and the same weights.
+  files = {str(cell): cell.file for cell in sum(by_model, start=[])}
+  distributed.check_same("sweep (model, task or rows)", files | failed | absent)
   return Sweep(config, folder, datasets, by_model, failed, absent)
 
 
@@ -103,15 +115,27 @@ def run(sweep: Sweep) -> Outcome:
   A cell that cannot be computed is a line on stderr, and the others are computed. Raises ValueError
   if there is no cell in the end.
   """
-  # 1. The cells, model by model.
+  # 1. This process's cells, model by model.
   folder = sweep.folder / "cells"
   failed = dict(sweep.failed)
+  there = set(distributed.broadcast("the finished cells", sorted(cells.finished(folder))))
+  cells_here = _cells_of_process(sweep.cells, there, jax.process_index(), jax.process_count())
   total = sum(map(len, sweep.cells))
-  with tqdm(total=total, unit="cell", disable=None, dynamic_ncols=True) as bar:
-    for cells_of_model in sweep.cells:
-      failed |= _complete(cells_of_model, sweep.datasets, sweep.config, folder, bar)
+  n_here = sum(map(len, cells_here))
+  if n_here < total:
+    print(f"process {jax.process_index()}: {n_here} of {total} cells", file=sys.stderr)
+  with (
+    distributed.alone(),
+    tqdm(total=n_here, unit="cell", disable=None, dynamic_ncols=True) as bar,
+  ):
+    for cells_of_model in cells_here:
+      failed |= _complete(cells_of_model, sweep.datasets, sweep.config, folder, there, bar)
 
-  # 2. What is there now.
+  # 2. The other processes' cells. Some take longer by hours.
+  for failed_there in distributed.all_gather_json("the end of the cells", failed, UNTIL_ALL_END):
+    failed |= failed_there
+
+  # 3. What is there now.
   finished = []
   for cells_of_model in sweep.cells:
     for cell in cells_of_model:
@@ -151,7 +175,12 @@ def check_knobs(config: ConfigDict) -> None:
 
   if config.dtype not in ("float32", "bfloat16"):
     raise ValueError(f"dtype is {config.dtype[:40]!r}; it is float32 or bfloat16")
-  make_mesh(config.mesh.replica, config.mesh.data, config.mesh.model)
+  _local_mesh(config)
+
+
+def _local_mesh(config: ConfigDict) -> jax.sharding.Mesh:
+  """The config's mesh over the devices of this process."""
+  return make_mesh(**config.mesh, devices=jax.local_devices())
 
 
 def _load_datasets(
@@ -214,7 +243,29 @@ def _tasks_without(
   return without
 
 
-# ---- the cells of one model
+# ---- the cells of one process, and of one model
+
+
+def _cells_of_process(
+  by_model: Sequence[Sequence[Cell]], there: set[str], rank: int, count: int
+) -> list[list[Cell]]:
+  """One process's part of the cells, model by model: as many as another's, or one more or less.
+
+  They are dealt in rounds, and each round begins one process later, so that a task that takes long
+  is not the same process's for every model. What is to be computed and what is finished is dealt
+  apart.
+  """
+  dealt = {True: 0, False: 0}
+  part = []
+  for cells_of_model in by_model:
+    of_model = []
+    for cell in cells_of_model:
+      number = dealt[cell.file in there]
+      dealt[cell.file in there] += 1
+      if (number + number // count) % count == rank:
+        of_model.append(cell)
+    part.append(of_model)
+  return part
 
 
 def _complete(
@@ -222,6 +273,7 @@ def _complete(
   datasets: Datasets,
   config: ConfigDict,
   folder: pathlib.Path,
+  there: set[str],
   bar: tqdm,
 ) -> dict[str, str]:
   """Computes the missing cells of one model, which is loaded if there are any, and gone afterwards.
@@ -233,7 +285,7 @@ def _complete(
   # 1. Keep the finished ones.
   todo = []
   for cell in cells_of_model:
-    if not (folder / cell.file).exists():
+    if cell.file not in there:
       todo.append(cell)
       continue
     with _reporting(cell, "kept", failed, bar, config):
@@ -249,8 +301,7 @@ def _complete(
       cells.write(folder / cell.file, content)
 
       # After the cell: a line here says that its file is there.
-      with open(folder.parent / COMPUTED, "a", encoding="utf-8") as log:
-        log.write(json.dumps({"cell": cell.file, "items": content["items"]}) + "\n")
+      cells.log_computed(folder.parent, cell, content["items"])
   return failed
 
 
@@ -285,7 +336,7 @@ def _reason(error: Exception, config: ConfigDict) -> str:
 
 def _load_scorer(model: SweptModel, config: ConfigDict) -> Scorer | Exception:
   """A scorer of the model, or the error that there is none: each of its cells reports it."""
-  mesh = make_mesh(**config.mesh)
+  mesh = _local_mesh(config)
   try:
     weights, tokenizer = load_pretrained(model.path, mesh, config.dtype, step=model.step)
     if tokenizer is None:

@@ -16,7 +16,7 @@ from configs import zero_shot
 from gpt2_jax.evaluate import tasks
 from gpt2_jax.evaluate.metric import percent, perplexity
 from gpt2_jax.evaluate.sources import Source, json_lines
-from gpt2_jax.evaluate.sweep import compute, report
+from gpt2_jax.evaluate.sweep import cells, compute, report
 from gpt2_jax.evaluate.task import Likelihood, Loglikelihood, Task
 from gpt2_jax.model import ModelConfig
 
@@ -109,7 +109,7 @@ def model(folder, name: str):
 
 
 def log(out) -> list[str]:
-  path = out / compute.COMPUTED
+  path = out / cells.COMPUTED
   return (
     [json.loads(line)["cell"] for line in path.read_text().splitlines()] if path.exists() else []
   )
@@ -132,6 +132,27 @@ def test_a_finished_cell_is_kept_and_no_model_is_loaded_for_it(place, capfd):
   again = run(place)
   assert place.loads == ["a", "b"] and len(place.log()) == 4 and scores(again) == scores(first)
   assert capfd.readouterr().err.count("] kept ") == 4
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_processes_divide_the_cells_evenly_and_leave_none_out(place, count):
+  place.config.tasks = ("first", "second", "first:other", "second:other")
+  by_model = compute.prepare(place.config, place.out).cells
+  there = {by_model[0][1].file, by_model[1][2].file, by_model[1][3].file}
+  parts = [compute._cells_of_process(by_model, there, rank, count) for rank in range(count)]
+
+  files = [cell.file for part in parts for of_model in part for cell in of_model]
+  assert sorted(files) == sorted(cell.file for of_model in by_model for cell in of_model)
+  assert all(cell in by_model[i] for part in parts for i in range(2) for cell in part[i])
+  missing = [[cell for cell in sum(part, []) if cell.file not in there] for part in parts]
+  assert max(map(len, missing)) - min(map(len, missing)) <= 1
+
+
+def test_no_process_has_the_same_task_of_every_model(place):
+  by_model = compute.prepare(place.config, place.out).cells
+  for rank in range(2):
+    part = compute._cells_of_process(by_model, set(), rank, 2)
+    assert len({cell.task.name for of_model in part for cell in of_model}) == 2
 
 
 def test_a_cell_holds_what_its_items_are(place):
@@ -374,9 +395,9 @@ def test_what_makes_no_sweep_is_one_line_and_nothing_is_written(place, knob, val
   assert not place.loads and not os.path.exists(place.out)
 
 
-@pytest.mark.parametrize("out", ["", "~nobody_of_this_name/out", "gs://bucket/out", "a\0b"])
+@pytest.mark.parametrize("out", ["", "~nobody_of_this_name/out", "s3://bucket/out", "a\0b"])
 def test_an_out_that_is_no_folder_is_refused(place, out):
-  with pytest.raises(ValueError, match="path|URL|user"):
+  with pytest.raises(ValueError, match="path|user"):
     compute.prepare(place.config, out)
 
 
