@@ -11,7 +11,10 @@ setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=find_packages(include=["gpt2_jax", "gpt2_jax.*"]),
-  package_data={"gpt2_jax.evaluate.sweep": ["paper.json"]},
+  package_data={
+    "gpt2_jax.evaluate.sweep": ["paper.json"],
+    "gpt2_jax.evaluate.tasks": ["blimp.sha256"],
+  },
   install_requires=[
     "jax>=0.10.2",
     "flax>=0.12.8",

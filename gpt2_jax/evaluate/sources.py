@@ -8,6 +8,7 @@ import hashlib
 import json
 import pathlib
 import re
+import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,6 +32,25 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
+class Download:
+  """An address that `--download` fetches, and the files of the dataset's folder that it gives.
+
+  Of an archive, `members` are kept under their names without the folders; the one that the others
+  accompany comes first. `sha256` is of what is at `url`, and None where nobody has recorded it.
+  """
+
+  url: str
+  sha256: str | None = None
+  members: tuple[str, ...] = ()
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """The names of the files in the dataset's folder."""
+    paths = self.members or (urllib.parse.urlsplit(self.url).path,)
+    return tuple(path.rpartition("/")[2] for path in paths)
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
   """One split of a dataset: its published files, and its name in TFDS.
 
@@ -47,6 +67,12 @@ class Source:
   split: str = "test"  # TFDS's name of the split
   row: Callable[[dict], Row] | None = None
   examples: "Source | None" = None
+  downloads: tuple[
+    Download, ...
+  ] = ()  # what --download fetches; none where a form has to be signed
+  alternatives: tuple[
+    str, ...
+  ] = ()  # patterns that may stand for `files`, as an archive names them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +141,11 @@ def find_files(source: Source, data: str | None) -> list[pathlib.Path]:
     return [root]
 
   for folder in (root / source.name, root):
-    matches = [sorted(folder.glob(pattern)) for pattern in source.files]
-    # Every pattern has to match: a part of the files would be scored as if it were all.
-    if all(matches):
-      return sum(matches, start=[])
+    for patterns in (source.files, source.alternatives):
+      matches = [sorted(folder.glob(pattern)) for pattern in patterns]
+      # Every pattern has to match: a part of the files would be scored as if it were all.
+      if all(matches) and matches:
+        return sum(matches, start=[])
   return []
 
 
@@ -142,7 +169,10 @@ def _not_found(source: Source, data: str | None) -> str:
   if len(source.files) > 2:
     patterns += f", ... ({len(source.files)} files)"
   folder = f"{data}/{source.name}/" if data else f"DATA/{source.name}/ with --data=DATA"
-  return f"{source.name}: {patterns} not found; get it from {source.url} and put it in {folder}"
+  where = f"get it from {source.url}"
+  if source.downloads:
+    where = f"get it with `evaluate --download`, or from {source.url}"
+  return f"{source.name}: {patterns} not found; {where} and put it in {folder}"
 
 
 def _tfds_row(source: Source, i: int, record: dict) -> Row:

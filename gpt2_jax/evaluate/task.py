@@ -7,7 +7,7 @@ sums, so that any subset or resample of the items has one.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from gpt2_jax.evaluate.metric import Metric
 from gpt2_jax.evaluate.sources import Row, Source
@@ -108,7 +108,8 @@ class Task:
 
   `example` writes a row with its solution, for few-shot contexts; `separator` follows each example.
   `contiguous` says that the rows are consecutive parts of one text. They are then scored as that
-  text, and are rows only so that they can be resampled.
+  text, and are rows only so that they can be resampled. `chance` has the scores of guessing, by
+  metric. `program` is the SHA-256 of the user's file that defines the task, and set by its loader.
   """
 
   name: str
@@ -121,3 +122,5 @@ class Task:
   example: Callable[[Row], str] | None = None
   separator: str = "\n\n"
   contiguous: bool = False
+  chance: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  program: str = ""

@@ -12,10 +12,15 @@ text as it is published.
 import pathlib
 from collections.abc import Callable, Iterator
 
-from gpt2_jax.evaluate.sources import Row, Source, at_place
+from gpt2_jax.evaluate.sources import Download, Row, Source, at_place
 from gpt2_jax.evaluate.task import Likelihood, Loglikelihood, Task
 from gpt2_jax.evaluate.tasks.choice import ACCURACY, likeliest_choice
 from gpt2_jax.files import summarize
+
+# Facebook's own copy, which ParlAI fetches: its address and its SHA-256 of the archive
+# (parlai/tasks/cbt/build.py).
+ARCHIVE = "http://parl.ai/downloads/cbt/cbt.tar.gz"
+ARCHIVE_SHA256 = "932df0cadc1337b2a12b4c696b1041c1d1c6d4b6bd319874c6288f02e4a61e92"
 
 BLANK = "XXXXX"
 SENTENCES, CANDIDATES = 20, 10
@@ -172,20 +177,23 @@ def _task(word_class: str, protocol: str, write: Callable[[str], str]) -> Task:
     right = requests(row)[row["label"]]
     return right.context + right.continuation
 
+  file = f"cbtest_{word_class}_valid_2000ex.txt"
   return Task(
     name=f"cbt_{word_class.lower()}",
     protocol=protocol,
     description=DESCRIPTIONS[protocol],
     source=Source(
       name="cbt",
-      files=(f"cbtest_{word_class}_valid_2000ex.txt",),
+      files=(file,),
       read=read,
       url="https://research.facebook.com/downloads/babi",
+      downloads=(Download(ARCHIVE, ARCHIVE_SHA256, (f"CBTest/data/{file}",)),),
     ),
     requests=requests,
     sums=_sums,
     metrics=ACCURACY,
     example=example,
+    chance={"accuracy": 100 / CANDIDATES},
   )
 
 

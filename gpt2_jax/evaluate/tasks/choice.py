@@ -16,6 +16,7 @@ import numpy as np
 
 from gpt2_jax.evaluate.metric import Metric, percent
 from gpt2_jax.evaluate.sources import (
+  Download,
   Row,
   Source,
   at_place,
@@ -59,8 +60,12 @@ def choice_task(
   source: Source,
   pairs: Callable[[Row], list[Pair]],
   metrics: dict[str, Metric],
+  n_choices: int = 2,
 ) -> Task:
-  """A multiple-choice task; a row's `label` is the number of the right one of its `pairs`."""
+  """A multiple-choice task; a row's `label` is the number of the right one of its `pairs`.
+
+  `n_choices` is what guessing is measured by; a few rows may have more or fewer.
+  """
 
   def requests(row: Row) -> list[Loglikelihood]:
     choices = pairs(row)
@@ -82,7 +87,8 @@ def choice_task(
   def example(row: Row) -> str:
     return " ".join(pairs(row)[row["label"]])
 
-  return Task(name, "lm_eval", description, source, requests, sums, metrics, example)
+  chance = dict.fromkeys(metrics, 100 / n_choices)
+  return Task(name, "lm_eval", description, source, requests, sums, metrics, example, chance=chance)
 
 
 def json_lines_reader(row: Callable[[dict], Row]) -> Callable[[pathlib.Path], Iterator[Row]]:
@@ -90,9 +96,14 @@ def json_lines_reader(row: Callable[[dict], Row]) -> Callable[[pathlib.Path], It
   return lambda path: json_lines(path, row)
 
 
-def with_training(source: Source, file: str, split: str = "train") -> Source:
-  """The source with few-shot examples from its training set."""
-  training = dataclasses.replace(source, files=(file,), split=split)
+def with_training(
+  source: Source, file: str, split: str = "train", download: Download | None = None
+) -> Source:
+  """The source with few-shot examples from its training set, which `download` fetches."""
+  downloads = (download,) if download else ()
+  training = dataclasses.replace(
+    source, files=(file,), split=split, downloads=downloads, alternatives=()
+  )
   return dataclasses.replace(source, examples=training)
 
 
@@ -116,6 +127,9 @@ def _without_marks(text: str) -> str:
   return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
+# All SHA-256 in this file are TFDS's.
+HELLASWAG_RAW = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data"
+
 # Not from TFDS: it keeps only `ctx`, which does not say where ctx_b begins, and the harness gives
 # ctx_b a capital letter.
 HELLASWAG = Source(
@@ -123,6 +137,16 @@ HELLASWAG = Source(
   files=("hellaswag_val.jsonl",),
   read=json_lines_reader(_hellaswag_row),
   url="https://github.com/rowanz/hellaswag/tree/master/data",
+  downloads=(
+    Download(
+      f"{HELLASWAG_RAW}/hellaswag_val.jsonl",
+      "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588",
+    ),
+  ),
+)
+HELLASWAG_TRAINING = Download(
+  f"{HELLASWAG_RAW}/hellaswag_train.jsonl",
+  "dae5e69249868cb9fe4e23ff925c60b66169564cfb7072d793cd7356a2b69f8d",
 )
 
 # ---- PIQA
@@ -159,14 +183,28 @@ def _piqa_pairs(row: Row) -> list[Pair]:
   return [(context, row["sol1"]), (context, row["sol2"])]
 
 
+PIQA_ARCHIVE = Download(
+  "https://storage.googleapis.com/ai2-mosaic/public/physicaliqa/physicaliqa-train-dev.zip",
+  "54d32a04f59a7e354396f321723c8d7ec35cc6b08506563d8d1ffcc15ce98ddd",
+)
+
+
+def _piqa_download(split: str) -> Download:
+  folder = "physicaliqa-train-dev"
+  members = (f"{folder}/{split}.jsonl", f"{folder}/{split}-labels.lst")
+  return dataclasses.replace(PIQA_ARCHIVE, members=members)
+
+
 PIQA = Source(
   name="piqa",
   files=("valid.jsonl",),
+  alternatives=("dev.jsonl",),
   read=_read_piqa,
   url="https://yonatanbisk.com/piqa/data",
   tfds="piqa",
   split="validation",
   row=_piqa_row,
+  downloads=(_piqa_download("dev"),),
 )
 
 # ---- ARC
@@ -200,6 +238,15 @@ def _arc_pairs(row: Row) -> list[Pair]:
   return [(context, choice) for choice in row["choices"]]
 
 
+def _arc_download(name: str, split: str) -> Download:
+  # 681 MB: the archive has a corpus of texts besides the questions.
+  return Download(
+    "https://ai2-public-datasets.s3-us-west-2.amazonaws.com/arc/ARC-V1-Feb2018.zip",
+    "6d2d5ab50b2ceec6ba5f79c921be77cf2de712ea25a2b3f4fff3acc101cecfa0",
+    (f"{name}/{name}-{split}.jsonl",),
+  )
+
+
 def _arc_source(name: str) -> Source:
   source = Source(
     name="arc",
@@ -209,8 +256,9 @@ def _arc_source(name: str) -> Source:
     tfds=f"ai2_arc/{name}",
     split="test",
     row=_arc_tfds_row,
+    downloads=(_arc_download(name, "Test"),),
   )
-  return with_training(source, f"{name}-Train.jsonl")
+  return with_training(source, f"{name}-Train.jsonl", download=_arc_download(name, "Train"))
 
 
 # ---- the tasks; the metric that the harness's users report comes first
@@ -219,14 +267,15 @@ TASKS = (
   choice_task(
     "hellaswag",
     "which of four endings follows; validation set",
-    with_training(HELLASWAG, "hellaswag_train.jsonl"),
+    with_training(HELLASWAG, "hellaswag_train.jsonl", download=HELLASWAG_TRAINING),
     _hellaswag_pairs,
     NORMALIZED | ACCURACY,
+    n_choices=4,
   ),
   choice_task(
     "piqa",
     "which of two solutions reaches a goal; validation set",
-    with_training(PIQA, "train.jsonl"),
+    with_training(PIQA, "train.jsonl", download=_piqa_download("train")),
     _piqa_pairs,
     ACCURACY | NORMALIZED,
   ),
@@ -236,6 +285,7 @@ TASKS = (
     _arc_source("ARC-Easy"),
     _arc_pairs,
     ACCURACY | NORMALIZED,
+    n_choices=4,
   ),
   choice_task(
     "arc_challenge",
@@ -243,5 +293,6 @@ TASKS = (
     _arc_source("ARC-Challenge"),
     _arc_pairs,
     NORMALIZED | ACCURACY,
+    n_choices=4,
   ),
 )

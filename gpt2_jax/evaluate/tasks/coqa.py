@@ -17,13 +17,22 @@ import string
 from collections.abc import Iterator, Sequence
 
 from gpt2_jax.evaluate.metric import percent
-from gpt2_jax.evaluate.sources import Row, Source, at_place, text_field, text_list
+from gpt2_jax.evaluate.sources import Download, Row, Source, at_place, text_field, text_list
 from gpt2_jax.evaluate.task import Generated, GenerateUntil, Task
 from gpt2_jax.files import read_json_object
 
 # An answer's most tokens. People's have 2.7 words on average (Reddy et al., 2019, table 3).
 N_NEW = 40
 PUBLISHED = "https://stanfordnlp.github.io/coqa"
+# The SHA-256 is that of ParlAI (parlai/tasks/coqa/build.py).
+DEV = Download(
+  "https://nlp.stanford.edu/data/coqa/coqa-dev-v1.0.json",
+  "dfa367a9733ce53222918d0231d9b3bedc2b8ee831a2845f62dfc70701f2540a",
+)
+TRAIN = Download(
+  "https://nlp.stanford.edu/data/coqa/coqa-train-v1.0.json",
+  "b0fdb2bc1bd38dd3ca2ce5fa2ac3e02c6288ac914f241ac409a655ffb6619fa6",
+)
 
 # ---- files to rows
 
@@ -132,7 +141,16 @@ def normalized(text: str) -> str:
 
 # ---- the task
 
-EXAMPLES = Source("coqa", ("coqa-train-v1.0.json",), read, PUBLISHED, "coqa", "train", _tfds_row)
+EXAMPLES = Source(
+  name="coqa",
+  files=("coqa-train-v1.0.json",),
+  read=read,
+  url=PUBLISHED,
+  tfds="coqa",
+  split="train",
+  row=_tfds_row,
+  downloads=(TRAIN,),
+)
 
 TASKS = (
   Task(
@@ -149,6 +167,7 @@ TASKS = (
       split="test",
       row=_tfds_row,
       examples=EXAMPLES,
+      downloads=(DEV,),
     ),
     requests=_requests,
     sums=_sums,

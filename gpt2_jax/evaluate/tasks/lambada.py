@@ -30,7 +30,14 @@ import pathlib
 from collections.abc import Callable, Iterator
 
 from gpt2_jax.evaluate.metric import percent, perplexity
-from gpt2_jax.evaluate.sources import Row, Source, at_place, json_lines, text_field
+from gpt2_jax.evaluate.sources import (
+  Download,
+  Row,
+  Source,
+  at_place,
+  json_lines,
+  text_field,
+)
 from gpt2_jax.evaluate.task import (
   Answer,
   Likelihood,
@@ -150,11 +157,16 @@ def likeliest_content_word(words: Words) -> str | None:
 
 # ---- the tasks
 
+OPENAI_URL = "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl"
 OPENAI = Source(
   name="lambada",
   files=("lambada_test.jsonl",),
   read=lambda path: json_lines(path, _row),
-  url="https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
+  url=OPENAI_URL,
+  # Early versions of lm-evaluation-harness (lm_eval/tasks/lambada.py) have this SHA-256.
+  downloads=(
+    Download(OPENAI_URL, "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226"),
+  ),
 )
 ORIGINAL = Source(
   name="lambada",
@@ -164,6 +176,14 @@ ORIGINAL = Source(
   tfds="lambada",
   split="test",
   row=_tfds_row,
+  # The SHA-256 is that of TFDS.
+  downloads=(
+    Download(
+      "https://zenodo.org/record/2630551/files/lambada-dataset.tar.gz?download=1",
+      "8fbe499096ddbdcbbd0cac406861b5026fb451d15b8fe04e0e4f3d082f2ad5d7",
+      ("lambada_test_plain_text.txt",),
+    ),
+  ),
 )
 METRICS = {"accuracy": percent("correct"), "perplexity": perplexity("words")}
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from gpt2_jax.evaluate.metric import Metric, Sums, percent
-from gpt2_jax.evaluate.sources import Row, Source, json_lines, text_field, text_list
+from gpt2_jax.evaluate.sources import Download, Row, Source, json_lines, text_field, text_list
 from gpt2_jax.evaluate.task import Generated, GenerateUntil, Task
 from gpt2_jax.evaluate.tasks.coqa import normalized
 
@@ -25,6 +25,15 @@ N_NEW = 32  # an answer's most tokens; NQ-open keeps answers of up to five words
 BINS = 10  # of confidence
 GAPS = tuple(f"gap{i}" for i in range(BINS))  # each bin's sum of confidence minus correctness
 PUBLISHED = "https://github.com/google-research-datasets/natural-questions (nq_open)"
+RAW = (
+  "https://raw.githubusercontent.com/google-research-datasets/natural-questions/"
+  "a7a113c9fdc2d9986d624bd43b8a18d6d5779eaa/nq_open/NQ-open.{}.jsonl"
+)
+# Of TFDS, with its commit of the repository.
+SHA256 = {
+  "dev": "f15567f38099f3615f5b8a685c0aef449c11ad90d3da3735e8d1b98115b40616",
+  "train": "0c93aaf13b12f855628489665e4ef85ffb8573ad444646f11f4fabdc57a0aabf",
+}
 
 # ---- files to rows
 
@@ -126,6 +135,7 @@ def _source(split: str, tfds_split: str, examples: Source | None = None) -> Sour
     split=tfds_split,
     row=_row,
     examples=examples,
+    downloads=(Download(RAW.format(split), SHA256[split]),),
   )
 
 

@@ -8,7 +8,15 @@ import csv
 import pathlib
 from collections.abc import Iterator
 
-from gpt2_jax.evaluate.sources import Row, Source, at_place, text_field, text_list, whole_number
+from gpt2_jax.evaluate.sources import (
+  Download,
+  Row,
+  Source,
+  at_place,
+  text_field,
+  text_list,
+  whole_number,
+)
 from gpt2_jax.evaluate.task import Task
 from gpt2_jax.evaluate.tasks.choice import (
   ACCURACY,
@@ -47,6 +55,14 @@ def _winogrande_pairs(row: Row) -> list[Pair]:
   return [(before + row["option1"], after), (before + row["option2"], after)]
 
 
+def _winogrande_download(file: str) -> Download:
+  return Download(
+    "https://storage.googleapis.com/ai2-mosaic/public/winogrande/winogrande_1.1.zip",
+    "3619ab104d8be2977b25c90ff420cb42d491707dcc75362a1e5d22bc082b7318",
+    (f"winogrande_1.1/{file}",),
+  )
+
+
 WINOGRANDE = Source(
   name="winogrande",
   files=("dev.jsonl",),
@@ -55,6 +71,7 @@ WINOGRANDE = Source(
   tfds="winogrande",
   split="validation",
   row=_winogrande_tfds_row,
+  downloads=(_winogrande_download("dev.jsonl"),),
 )
 
 # ---- COPA
@@ -87,6 +104,14 @@ def _copa_pairs(row: Row) -> list[Pair]:
   return pairs
 
 
+def _copa_download(file: str) -> Download:
+  return Download(
+    "https://dl.fbaipublicfiles.com/glue/superglue/data/v2/COPA.zip",
+    "405906cddac74bc1e1ce8220f1107d1025b66a25ef10149d91b10bb30651125f",
+    (f"COPA/{file}",),
+  )
+
+
 COPA = Source(
   name="copa",
   files=("val.jsonl",),
@@ -95,6 +120,7 @@ COPA = Source(
   tfds="super_glue/copa",
   split="validation",
   row=_copa_row,
+  downloads=(_copa_download("val.jsonl"),),
 )
 
 # ---- StoryCloze
@@ -166,6 +192,21 @@ wh_vs_that_with_gap wh_vs_that_with_gap_long_distance
 """.split()
 
 
+BLIMP_RAW = "https://raw.githubusercontent.com/alexwarstadt/blimp/master/data"
+
+
+def _blimp_sha256() -> dict[str, str]:
+  """SHA-256 of each set's file, from blimp.sha256, which `sha256sum -c` reads; they are TFDS's."""
+  lines = pathlib.Path(__file__).with_name("blimp.sha256").read_text(encoding="utf-8").split()
+  return {
+    file.removesuffix(".jsonl"): digest
+    for digest, file in zip(lines[::2], lines[1::2], strict=True)
+  }
+
+
+BLIMP_SHA256 = _blimp_sha256()
+
+
 def _blimp_row(record: dict) -> Row:
   # the first is the right one in all of them
   sentences = [text_field(record, "sentence_good"), text_field(record, "sentence_bad")]
@@ -185,6 +226,7 @@ def _blimp_task(name: str) -> Task:
     tfds=f"blimp/{name}",
     split="train",
     row=_blimp_row,
+    downloads=(Download(f"{BLIMP_RAW}/{name}.jsonl", BLIMP_SHA256[name]),),
   )
   description = f"whether the grammatical sentence is the likelier: {name.replace('_', ' ')}"
   return choice_task(f"blimp_{name}", description, source, _blimp_pairs, ACCURACY)
@@ -196,14 +238,14 @@ TASKS = (
   choice_task(
     "winogrande",
     "which of two names fills a blank, by what follows it; development set",
-    with_training(WINOGRANDE, "train_xl.jsonl", "train_xl"),
+    with_training(WINOGRANDE, "train_xl.jsonl", "train_xl", _winogrande_download("train_xl.jsonl")),
     _winogrande_pairs,
     ACCURACY,
   ),
   choice_task(
     "copa",
     "which of two causes or effects of a premise; validation set",
-    with_training(COPA, "train.jsonl"),
+    with_training(COPA, "train.jsonl", download=_copa_download("train.jsonl")),
     _copa_pairs,
     ACCURACY,
   ),

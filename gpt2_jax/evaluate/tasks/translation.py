@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from gpt2_jax.evaluate.metric import Metric, Sums
-from gpt2_jax.evaluate.sources import Row, Source
+from gpt2_jax.evaluate.sources import Download, Row, Source
 from gpt2_jax.evaluate.task import Generated, GenerateUntil, Task
 from gpt2_jax.evaluate.tasks.summarization import sentences
 
@@ -149,16 +149,35 @@ def bleu(sums: Sums) -> np.ndarray:
 # ---- the tasks
 
 
+# Nobody has recorded a SHA-256 of the first archive. That of the second is TFDS's.
+DOWNLOADS = {
+  2014: Download(
+    "https://www.statmt.org/wmt14/test-full.tgz",
+    members=(
+      "test-full/newstest2014-fren-src.en.sgm",
+      "test-full/newstest2014-fren-ref.fr.sgm",
+    ),
+  ),
+  2013: Download(
+    "http://data.statmt.org/wmt19/translation-task/dev.tgz",
+    "7a7deccf82ebb05ba508dba5eb21356492224e8f630ec4f992132b029b4b25e7",
+    ("dev/newstest2013.en", "dev/newstest2013.fr"),
+  ),
+}
+
+
 def _source(year: int, split: str, examples: Source | None = None) -> Source:
   return Source(
     name="wmt14",
     files=(f"newstest{year}.en",),
+    alternatives=(f"newstest{year}-fren-src.en.sgm",),
     read=read,
     url=f"https://www.statmt.org/wmt14 (newstest{year}.en and newstest{year}.fr)",
     tfds="wmt14_translate/fr-en",
     split=split,
     row=_tfds_row,
     examples=examples,
+    downloads=(DOWNLOADS[year],),
   )
 
 

@@ -17,7 +17,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 
-from gpt2_jax.evaluate.sources import Row, Source, at_place
+from gpt2_jax.evaluate.sources import Download, Row, Source, at_place
 from gpt2_jax.evaluate.task import Likelihood, Loglikelihood, Task
 from gpt2_jax.evaluate.tasks.choice import ACCURACY, checked_label, likeliest_choice
 
@@ -139,6 +139,7 @@ def _example(row: Row) -> str:
 # ---- the tasks
 
 PUBLISHED = "https://cs.nyu.edu/faculty/davise/papers/WinogradSchemas/WSCollection.xml"
+DOWNLOADS = (Download(PUBLISHED),)  # its SHA-256 is recorded nowhere
 FIRST_273 = Source(
   name="winograd",
   files=("WSCollection.xml",),
@@ -147,8 +148,9 @@ FIRST_273 = Source(
   tfds="wsc273",
   split="test",
   row=_tfds_row,
+  downloads=DOWNLOADS,
 )
-ALL_285 = Source("winograd", ("WSCollection.xml",), read, PUBLISHED)
+ALL_285 = Source("winograd", ("WSCollection.xml",), read, PUBLISHED, downloads=DOWNLOADS)
 
 DESCRIPTIONS = {
   "partial": "what follows the candidate, given all up to it (Trinh & Le, 2018)",
@@ -159,7 +161,17 @@ DESCRIPTIONS = {
 def _task(
   name: str, protocol: str, source: Source, requests: Callable[[Row], list[Loglikelihood]]
 ) -> Task:
-  return Task(name, protocol, DESCRIPTIONS[protocol], source, requests, _sums, ACCURACY, _example)
+  return Task(
+    name,
+    protocol,
+    DESCRIPTIONS[protocol],
+    source,
+    requests,
+    _sums,
+    ACCURACY,
+    _example,
+    chance={"accuracy": 50.0},
+  )
 
 
 TASKS = (
