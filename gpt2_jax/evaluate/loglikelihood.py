@@ -94,7 +94,7 @@ def tree_row(context: Ids, continuations: Sequence[Ids]) -> ScoredRow:
   return ScoredRow(np.array(inputs, np.int32), np.array(labels, np.int32), tree)
 
 
-def score(model: GPT2, rows: Sequence[ScoredRow], batch_size: int) -> list[Scores]:
+def score_rows(model: GPT2, rows: Sequence[ScoredRow], batch_size: int) -> list[Scores]:
   """Log-likelihood of each row's labels: -log p in nats, and whether they are the first choice.
 
   Rows have at most n_ctx tokens, and either all of them have a tree or none. Raises ValueError for

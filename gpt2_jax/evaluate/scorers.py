@@ -20,8 +20,8 @@ from gpt2_jax.evaluate.loglikelihood import (
   ScoredRow,
   Scores,
   plan_on_mesh,
-  score,
   score_last,
+  score_rows,
   sliding_windows,
   tree_row,
 )
@@ -306,7 +306,7 @@ class Scorer:
     return of_texts
 
   def _score(self, rows: Sequence[ScoredRow]) -> list[Scores]:
-    return score(self.model, rows, self.batch_size)
+    return score_rows(self.model, rows, self.batch_size)
 
   def _group_by_context(
     self, pairs: Sequence[tuple[Ids, Ids]]

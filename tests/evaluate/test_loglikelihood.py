@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.evaluate import loglikelihood
 from gpt2_jax.evaluate.batching import plan_batches
-from gpt2_jax.evaluate.loglikelihood import score, score_last, sliding_windows, tree_row
+from gpt2_jax.evaluate.loglikelihood import score_last, score_rows, sliding_windows, tree_row
 from gpt2_jax.kernels import chunked_attention
 from gpt2_jax.linear import Dense
 from gpt2_jax.model import ModelConfig
@@ -93,10 +93,11 @@ def test_scores_are_the_log_softmax_of_the_logits(
   assert sum(first.all() for _, first in wanted) >= 3, "some are the model's own choice"
   with mesh(*sizes):
     model = place(TINY, weights)
-  check(score(model, [score_last(*text) for text in texts], batch_size), wanted)
+  check(score_rows(model, [score_last(*text) for text in texts], batch_size), wanted)
   order = np.random.default_rng(batch_size).permutation(len(texts))
   check(
-    score(model, [score_last(*texts[i]) for i in order], batch_size), [wanted[i] for i in order]
+    score_rows(model, [score_last(*texts[i]) for i in order], batch_size),
+    [wanted[i] for i in order],
   )
 
 
@@ -108,18 +109,20 @@ def test_long_texts_and_short_continuations_take_different_steps_and_score_alike
   monkeypatch.setattr(loglikelihood, "LONG_LOGIT_ROWS", 10)
   longest = [i for i, (tokens, _) in enumerate(texts) if len(tokens) == 33]
   assert {texts[i][1] > 3 for i in longest} == {True, False}
-  check(score(model, [score_last(*texts[i]) for i in longest], 2), [wanted[i] for i in longest])
+  check(
+    score_rows(model, [score_last(*texts[i]) for i in longest], 2), [wanted[i] for i in longest]
+  )
 
 
 def test_without_rows_there_are_no_scores(model):
-  assert score(model, [], 4) == []
+  assert score_rows(model, [], 4) == []
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
 def test_a_uniform_model_costs_ln_v_a_token(sizes, mesh, weights, place):
   with mesh(*sizes):
     flat = place(TINY, {name: np.zeros_like(array) for name, array in weights.items()})
-  [(nats, first)] = score(flat, [score_last(np.array([5, 0, 96, 0, 7]), 4)], 2)
+  [(nats, first)] = score_rows(flat, [score_last(np.array([5, 0, 96, 0, 7]), 4)], 2)
   np.testing.assert_allclose(nats, np.log(97), rtol=3e-7)  # one bit of float32
   assert first.tolist() == [True, False, True, False], "of equals the first is the choice"
 
@@ -132,7 +135,7 @@ def test_padding_of_the_vocabulary_never_counts(mesh, weights, place, put, texts
       loud = np.full((128, 16), 100, np.float32) * np.where(np.arange(128) % 2, 1, -1)[:, None]
       loud[:97] = weights["wte"]
       model.wte.set_value(Dense(put(loud, P(("model", "data"), None)), outputs_are_rows=True))
-    check(score(model, [score_last(*text) for text in texts], 8), wanted)
+    check(score_rows(model, [score_last(*text) for text in texts], 8), wanted)
 
 
 def test_bfloat16_and_int8_score_what_their_models_say(mesh, weights, place, texts):
@@ -142,7 +145,7 @@ def test_bfloat16_and_int8_score_what_their_models_say(mesh, weights, place, tex
       small = quantize(place(TINY, weights))
     texts = texts[:3]
     for model in (half, small):
-      found = score(model, [score_last(*text) for text in texts], 8)
+      found = score_rows(model, [score_last(*text) for text in texts], 8)
       for (nats, _), text in zip(found, texts, strict=True):
         assert nats.dtype == np.float32
         np.testing.assert_allclose(
@@ -153,11 +156,11 @@ def test_bfloat16_and_int8_score_what_their_models_say(mesh, weights, place, tex
 def test_what_cannot_be_scored_is_an_error(mesh, model, weights, place):
   for tokens, low in (([3, 97], 3), ([97, 3], 3), ([-1, 97], -1)):
     with pytest.raises(ValueError, match=f"tokens {low} to 97, and the vocabulary is 97"):
-      score(model, [score_last(np.array(tokens), 1)], 2)
+      score_rows(model, [score_last(np.array(tokens), 1)], 2)
   with mesh(1, 1, 1):
     broken = place(TINY, weights | {"ln_f.g": np.full(16, np.nan)})
   with pytest.raises(FloatingPointError, match="logits are not finite numbers"):
-    score(broken, [score_last(np.array([1, 2]), 1)], 2)
+    score_rows(broken, [score_last(np.array([1, 2]), 1)], 2)
 
   # One weight of a token that is neither read nor a label: its logit is infinite, and the label's
   # -log p is, without a NaN.
@@ -167,7 +170,7 @@ def test_what_cannot_be_scored_is_an_error(mesh, model, weights, place):
     broken = place(TINY, weights | {"wte": wte})
   rows = [score_last(np.array([token, 2]), 1) for token in range(3, 40)]
   with pytest.raises(FloatingPointError, match="logits are not finite numbers"):
-    score(broken, rows, 2)
+    score_rows(broken, rows, 2)
 
 
 def test_the_next_batch_is_dispatched_before_one_is_read(model):
@@ -213,7 +216,9 @@ def test_windows_as_wide_as_the_context_are_those_of_the_harness():
 @pytest.mark.parametrize("stride", [1, 2, 7, 31, 32])
 def test_a_token_is_scored_after_all_the_context_its_stride_leaves(stride, model):
   tokens = np.random.default_rng(2).integers(0, 97, 75).astype(np.int32)
-  nats = np.concatenate([nats for nats, _ in score(model, sliding_windows(tokens, 32, stride), 16)])
+  nats = np.concatenate(
+    [nats for nats, _ in score_rows(model, sliding_windows(tokens, 32, stride), 16)]
+  )
   assert len(nats) == 74
   for place in range(1, 75):
     late = -(-(place - 32) // stride) * stride if place > 32 else 0  # how far the window has moved
@@ -242,7 +247,7 @@ def test_continuations_in_one_row_score_as_each_alone(
   with mesh(*sizes):
     placed = place(TINY, weights)
   monkeypatch.setattr(chunked_attention, "QUERIES", 16)  # so that there are several chunks
-  found = score(placed, [tree_row(*both) for both in zip(contexts, endings, strict=True)], 8)
+  found = score_rows(placed, [tree_row(*both) for both in zip(contexts, endings, strict=True)], 8)
   for (nats, first), context, group in zip(found, contexts, endings, strict=True):
     wanted = [expected(model, np.array(context + ending), len(ending)) for ending in group]
     check([(nats, first)], [tuple(map(np.concatenate, zip(*wanted, strict=True)))])

@@ -7,7 +7,7 @@ import pytest
 
 from gpt2_jax.decoding import Sample, TopK, complete, generate
 from gpt2_jax.evaluate.generation import MAX_WORD_TOKENS
-from gpt2_jax.evaluate.loglikelihood import score, sliding_windows
+from gpt2_jax.evaluate.loglikelihood import score_rows, sliding_windows
 from gpt2_jax.evaluate.scorers import Scorer
 from gpt2_jax.evaluate.task import (
   Generated,
@@ -168,7 +168,9 @@ def test_choices_with_a_shared_prefix_score_as_each_alone(model, scorer):
 def test_rolling_loglikelihoods_slide_their_windows(model, tokenizer, stride):
   text = "abc ab!" * 12
   ids = np.array([END, *tokenizer.encode(text)], np.int32)
-  wanted = sum(nats.sum() for nats, _ in score(model, sliding_windows(ids, 32, stride or 32), 4))
+  wanted = sum(
+    nats.sum() for nats, _ in score_rows(model, sliding_windows(ids, 32, stride or 32), 4)
+  )
   [found, empty] = Scorer(model, tokenizer, 4, stride).answers(
     [RollingLoglikelihood(text), RollingLoglikelihood("")]
   )
