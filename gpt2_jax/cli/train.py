@@ -37,9 +37,7 @@ def run() -> None:
   flags.mark_flags_as_required(["config", "workdir"])
   shell.run(
     main,
-    f"{__doc__}
-{knobs.help_text()}
-",
+    f"{__doc__}\n{knobs.help_text()}\n",
     imports=("gpt2_jax.train",),
     exit_process=process_flags.exit_process,
   )
