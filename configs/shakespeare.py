@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """nanoGPT's character-level CPU run on tiny Shakespeare, or on any text file, for comparison.
 
-  python launch/tokenize.py --files=input.txt --characters=:90% --train_tokenizer=characters \\
+  gpt2-jax tokenize --files=input.txt --characters=:90% --train_tokenizer=characters \\
     --tokenizer=data/shakespeare/characters.json --out=data/shakespeare/train
-  python launch/tokenize.py --files=input.txt --characters=90%: \\
+  gpt2-jax tokenize --files=input.txt --characters=90%: \\
     --tokenizer=data/shakespeare/characters.json --out=data/shakespeare/validation
-  python launch/train.py --config=configs/shakespeare.py --workdir=runs/shakespeare
+  gpt2-jax train --config=shakespeare --workdir=runs/shakespeare
 
 nanoGPT reaches 1.898 nats a character with these settings (its GELU is erf and its LayerNorms have
 no bias).
@@ -13,7 +13,7 @@ no bias).
 
 from ml_collections import ConfigDict
 
-from configs import gpt2
+from gpt2_jax.configs import gpt2
 
 
 def get_config() -> ConfigDict:

@@ -9,7 +9,11 @@ Its names are imported when they are first asked for: `gpt2-jax --help` needs no
 """
 
 import importlib
+import importlib.util
+import sys
 from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"  # setup.py reads it here
 
 if TYPE_CHECKING:  # what editors and pages of the API read
   from gpt2_jax.convert.pretrained import load_pretrained, save_pretrained
@@ -40,10 +44,10 @@ if TYPE_CHECKING:  # what editors and pages of the API read
   from gpt2_jax.decoding.beam import beam_search
   from gpt2_jax.decoding.contrastive import contrastive_search
   from gpt2_jax.decoding.speculative import speculative
-  from gpt2_jax.model import GPT2, ModelConfig
+  from gpt2_jax.model import GPT2
   from gpt2_jax.quantization import quantize
   from gpt2_jax.sharding import make_mesh
-  from gpt2_jax.sizes import SIZES, model_config
+  from gpt2_jax.sizes import SIZES, ModelConfig, model_config
   from gpt2_jax.tokenizer import Characters, Gpt2Bpe, HuggingFace, SentencePiece, load_tokenizer
 
 # Where each public name is defined.
@@ -60,7 +64,7 @@ _MODULES = {
   "LogitBias": "gpt2_jax.decoding",
   "MinNewTokens": "gpt2_jax.decoding",
   "MinP": "gpt2_jax.decoding",
-  "ModelConfig": "gpt2_jax.model",
+  "ModelConfig": "gpt2_jax.sizes",
   "NoRepeatNgram": "gpt2_jax.decoding",
   "PresencePenalty": "gpt2_jax.decoding",
   "RepetitionPenalty": "gpt2_jax.decoding",
@@ -131,10 +135,15 @@ __all__ = [
 
 
 def __getattr__(name: str):
-  """Imports a public name at its first use (PEP 562)."""
-  if name not in _MODULES:
-    raise AttributeError(f"module 'gpt2_jax' has no attribute {name!r}")
-  value = vars(importlib.import_module(_MODULES[name]))[name]
+  """Imports a public name, or a module of the package, at its first use (PEP 562)."""
+  if name in _MODULES:
+    value = vars(importlib.import_module(_MODULES[name]))[name]
+  elif not name.startswith("_") and importlib.util.find_spec(f"gpt2_jax.{name}"):
+    value = importlib.import_module(f"gpt2_jax.{name}")
+  else:
+    # With these two, Python names the nearest.
+    package = sys.modules[__name__]
+    raise AttributeError(f"module 'gpt2_jax' has no attribute {name!r}", name=name, obj=package)
   globals()[name] = value
   return value
 

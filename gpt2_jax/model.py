@@ -8,7 +8,6 @@ model code, whose parameter names these are (wte, wpe, h, ln_1, attn.c_attn, ...
   # L layers
 """
 
-import dataclasses
 import functools
 import math
 
@@ -18,91 +17,16 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.attention import self_attention
-from gpt2_jax.kernels.choose import KERNELS
 from gpt2_jax.linear import NO_CONTEXT, Dense, Linear, embedding_lookup, normal
-from gpt2_jax.sharding import axis_size, check_divides, padded, unshard
+from gpt2_jax.sharding import check_divides, unshard
+from gpt2_jax.sizes import ModelConfig
 
-GELU = ("tanh", "erf")
-DTYPES = ("float32", "bfloat16")
-REMAT = {
+# What the backward pass keeps, for each `remat` of a ModelConfig.
+REMAT_POLICIES = {
   "none": None,
   "dots": jax.checkpoint_policies.save_only_these_names("linear", "attend"),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """What a GPT-2 is (OpenAI's hparams first), then how it is computed.
-
-  Raises ValueError on what cannot be, with the rule.
-  """
-
-  n_vocab: int = 50257
-  n_ctx: int = 1024
-  n_embd: int = 768
-  n_head: int = 12
-  n_layer: int = 12
-  use_bias: bool = True  # False: as nanoGPT trains, no bias in Linear or LayerNorm
-  gelu: str = "tanh"  # "erf" for nanoGPT's checkpoints
-  embd_pdrop: float = 0.0
-  attn_pdrop: float = 0.0
-  resid_pdrop: float = 0.0
-  # Mixed precision: the dtype of activations and matmul operands. Parameters, norms, softmax and
-  # loss are float32.
-  dtype: str = "bfloat16"
-  # Zero heads up to a multiple of the mesh's model axis. Attention dropout draws numbers for them.
-  pad_heads: bool = False
-  attention: str = "auto"  # the kernel that trains and scores, see attention.self_attention
-  remat: str = "none"  # what the backward pass recomputes: "none", "dots" (all but matmuls), "full"
-  unroll: int = 1  # layers a step of the scan; n_layer is a Python loop
-
-  def __post_init__(self):
-    for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer", "unroll"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name} is {getattr(self, name)}; it is 1 or more")
-    if self.n_embd % self.n_head:
-      raise ValueError(f"n_embd of {self.n_embd} does not divide by n_head of {self.n_head}")
-
-    choices = {"gelu": GELU, "remat": REMAT, "attention": KERNELS, "dtype": DTYPES}
-    for name, allowed in choices.items():
-      if getattr(self, name) not in allowed:
-        value = str(getattr(self, name))[:80]
-        raise ValueError(f"{name} is {value!r}; it is one of {', '.join(allowed)}")
-    for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
-      rate = getattr(self, name)
-      if not 0 <= rate < 1:
-        raise ValueError(f"{name} is {rate}; a dropout rate is at least 0 and below 1")
-
-  @property
-  def head_size(self) -> int:
-    return self.n_embd // self.n_head
-
-  @property
-  def n_params(self) -> int:
-    """Number of parameters, without padding; the tied head counts once."""
-    D = self.n_embd
-    norms, biases = (4 * D, 9 * D) if self.use_bias else (2 * D, 0)  # of one layer
-    layer = 12 * D * D + norms + biases
-    ln_f = 2 * D if self.use_bias else D
-    return (self.n_vocab + self.n_ctx) * D + self.n_layer * layer + ln_f
-
-  @property
-  def padded_heads(self) -> int:
-    """Heads held, on the mesh in force. Raises ValueError where padding is needed and is off."""
-    n = axis_size("model")
-    if self.n_head % n and not self.pad_heads:
-      raise ValueError(
-        f"{self.n_head} heads do not divide the model axis of {n}; "
-        f"set --config.model.pad_heads=True"
-      )
-    return padded(self.n_head, n)
-
-  @property
-  def padded_vocab(self) -> int:
-    """Rows of wte held, on the mesh in force: a multiple of 128 (50,257 -> 50,304) and of the axes
-    that split them."""
-    return padded(self.n_vocab, math.lcm(128, axis_size("model", "data")))
 
 
 def check_mesh(config: ModelConfig) -> None:
@@ -293,8 +217,8 @@ class GPT2(nnx.Module):
       rms = jnp.sqrt(jnp.square(x_BTD.astype(jnp.float32)).mean())
       return x_BTD, (rms, memory)
 
-    if REMAT[config.remat]:
-      step = jax.checkpoint(step, policy=REMAT[config.remat], prevent_cse=False)
+    if REMAT_POLICIES[config.remat]:
+      step = jax.checkpoint(step, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
 
     # One dropout key a layer, and its number for what the weights draw.
     keys_L = None if key is None else jax.random.split(key, config.n_layer)

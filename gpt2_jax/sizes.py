@@ -1,9 +1,97 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published sizes of GPT-2, by the paper's names and today's."""
+"""What a GPT-2 is, in numbers: ModelConfig, and the published sizes with their names.
 
+It imports no JAX, so that a config file can be read, and its knobs be listed, at once.
+"""
+
+import dataclasses
 import difflib
+import math
 
-from gpt2_jax.model import ModelConfig
+from gpt2_jax.kernels import KERNELS
+
+GELU = ("tanh", "erf")
+DTYPES = ("float32", "bfloat16")
+REMAT = ("none", "dots", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """What a GPT-2 is (OpenAI's hparams first), then how it is computed.
+
+  Raises ValueError on what cannot be, with the rule.
+  """
+
+  n_vocab: int = 50257
+  n_ctx: int = 1024
+  n_embd: int = 768
+  n_head: int = 12
+  n_layer: int = 12
+  use_bias: bool = True  # False: as nanoGPT trains, no bias in Linear or LayerNorm
+  gelu: str = "tanh"  # "erf" for nanoGPT's checkpoints
+  embd_pdrop: float = 0.0
+  attn_pdrop: float = 0.0
+  resid_pdrop: float = 0.0
+  # Mixed precision: the dtype of activations and matmul operands. Parameters, norms, softmax and
+  # loss are float32.
+  dtype: str = "bfloat16"
+  # Zero heads up to a multiple of the mesh's model axis. Attention dropout draws numbers for them.
+  pad_heads: bool = False
+  attention: str = "auto"  # the kernel that trains and scores, see attention.self_attention
+  remat: str = "none"  # what the backward pass recomputes: "none", "dots" (all but matmuls), "full"
+  unroll: int = 1  # layers a step of the scan; n_layer is a Python loop
+
+  def __post_init__(self):
+    for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer", "unroll"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} is {getattr(self, name)}; it is 1 or more")
+    if self.n_embd % self.n_head:
+      raise ValueError(f"n_embd of {self.n_embd} does not divide by n_head of {self.n_head}")
+
+    choices = {"gelu": GELU, "remat": REMAT, "attention": KERNELS, "dtype": DTYPES}
+    for name, allowed in choices.items():
+      if getattr(self, name) not in allowed:
+        value = str(getattr(self, name))[:80]
+        raise ValueError(f"{name} is {value!r}; it is one of {', '.join(allowed)}")
+    for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+      rate = getattr(self, name)
+      if not 0 <= rate < 1:
+        raise ValueError(f"{name} is {rate}; a dropout rate is at least 0 and below 1")
+
+  @property
+  def head_size(self) -> int:
+    return self.n_embd // self.n_head
+
+  @property
+  def n_params(self) -> int:
+    """Number of parameters, without padding; the tied head counts once."""
+    D = self.n_embd
+    norms, biases = (4 * D, 9 * D) if self.use_bias else (2 * D, 0)  # of one layer
+    layer = 12 * D * D + norms + biases
+    ln_f = 2 * D if self.use_bias else D
+    return (self.n_vocab + self.n_ctx) * D + self.n_layer * layer + ln_f
+
+  @property
+  def padded_heads(self) -> int:
+    """Heads held, on the mesh in force. Raises ValueError where padding is needed and is off."""
+    from gpt2_jax.sharding import axis_size, padded
+
+    n = axis_size("model")
+    if self.n_head % n and not self.pad_heads:
+      raise ValueError(
+        f"{self.n_head} heads do not divide the model axis of {n}; "
+        f"set --config.model.pad_heads=True"
+      )
+    return padded(self.n_head, n)
+
+  @property
+  def padded_vocab(self) -> int:
+    """Rows of wte held, on the mesh in force: a multiple of 128 (50,257 -> 50,304) and of the axes
+    that split them."""
+    from gpt2_jax.sharding import axis_size, padded
+
+    return padded(self.n_vocab, math.lcm(128, axis_size("model", "data")))
+
 
 SIZES = {
   "117M": ModelConfig(n_embd=768, n_head=12, n_layer=12),

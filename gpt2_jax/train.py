@@ -175,7 +175,7 @@ def make_step(config: ConfigDict, model_config: ModelConfig, platform: str):
   """The two functions of a run: `init(key)`, the state before step 0, and the jitted step,
   `step(state, batches, objective, signals)`, of `steps_per_call` updates.
 
-  `launch/plan.py` compiles the same step. Nothing is computed here but two keys, and no mesh needs
+  `gpt2-jax plan` compiles the same step. Nothing is computed here but two keys, and no mesh needs
   to be in force.
   """
   rate = schedule(config.learning_rate, config.steps, config.warmup_steps, config.final_lr_fraction)

@@ -15,6 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_path
 
+from gpt2_jax.configs import shipped_configs
 from gpt2_jax.files import first_line, user_path
 
 
@@ -25,6 +26,25 @@ def check_errors(
   flag = flag_values[name]
   if not isinstance(flag.parser, _Checked):
     flag.parser = _Checked(flag.parser, name, argv)
+
+
+def find(name: str) -> str:
+  """The path of a config: of the file `name`, or else of the config that is shipped by this name.
+
+  So configs/gpt2.py is found without a clone, and gpt2 is short for it. Raises ValueError.
+  """
+  file = user_path(name)
+  if os.path.isfile(file):
+    return file
+
+  shipped = shipped_configs()
+  stem = name.removeprefix("./").removeprefix("configs/").removesuffix(".py")
+  if stem not in shipped:
+    raise ValueError(
+      f"there is no file {file[:200]}; configs/ of this project has {', '.join(shipped)}, which "
+      f"can be named without a path, as --config=gpt2:117M"
+    )
+  return shipped[stem]
 
 
 class _Checked(flags.ArgumentParser):
@@ -38,9 +58,7 @@ class _Checked(flags.ArgumentParser):
   def parse(self, argument):
     # 1. The path, which may have a size behind a colon.
     file, colon, size = str(argument).partition(":")
-    file = user_path(file)
-    if not os.path.isfile(file):
-      raise ValueError(f"there is no file {file}; configs/ holds those of this project")
+    file = find(file)
 
     # 2. Run it. It may raise anything, and may end the process. The names of a file that was loaded
     # before would be this one's, too.
@@ -83,6 +101,8 @@ def _describe(error: BaseException, module: str, file: str) -> str:
   text = first_line(error)
   if not isinstance(error, ValueError):
     text = f"{type(error).__name__}: {text}"
+  if isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] == "configs":
+    text += "; write `from gpt2_jax.configs import ...`, which works anywhere"
 
   # Where in the config file, however deep below it the error came up.
   lines = []

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data contamination: how much of an evaluation set is in a training corpus, by 8-grams.
 
-  python launch/contamination.py --corpus='books/**/*.txt' --filter=books.bloom \\
+  gpt2-jax contamination --corpus='books/**/*.txt' --filter=books.bloom \\
     --task=lambada --data=/data/evaluation --out=lambada_books.json
-  python launch/contamination.py --filter=books.bloom \\
+  gpt2-jax contamination --filter=books.bloom \\
     --task=wikitext2 --data=/data/evaluation --out=wikitext2.json
 
 The first command reads the corpus twice (it counts, then it builds) and keeps the filter, 4.8 bytes
-for each 8-gram; that is enough for the second. `launch/evaluate.py --overlap=lambada_books.json`
+for each 8-gram; that is enough for the second. `gpt2-jax evaluate --overlap=lambada_books.json`
 then scores clean and seen items apart.
 """
 

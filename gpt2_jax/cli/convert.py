@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Converts GPT-2 checkpoints between all formats, and checks the parity of two checkpoints.
 
-python launch/convert.py --from=gpt2 --to=out/gpt2 --format=hf             # or orbax, nanogpt, llmc
-python launch/convert.py --verify=out/gpt2 --against=gpt2 --oracle=transformers --text=book.txt
-python launch/convert.py --verify=models/124M --logits=expected_logits.npz # or recorded logits
+gpt2-jax convert --from=gpt2 --to=out/gpt2 --format=hf             # or orbax, nanogpt, llmc
+gpt2-jax convert --verify=out/gpt2 --against=gpt2 --oracle=transformers --text=book.txt
+gpt2-jax convert --verify=models/124M --logits=expected_logits.npz # or recorded logits
 
 --from, --verify and --against take a published name (gpt2, gpt2-medium, gpt2-large, gpt2-xl,
 distilgpt2), a repository of the Hugging Face Hub, or a path: Hugging Face's folder, OpenAI's,

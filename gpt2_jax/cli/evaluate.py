@@ -33,7 +33,6 @@ Exit status: 0 done; 1 a cell could not be computed; 2 an error that the line ex
 of the sweep was lost: start the same command again on every host.
 """
 
-import pathlib
 import sys
 
 from absl import flags
@@ -41,7 +40,6 @@ from ml_collections import ConfigDict, config_flags
 
 from gpt2_jax.cli import process_flags, shell
 
-_ZERO_SHOT = str(pathlib.Path(__file__).resolve().parents[2] / "configs" / "zero_shot.py")
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
@@ -136,5 +134,5 @@ def run() -> None:
     __doc__,
     imports=("gpt2_jax.evaluate.sweep.report",),
     exit_process=process_flags.exit_process,
-    config=_ZERO_SHOT,
+    config="zero_shot",
   )

@@ -3,8 +3,11 @@
 
 import difflib
 import importlib
+import importlib.metadata
+import platform
 import sys
 
+import gpt2_jax
 from gpt2_jax.cli import interrupts
 
 # The commands, in the order in which a project uses them.
@@ -18,24 +21,35 @@ COMMANDS = {
   "contamination": "how much of an evaluation set is in a training corpus",
 }
 
+HELP = ("help", "--help", "-help", "-h")
+VERSION = ("version", "--version", "-version", "-V")
+
 
 def main() -> None:
   """The console script: `gpt2-jax COMMAND FLAGS`."""
   words = sys.argv[1:]
-  if not words or words[0] in ("help", "--help", "-h", "-help"):
+
+  # `gpt2-jax help train` is `gpt2-jax train --help`.
+  if len(words) > 1 and words[0] in HELP:
+    words = [words[1], "--help"]
+
+  if not words or words[0] in HELP:
     print(_usage())
     sys.exit(0 if words else 2)
-  command = words[0]
-  if command not in COMMANDS:
-    near = difflib.get_close_matches(command, COMMANDS, 1, cutoff=0)[0]
+  if words[0] in VERSION:
+    print(_version())
+    sys.exit(0)
+  if words[0] not in COMMANDS:
+    near = difflib.get_close_matches(words[0], COMMANDS, 1, cutoff=0)[0]
     print(
-      f"error: gpt2-jax has no command {command[:80]!r}; did you mean {near}? gpt2-jax --help "
+      f"error: gpt2-jax has no command {words[0][:80]!r}; did you mean {near}? gpt2-jax --help "
       "lists all",
       file=sys.stderr,
     )
     sys.exit(2)
-  sys.argv[:2] = [f"gpt2-jax {command}"]
-  run(command)
+
+  sys.argv = [f"gpt2-jax {words[0]}", *words[1:]]
+  run(words[0])
 
 
 def run(command: str) -> None:
@@ -47,4 +61,23 @@ def run(command: str) -> None:
 def _usage() -> str:
   lines = ["usage: gpt2-jax COMMAND [--FLAG=VALUE ...]", ""]
   lines += [f"  {name:<15} {what}" for name, what in COMMANDS.items()]
-  return "\n".join([*lines, "", "gpt2-jax COMMAND --help lists the flags of one."])
+  lines += [
+    "",
+    "gpt2-jax COMMAND --help lists the flags of one, and the knobs of its config.",
+    "gpt2-jax --version says what is installed.",
+    "",
+    "A first text:  gpt2-jax sample --model=gpt2 --prompt='Once upon a time'",
+  ]
+  return "\n".join(lines)
+
+
+def _version() -> str:
+  """The version of this package, and of what its results depend on."""
+  versions = []
+  for name in ("jax", "jaxlib", "flax"):
+    try:
+      versions.append(f"{name} {importlib.metadata.version(name)}")
+    except importlib.metadata.PackageNotFoundError:
+      versions.append(f"no {name}")
+  versions.append(f"Python {platform.python_version()}")
+  return f"gpt2_jax {gpt2_jax.__version__} ({', '.join(versions)})"

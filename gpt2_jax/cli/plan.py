@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans a run on TPUs without a TPU: does it fit the HBM, how long is a step, what does it cost?
 
-  python launch/plan.py --config=configs/gpt2.py:1542M --topology=v5e:8x8 --config.mesh.replica=8 \\
+  gpt2-jax plan --config=gpt2:1542M --topology=v5e:8x8 --config.mesh.replica=8 \\
     --config.mesh.data=8 --config.model.remat=full --usd_per_chip_hour=1.2
-  python launch/plan.py --config=configs/gpt2.py:1542M --topology=v5e:8x8 --search
+  gpt2-jax plan --config=gpt2:1542M --topology=v5e:8x8 --search
 
-It compiles the training step that launch/train.py runs with that config, with libtpu (pip install
+It compiles the training step that gpt2-jax train runs with that config, with libtpu (pip install
 '.[plan]'). It prints what HBM holds, what fills a step, and how long all steps of the config take.
 All times are estimates.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _LIST_PRICES = ", ".join(f"{name} {tpu.usd_per_chip_hour:.2f}" for name, tpu in chips.TPUS.items())
 
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "A file of configs/, with :SIZE where it takes one."
+  "config", None, "A config: a name that is listed below, or a path."
 )
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "v5e:8x8 or v5e-64 (v6e alike), v4:4x4x4 (v5p alike)."

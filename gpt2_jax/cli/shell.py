@@ -7,18 +7,15 @@ import logging as standard_logging
 import os
 import re
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from gpt2_jax.cli import interrupts
+from gpt2_jax.cli import config_file, help_text, interrupts
 
 # Characters of an error's line at most: it is for people, at a terminal.
 LINE_LIMIT = 1000
-
-HELP = ("--help", "-help", "-h", "--helpfull", "--helpshort")
 
 # These carry our own messages, or are of the machine; any other is a defect.
 EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError, RecursionError)
@@ -33,16 +30,15 @@ def run(
 ) -> None:
   """Parses the flags and calls `main`; an error with a message for the user becomes that line.
 
-  --help prints `description` and the flags of main's module. After an error the process exits
+  --help prints `description`, the flags and the config's knobs. After an error the process exits
   through `exit_process`. `config` is the file that the flag --config has if it is not given.
   `imports` are the modules that `main` imports and that take seconds, as JAX does: --help waits for
   none of them, and Ctrl-C meanwhile ends the process.
   """
 
   def parse(argv):
-    if any(word in HELP for word in argv[1:]):
-      print(f"{description.strip()}\n\n{_flag_help(main.__module__)}")
-      sys.exit(0)
+    if help_text.is_asked(argv):
+      sys.exit(_print_help(help_text.describe(main.__module__, description, argv, config)))
     try:
       return parse_flags(argv, config)
     except (flags.Error, AttributeError, ValueError, OSError) as error:
@@ -85,20 +81,14 @@ def run(
   app.run(guarded, flags_parser=parse)
 
 
-def _flag_help(module: str) -> str:
-  """The flags that a module defines: name, what it is for, default."""
-  lines = ["Flags:"]
-  for flag in flags.FLAGS.get_flags_for_module(module):
-    default = "" if flag.default in (None, []) else f" (default: {flag.default})"
-    lines.append(
-      textwrap.fill(
-        f"--{flag.name}: {flag.help}{default}",
-        100,
-        initial_indent="  ",
-        subsequent_indent="      ",
-      )
-    )
-  return "\n".join(lines)
+def _print_help(text: str) -> int:
+  """Prints the help, and returns the exit status: a pager may have closed the output."""
+  try:
+    print(text, flush=True)
+  except OSError as error:
+    _discard_unwritable_output()
+    return 0 if isinstance(error, BrokenPipeError) else _line(error)
+  return 0
 
 
 # JAX's errors, by name: the scripts that need no JAX do not import it for them.
@@ -111,8 +101,6 @@ def parse_flags(argv: list[str], config: str | None = None) -> list[str]:
   Raises flags.Error or ValueError, with the nearest name for an unknown flag or knob.
   """
   if "config" in flags.FLAGS:
-    from gpt2_jax.cli import config_file
-
     config_file.check_errors(argv)
     is_given = any(word in ("--config", "-config") or word.startswith(_CONFIG) for word in argv)
     if config is not None and not is_given:

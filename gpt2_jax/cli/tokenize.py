@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenizes a corpus into a token store; can train a tokenizer on the same text first.
 
-  python launch/tokenize.py --files='books/**/*.txt' --out=/data/books
-  python launch/tokenize.py --tfds_name=lm1b --text_key=text --out=gs://bucket/lm1b
-  python launch/tokenize.py --files=input.txt --characters=:90% \\
+  gpt2-jax tokenize --files='books/**/*.txt' --out=/data/books
+  gpt2-jax tokenize --tfds_name=lm1b --text_key=text --out=gs://bucket/lm1b
+  gpt2-jax tokenize --files=input.txt --characters=:90% \\
     --train_tokenizer=characters --tokenizer=characters.json --out=/data/train
-  python launch/tokenize.py --verify=/data/books
+  gpt2-jax tokenize --verify=/data/books
 
 A job that was killed resumes when the same command is run again; of a store that was damaged, it
 writes the damaged parts again. Records that are no text are skipped and counted; --strict stops at

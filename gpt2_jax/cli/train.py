@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains a GPT-2, or resumes its training: the same command starts, resumes and finishes a run.
 
-python launch/train.py --config=configs/gpt2.py:117M --workdir=runs/117M --config.learning_rate=3e-4
+gpt2-jax train --config=gpt2:117M --workdir=runs/117M --config.learning_rate=3e-4
 
 On TPU hosts, slices and GKE the same command on every host is one run. Elsewhere each process is
 told its rank: --coordinator=HOST:PORT --processes=N --process=I, with HOST the one of process 0,
@@ -15,10 +15,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from gpt2_jax.cli import process_flags, shell
-from gpt2_jax.runs import knobs
 
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "A file of configs/, with :SIZE where it takes one."
+  "config", None, "A config: a name that is listed below, or a path."
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where checkpoints, metrics.jsonl, TensorBoard and traces go; local or gs://."
@@ -37,7 +36,7 @@ def run() -> None:
   flags.mark_flags_as_required(["config", "workdir"])
   shell.run(
     main,
-    f"{__doc__}\n{knobs.help_text()}\n",
+    __doc__,
     imports=("gpt2_jax.train",),
     exit_process=process_flags.exit_process,
   )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parity of two checkpoints: whether they compute the same model, by logits and loss in float32.
 
-Both run over the same tokens. `compare` returns the figures that `launch/convert.py --verify`
+Both run over the same tokens. `compare` returns the figures that `gpt2-jax convert --verify`
 writes to parity.json.
 """
 

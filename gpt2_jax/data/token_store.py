@@ -274,7 +274,7 @@ def _what_is_missing(path: str) -> str:
   """Says why a folder without a manifest is no store, and what to do."""
   job = get_json(path, "job.json")
   if job is None:
-    return f"no token store at {path}; launch/tokenize.py writes one"
+    return f"no token store at {path}; gpt2-jax tokenize writes one"
 
   if not _is_count(job.get("documents")) or not _is_count(job.get("documents_per_part")):
     return f"{path} is no token store: its job.json is of something else; choose another folder"

@@ -188,7 +188,7 @@ class BloomFilter:
       zlib.error,
     ) as error:
       # NumPy's own words for a pickle are advice to trust it.
-      raise ValueError(f"{path} is no filter of launch/contamination.py, or damaged") from error
+      raise ValueError(f"{path} is no filter of gpt2-jax contamination, or damaged") from error
 
   def _check(self) -> None:
     """Raises ValueError unless the fields are those of a filter."""
@@ -337,7 +337,7 @@ def read_overlap(path: str) -> dict:
     _check_overlap(content)
   except (ValueError, TypeError, KeyError) as error:
     raise ValueError(
-      f"{path[:200]} is no overlap of launch/contamination.py: {malformed_reason(error)}"
+      f"{path[:200]} is no overlap of gpt2-jax contamination: {malformed_reason(error)}"
     ) from error
   return content
 

@@ -5,8 +5,6 @@ import jax.numpy as jnp
 
 from gpt2_jax.sharding import platform
 
-KERNELS = ("auto", "chunked", "fused", "splash", "cudnn")
-
 # Tokens and head size up to which both passes of the fused kernel fit into the VMEM that a kernel
 # gets unasked: GPT-2's own context and heads, and what is smaller.
 FUSED_LONGEST, FUSED_WIDEST = 1024, 64

@@ -114,7 +114,7 @@ class Compiled:
 
 
 def compile_step(config: ConfigDict, topology: Topology) -> Compiled:
-  """Compiles the training step that `launch/train.py` runs with this config on that topology.
+  """Compiles the training step that `gpt2-jax train` runs with this config on that topology.
 
   It is one step, whatever `steps_per_call` says. Raises DoesNotFit with the numbers, and ValueError
   on a mesh, batch or model that cannot be.

@@ -2,7 +2,7 @@
 """Searches mesh, gradient accumulation (microbatches), remat and attention kernel for a TPU slice.
 
 A roofline estimate of step time and HBM ranks and prunes the candidates. It is rough: the compiler
-decides among the best of them (launch/plan.py --search).
+decides among the best of them (gpt2-jax plan --search).
 """
 
 import dataclasses

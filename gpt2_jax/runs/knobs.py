@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The knobs of a training config: each declared once, with its type, its range and its help.
 
-The declaration checks the values at the start, writes `--help`, and decides what a resumed run may
-change. The values are in configs/; what a model's knobs may be is ModelConfig's to say.
+The declaration checks the values at the start, explains them in `--help`, and decides what a
+resumed run may change. The values are in configs/; what a model's knobs may be, ModelConfig says.
 """
 
 import dataclasses
@@ -72,6 +72,10 @@ class Knob:
     if self.high < math.inf:
       bounds.append(high)
     return " and ".join(bounds)
+
+  def allowed(self) -> str:
+    """Type and range, for `--help`: "int at least 1"."""
+    return f"{self.type.__name__} {self.range()}".strip()
 
 
 def _count(help: str, low: int = 1, resumable: bool = False) -> Knob:
@@ -200,14 +204,3 @@ def differences(saved: dict, config: dict) -> list[str]:
     if old.get(name) != new.get(name) and not (knob and knob.resumable):
       lines.append(f"{name}: {str(old.get(name))[:80]} -> {str(new.get(name))[:80]}")
   return lines
-
-
-def help_text() -> str:
-  """All knobs for `--help`: name, what it is for, type and range; * may change on resume."""
-  lines = ["Knobs, set by --config.NAME=VALUE; * marks what a resumed run may change:"]
-  for name, knob in KNOBS.items():
-    has_range = knob.low > -math.inf or knob.high < math.inf
-    allowed = f"{knob.type.__name__} {knob.range()}" if has_range else knob.type.__name__
-    star = "*" if knob.resumable else " "
-    lines.append(f" {star} {name:<18} {knob.help} ({allowed})")
-  return "\n".join(lines)

@@ -50,7 +50,7 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
     )
   if not path.is_file():
     raise FileNotFoundError(
-      f"tokenizer {name_or_path}: no such file; launch/tokenize.py --train_tokenizer writes one"
+      f"tokenizer {name_or_path}: no such file; gpt2-jax tokenize --train_tokenizer writes one"
     )
 
   try:

@@ -11,7 +11,7 @@ import pytest
 
 from configs import gpt2
 from gpt2_jax.chips import GIB, parse_topology
-from gpt2_jax.kernels.choose import KERNELS as ATTENTION
+from gpt2_jax.kernels import KERNELS as ATTENTION
 from gpt2_jax.plan import report, search
 from gpt2_jax.plan.compiling import Compiled, DoesNotFit, compile_step, open_topology
 from gpt2_jax.plan.estimate import KERNELS, MATMULS, MEMORY_BOUND, _full_bytes, estimate
