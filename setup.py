@@ -84,6 +84,7 @@ setup(
     "cuda": ["jax[cuda12]"],
     "convert": ["torch>=2.13"],  # nanoGPT's and pickled files
     "eval": ["rouge-score>=0.1.2", "sacrebleu>=2.6"],  # of summaries and translations
+    "wandb": ["wandb>=0.31"],  # config.wandb_project
     "harness": ["lm_eval>=0.4.13"],  # this project's models under lm-evaluation-harness
     "console": ["prompt_toolkit>=3.0.50", "rich>=14.0"],
     "wandb": ["wandb>=0.20"],

@@ -2,6 +2,7 @@
 """The loop: a run that is broken off and resumes is the run that never was, and every bad input is
 one line."""
 
+import importlib.util
 import json
 import math
 import pathlib
@@ -95,10 +96,37 @@ def test_a_run_leaves_metrics_a_picture_and_checkpoints(whole):
     "learning_rate",
     "tokens_per_second",
     "step_time",
+    "tokens_seen",
     "batch_hash",
   } <= first.keys()
   assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
   assert sorted(int(p.name) for p in (whole / "checkpoints").iterdir()) == [8, 16, 24]
+
+
+def test_a_run_says_where_it_is_how_good_and_what_comes_next(data, tmp_path, capfd):
+  """Samples change nothing of what is computed; they are on the terminal and on TensorBoard."""
+  workdir = tmp_path / "a run"
+  train.run(config_for(data, steps=2, save_every=9, eval_every=1, sample_tokens=5), str(workdir))
+  told = capfd.readouterr().err
+  best = min(lines(workdir, "val_loss").items(), key=lambda item: item[1])
+  last = lines(workdir, "val_loss")[2]
+  assert f"{workdir}: 2 of 2 steps; validation loss {last:.4f}, best {best[1]:.4f} at step" in told
+  assert f"gpt2-jax sample '--model={workdir}' --interactive" in told
+  assert "step 1: sample '" in told and "step 2: sample '" in told
+
+  config = json.loads((workdir / "train_config.json").read_text())
+  assert config["steps"] == 2 and config["model"]["n_ctx"] == 16
+  events = b"".join(path.read_bytes() for path in (workdir / "tensorboard").iterdir())
+  for text in (b"config/text_summary", b"model.n_ctx = 16", b"eval/sample/text_summary"):
+    assert text in events
+  assert b"batch_hash" not in events
+
+
+def test_a_project_without_its_library_is_refused_at_the_start(data, tmp_path, monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ImportError, match="wandb_project needs the library"):
+    train.run(config_for(data, wandb_project="gpt2"), str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
 
 
 def test_resuming_is_bit_for_bit_the_same(whole, data, tmp_path):

@@ -22,6 +22,7 @@ from gpt2_jax.convert.weights import (
   to_model,
 )
 from gpt2_jax.files import (
+  announce,
   atomic_write,
   check_writable,
   local_path,
@@ -65,16 +66,17 @@ def load_pretrained(
   mesh = mesh or _default_mesh()
 
   path = resolve_checkpoint(name_or_path, revision)
-  if is_workdir(path):
-    with jax.set_mesh(mesh):
-      model, tokenizer = _load_workdir(path, dtype, step)
-  elif step != "latest":
-    raise ValueError(f"{path} is no workdir of a run, and has no step {step!r}")
-  else:
-    weights = detect_format(path).read(path)
-    model, tokenizer = to_model(weights, mesh, dtype), weights.tokenizer
-  if quantize:
-    model = quantization.quantize(model)
+  with announce(f"loading {path}, seconds to a minute"):
+    if is_workdir(path):
+      with jax.set_mesh(mesh):
+        model, tokenizer = _load_workdir(path, dtype, step)
+    elif step != "latest":
+      raise ValueError(f"{path} is no workdir of a run, and has no step {step!r}")
+    else:
+      weights = detect_format(path).read(path)
+      model, tokenizer = to_model(weights, mesh, dtype), weights.tokenizer
+    if quantize:
+      model = quantization.quantize(model)
   return model, tokenizer
 
 

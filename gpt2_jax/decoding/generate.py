@@ -34,6 +34,7 @@ from gpt2_jax.decoding.kv_cache import (
 )
 from gpt2_jax.decoding.prompts import BUCKET, check_prompts, check_room, pad_prompts, shard_rows
 from gpt2_jax.decoding.samplers import Greedy, History, Sample
+from gpt2_jax.files import announce
 from gpt2_jax.model import GPT2
 from gpt2_jax.sharding import ROWS, axis_size, padded
 
@@ -85,8 +86,9 @@ def generate(
     raise ValueError("stop strings end texts, and generate works on tokens; call complete")
   decoder = for_inference(model)
   generation = check_generation(decoder, prompts, generation)
-  state = start(decoder, prompts, generation)
-  state = advance(decoder, state, generation.n_new, generation)
+  with announce("compiling the decoder, about a minute for a large model"):
+    state = start(decoder, prompts, generation)
+    state = advance(decoder, state, generation.n_new, generation)
   return completions(state)[: len(prompts) * generation.samples]
 
 

@@ -8,6 +8,7 @@ from gpt2_jax.decoding.generate import advance, check_generation, completions, s
 from gpt2_jax.decoding.generation_config import Generation, make_generation
 from gpt2_jax.decoding.kv_cache import InferenceModel, for_inference
 from gpt2_jax.decoding.samplers import Greedy, Sample
+from gpt2_jax.files import announce
 from gpt2_jax.model import GPT2
 from gpt2_jax.tokenizer import Tokenizer, check_unicode
 
@@ -45,10 +46,11 @@ def complete(
   prompts = [prompt] if isinstance(prompt, str) else prompt
 
   # Without stop strings nothing has to be looked at on the way: one call of the device.
-  chunks = _text_chunks(model, tokenizer, prompts, generation, in_one_call=not generation.stop)
   texts = [""] * (len(prompts) * generation.samples)
-  for row, chunk in chunks:
-    texts[row] += chunk
+  with announce("generating; a new size is compiled first, about a minute for a large model"):
+    chunks = _text_chunks(model, tokenizer, prompts, generation, in_one_call=not generation.stop)
+    for row, chunk in chunks:
+      texts[row] += chunk
 
   is_one_text = isinstance(prompt, str) and generation.samples == 1
   return texts[0] if is_one_text else texts

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.attention import by_heads, causal_attention
 from gpt2_jax.evaluate.batching import BatchPlan, PaddedBatch, plan_batches
-from gpt2_jax.files import progress
+from gpt2_jax.files import announce, progress
 from gpt2_jax.loss import cross_entropy
 from gpt2_jax.model import GPT2
 from gpt2_jax.sharding import BATCH, ROWS, padded, unshard
@@ -139,7 +139,8 @@ def _pipelined(model: GPT2, plan: BatchPlan, dispatch: Callable) -> Iterator:
   previous = None
   with jax.set_mesh(model.mesh):
     for batch in progress(plan.batches, "scoring"):
-      current = (batch, dispatch(batch))
+      with announce("compiling the scoring, up to a minute for each new length"):
+        current = (batch, dispatch(batch))
       if previous:
         yield previous
       previous = current

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from gpt2_jax import train
 from gpt2_jax.batch import Batch
 from gpt2_jax.chips import Topology
-from gpt2_jax.files import first_line
+from gpt2_jax.files import announce, first_line
 from gpt2_jax.loss import NextToken, mean_loss
 from gpt2_jax.model import ModelConfig, check_mesh
 from gpt2_jax.plan import program
@@ -145,7 +145,8 @@ def compile_step(config: ConfigDict, topology: Topology) -> Compiled:
 
     # 3. Compile.
     start = time.perf_counter()
-    with _out_of_memory_as_does_not_fit(topology):
+    waiting = f"compiling for {topology}, about a minute"
+    with announce(waiting), _out_of_memory_as_does_not_fit(topology):
       compiled = call.lower(state, Batch(tokens_SBT), NextToken(), signals).compile()
 
   # 4. Read the schedule.

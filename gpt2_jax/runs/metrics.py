@@ -8,10 +8,11 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -326,6 +327,14 @@ class Profile:
       self.say(f"the trace in {self.path} is given up ({first_line(error)}); the run goes on")
 
 
+def _running_mean(values: Sequence[float], window: int) -> np.ndarray:
+  """The mean of each value and of those before it, `window` in all where there are as many."""
+  sums = np.concatenate([[0.0], np.cumsum(values)])
+  ends = np.arange(1, len(values) + 1)
+  begins = np.maximum(ends - window, 0)
+  return (sums[ends] - sums[begins]) / (ends - begins)
+
+
 def plot_losses(workdir: str) -> str:
   """Plots the loss curve: training and validation loss against the step. Returns the PNG's path.
 
@@ -338,15 +347,28 @@ def plot_losses(workdir: str) -> str:
   folder = pathlib.Path(workdir)
   lines, _ = read_metrics(folder / "metrics.jsonl")
 
-  figure = Figure(figsize=(8, 5), layout="constrained")
-  axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token", title=folder.name)
-  for name, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
-    points = _points(lines, name)
-    if points:
-      axes.plot(*zip(*points, strict=True), style, label=f"{label}, last {points[-1][1]:.3f}")
+  figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+  axes = figure.add_subplot(xlabel="step", ylabel="loss, nats per token")
+  axes.set_title(folder.name, loc="left", fontweight="bold")
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.grid(alpha=0.25)
+
+  # 1. The training loss, of one batch each, is noisy: pale, with its running mean over it.
+  points = _points(lines, "loss")
+  if points:
+    steps, losses = zip(*points, strict=True)
+    window = max(1, len(points) // 30)
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
+    means = _running_mean(losses, window)
+    axes.plot(steps, means, color="tab:blue", label=f"training, last {means[-1]:.3f}")
+
+  # 2. The validation loss.
+  points = _points(lines, "val_loss")
+  if points:
+    label = f"validation, last {points[-1][1]:.3f}"
+    axes.plot(*zip(*points, strict=True), "o-", color="tab:orange", markersize=4, label=label)
   if axes.lines:
-    axes.legend()
-  axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
 
   path = folder / "loss.png"
   with atomic_write(path, overwrite=True) as partial:

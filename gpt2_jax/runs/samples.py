@@ -4,7 +4,6 @@
 import jax
 
 from gpt2_jax.decoding.generate import generate
-from gpt2_jax.files import announce
 from gpt2_jax.model import GPT2
 from gpt2_jax.runs.setup import Setup
 
@@ -25,8 +24,7 @@ def sample_continuation(setup: Setup, model: GPT2) -> tuple[str, str]:
   prompt = setup.validation.read([0], length)[0].tolist()
   n_new = min(setup.config.sample_tokens, n_ctx - length)
 
-  with announce("compiling the sampler, about a minute for a large model"):
-    (completion,) = generate(model, [prompt], n_new, temperature=0.8, top_k=40, seed=0)
+  (completion,) = generate(model, [prompt], n_new, temperature=0.8, top_k=40, seed=0)
   decode = setup.tokenizer.decode
   return decode(prompt), decode(completion.tokens)
 

@@ -136,15 +136,16 @@ def show_config(metrics: Metrics, folder: Workdir, first_step: int, config: Conf
   with atomic_write(pathlib.Path(folder.path) / CONFIG_FILE, overwrite=True) as partial:
     partial.write_text(json.dumps(values, indent=2) + "\n")
 
+  lines = [f"{name} = {value}" for name, value in flatten(values).items()]
+  metrics.write_text(first_step, "config", "\n".join(lines))
+
+  # Weights & Biases takes the config as it is.
   if config.wandb_project:
     name = pathlib.PurePosixPath(folder.place).name
     board = WeightsAndBiases(
       config.wandb_project, folder.path, name, first_step, values, metrics.say
     )
     metrics.boards.append(board)
-  lines = [f"{name} = {value}" for name, value in flatten(values).items()]
-  for board in metrics.boards:
-    board.write_text(first_step, "config", "\n".join(lines))
 
 
 def finish(setup: Setup, step: int):

@@ -19,8 +19,8 @@ def check_wandb(project: str) -> None:
   """Raises ImportError if a project is given, and the library is missing."""
   if project and importlib.util.find_spec("wandb") is None:
     raise ImportError(
-      "wandb_project needs the library of Weights & Biases: pip install 'gpt2_jax[wandb]', "
-      "or set --config.wandb_project="
+      "wandb_project needs the library of Weights & Biases: pip install wandb (extra [wandb]); "
+      "or leave it out with --config.wandb_project="
     )
 
 

@@ -272,3 +272,8 @@ def test_the_line_of_a_run_that_diverged_vouches_only_for_what_it_knows(
     log.read(40 + len(skips), stacked)
   assert "2 updates in a row were not finite" in str(raised.value) and len(str(raised.value)) < 400
   metrics.close()
+
+
+def test_the_mean_of_the_picture_is_over_what_came_before():
+  assert metrics_lib._running_mean([4.0, 2.0, 3.0, 7.0], 2).tolist() == [4.0, 3.0, 2.5, 5.0]
+  assert metrics_lib._running_mean([4.0, 2.0], 1).tolist() == [4.0, 2.0]
