@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import importlib.util
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -267,7 +268,14 @@ def _open_builder(tfds_name: str, data_dir: str | None) -> "tfds.core.DatasetBui
   try:
     builder = tfds.builder(tfds_name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError as error:
-    raise ValueError(_unknown_name(tfds_name, data_dir)) from error
+    if importlib.util.find_spec("tensorflow"):
+      raise ValueError(_unknown_name(tfds_name, data_dir)) from error
+    # TFDS hides the datasets whose own code needs TensorFlow: this may be one of them.
+    command = _prepare_command(tfds_name, data_dir)
+    raise FileNotFoundError(
+      f"{_unknown_name(tfds_name, data_dir)}; if the name is right, TFDS needs TensorFlow for it: "
+      f"pip install tensorflow, and once: {command}"
+    ) from error
   except Exception as error:
     # Mostly, the name is known, but not its config or version. What TFDS finds in a damaged folder,
     # it raises as whatever its parsers raise.
