@@ -141,6 +141,11 @@ def _check_knob(config: ConfigDict, name: str, knob: str) -> None:
     ) from error
 
 
+def has_knob(config: object, knob: str) -> bool:
+  """Whether a config that was read has a knob of this name."""
+  return isinstance(config, ConfigDict) and knob in _names(config)
+
+
 def _names(config: ConfigDict, prefix: str = "") -> list[str]:
   """The names of all knobs, with a dot between a group's and its own."""
   names = []

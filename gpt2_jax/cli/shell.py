@@ -8,7 +8,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from absl import app, flags, logging
 
@@ -27,6 +28,7 @@ def run(
   imports: tuple[str, ...] = (),
   exit_process: Callable[[int], None] = sys.exit,
   config: str | None = None,
+  hints: Mapping[str, str] | None = None,
 ) -> None:
   """Parses the flags and calls `main`; an error with a message for the user becomes that line.
 
@@ -34,13 +36,14 @@ def run(
   through `exit_process`. `config` is the file that the flag --config has if it is not given.
   `imports` are the modules that `main` imports and that take seconds, as JAX does: --help waits for
   none of them, and Ctrl-C meanwhile ends the process.
+  `hints` say what to give in place of flags that there are not, but that people try.
   """
 
   def parse(argv):
     if help_text.is_asked(argv):
       sys.exit(_print_help(help_text.describe(main.__module__, description, argv, config)))
     try:
-      return parse_flags(argv, config)
+      return parse_flags(argv, config, hints or {})
     except (flags.Error, AttributeError, ValueError, OSError) as error:
       sys.exit(_line(error))
 
@@ -95,8 +98,10 @@ def _print_help(text: str) -> int:
 _OF_JAX = ("JaxRuntimeError", "XlaRuntimeError")
 
 
-def parse_flags(argv: list[str], config: str | None = None) -> list[str]:
-  """Parses the flags; `config` is that of `run`. Returns the words that are no flags.
+def parse_flags(
+  argv: list[str], config: str | None = None, hints: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
+  """Parses the flags; `config` and `hints` are those of `run`. Returns the words that are no flags.
 
   Raises flags.Error or ValueError, with the nearest name for an unknown flag or knob.
   """
@@ -110,6 +115,14 @@ def parse_flags(argv: list[str], config: str | None = None) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.UnrecognizedFlagError as error:
+    # People leave out the `config.` of a knob, and write - for _.
+    name = error.flagname.replace("-", "_")
+    if name in hints:
+      raise ValueError(f"there is no flag --{name}; {hints[name]}; --help shows all") from error
+    if "config" in flags.FLAGS and config_file.has_knob(flags.FLAGS["config"].value, name):
+      raise ValueError(
+        f"there is no flag --{name[:80]}; it is a knob of the config: --config.{name[:80]}=VALUE"
+      ) from error
     group, dot, knob = error.flagname.partition(".")
     near = difflib.get_close_matches(group, list(flags.FLAGS), 1, cutoff=0)[0]
     raise ValueError(

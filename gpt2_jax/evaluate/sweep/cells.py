@@ -156,6 +156,9 @@ def make_cell(model: SweptModel, task: SweptTask, datasets: Datasets, config: Co
     "stride": config.stride,
     "dtype": config.dtype,
   }
+  # A user's own task is another one when its file has been changed.
+  if task.task.program:
+    identity["program"] = task.task.program
   return Cell(model, task, identity)
 
 

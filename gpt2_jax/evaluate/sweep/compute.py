@@ -161,6 +161,14 @@ def _requested_tasks(config: ConfigDict) -> dict[str, SweptTask]:
   return requested
 
 
+def requested_sources(config: ConfigDict) -> list[sources.Source]:
+  """The sources of the config's tasks, with those of their examples."""
+  requested = []
+  for task in _requested_tasks(config).values():
+    requested += task.all_sources
+  return requested
+
+
 def check_knobs(config: ConfigDict) -> None:
   """Raises ValueError for a knob that is missing, of another type or out of range."""
   for name, knob in KNOBS.items():

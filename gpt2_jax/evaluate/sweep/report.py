@@ -4,14 +4,10 @@
 Nothing here depends on when or how fast a cell was computed: the same scores are the same bytes.
 """
 
-import functools
 import json
 import math
-import pathlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
-import matplotlib.figure
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -19,10 +15,11 @@ from gpt2_jax.evaluate import tasks
 from gpt2_jax.evaluate.sweep import bootstrap
 from gpt2_jax.evaluate.sweep.bootstrap import Difference
 from gpt2_jax.evaluate.sweep.cells import PLOTS, RESULTS, TABLE, Outcome, Sweep
+from gpt2_jax.evaluate.sweep.paper import paper, paper_scores
+from gpt2_jax.evaluate.sweep.plots import draw, metric_label
 from gpt2_jax.evaluate.task import Task
 from gpt2_jax.evaluate.tasks import natural_questions
-from gpt2_jax.files import atomic_write, local_path
-from gpt2_jax.sizes import SIZES
+from gpt2_jax.files import atomic_write, local_path, summarize
 
 NONE = "–"
 SAME_ITEMS = ("task", "protocol", "shots", "rows", "limit")  # of two identities that pair
@@ -32,15 +29,17 @@ SAME_ITEMS = ("task", "protocol", "shots", "rows", "limit")  # of two identities
 CellsByModel = Mapping[str, dict]
 
 
-def write(outcome: Outcome, out: str, config: ConfigDict, overlaps: Sequence[dict] = ()) -> str:
-  """Writes `out`/results.jsonl, table.md and plots/, and returns the table.
+def write(
+  outcome: Outcome, out: str, config: ConfigDict, overlaps: Sequence[dict] = ()
+) -> tuple[str, list[str]]:
+  """Writes `out`/results.jsonl, table.md and plots/; returns the table, and the names of the plots.
 
   `overlaps` are what contamination.read_overlap reads: clean and seen items then have scores of
   their own. An overlap that fits no cell is a line of the table.
   """
   # 1. The table. A section without lines is left out.
   sections = [
-    _heading(config),
+    _heading(config, outcome.cells),
     _score_table(outcome.cells),
     _difference_table(outcome.cells, config),
   ]
@@ -57,8 +56,7 @@ def write(outcome: Outcome, out: str, config: ConfigDict, overlaps: Sequence[dic
     # Those of the sweep before are kept until these are whole.
     with atomic_write(folder / name, overwrite=True) as partial:
       partial.write_text(text, encoding="utf-8")
-  _plot_all(outcome.cells, folder / PLOTS)
-  return table
+  return table, draw(_by_task(outcome.cells), folder / PLOTS)
 
 
 def task_listing(listed: Mapping[str, Mapping[str, Task]]) -> str:
@@ -71,29 +69,14 @@ def task_listing(listed: Mapping[str, Mapping[str, Task]]) -> str:
 
     # protocols may share a source
     for source in dict.fromkeys(task.source for task in protocols.values()):
-      files = ", ".join(source.files)
+      files = summarize(source.files, 2)
+      fetched = " (--download)" if source.downloads else ""
       tfds = f"; or TFDS {source.tfds}, {source.split}" if source.tfds else ""
-      lines.append(f"    data: {source.name}/ with {files} from {source.url}{tfds}")
+      lines.append(f"    data: {source.name}/ with {files} from {source.url}{fetched}{tfds}")
   return "\n".join(lines)
 
 
 # ---- the paper's figures
-
-
-@functools.cache
-def paper() -> dict:
-  """The figures of Radford et al. 2019: task, metric, place in the paper, and scores by size."""
-  return json.loads(pathlib.Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
-
-
-def paper_scores(task: str, protocol: str, metric: str) -> dict[str, float]:
-  """The paper's scores by size; empty if it has none, or came to it by another protocol."""
-  for entry in paper()["figures"]:
-    # an entry without protocols holds for all of the task
-    is_of_protocol = protocol in entry.get("protocols", [protocol])
-    if (entry["task"], entry["metric"]) == (task, metric) and is_of_protocol:
-      return entry["sizes"]
-  return {}
 
 
 def drift(score: dict, reference: float) -> float | None:
@@ -125,6 +108,9 @@ def _result(cell: dict) -> dict:
     reference = _paper_score(cell, name)
     if reference is not None:
       score = score | {"paper": reference, "drift": drift(score, reference)}
+    chance = _task(cell).chance.get(name)
+    if chance is not None:
+      score = score | {"chance": chance}
     result["metrics"][name] = score
 
   # Natural Questions alone has a confidence.
@@ -136,8 +122,11 @@ def _result(cell: dict) -> dict:
 # ---- the table of scores
 
 
-def _heading(config: ConfigDict) -> list[str]:
-  items = f"The first {config.limit:,} items of each task." if config.limit else "All items."
+def _heading(config: ConfigDict, cells: Sequence[dict]) -> list[str]:
+  items = "All items."
+  # A limit within which all items are is none.
+  if config.limit and any(cell["items"] < cell["of"] for cell in cells):
+    items = f"**The first {config.limit:,} items of each task, and no others.**"
   stride = config.stride or "the whole context"
   return [
     "# Zero-shot scores",
@@ -173,7 +162,7 @@ def _score_table(cells: Sequence[dict]) -> list[str]:
     items = _shared(map(_item_count, by_model.values()))
     truncated = _shared(f"{cell['truncated']:,}" for cell in by_model.values())
     for metric, score in _metrics(by_model).items():
-      row = [task_name, _metric_label(metric, score), items, truncated]
+      row = [task_name, metric_label(metric, score), items, truncated]
       for name in models:
         row += _entries(by_model.get(name), metric, name in in_paper)
       rows.append(row)
@@ -233,7 +222,7 @@ def _difference_table(cells: Sequence[dict], config: ConfigDict) -> list[str]:
 
     for metric, score in _metrics(by_model).items():
       entries = [_difference(pair.get(metric)) for pair in differences]
-      rows.append([task_name, _metric_label(metric, score), *entries])
+      rows.append([task_name, metric_label(metric, score), *entries])
 
   if not rows:
     return []
@@ -315,7 +304,7 @@ def _contamination_rows(
       scores = {name: _subset_scores(cell, mask, config) for name, cell in by_model.items()}
 
     for metric, score in _metrics(by_model).items():
-      row = [task_name, _metric_label(metric, score), part, f"{count:,}"]
+      row = [task_name, metric_label(metric, score), part, f"{count:,}"]
       for name in models:
         row.append(_interval(scores[name][metric]) if name in scores else NONE)
       rows.append(row)
@@ -374,17 +363,6 @@ def _metrics(by_model: CellsByModel) -> dict[str, dict]:
 # ---- how things are written
 
 
-def _metric_label(name: str, score: dict) -> str:
-  """The metric's name, its unit if that is not in the name, and which way is better."""
-  # perplexity has the unit "perplexity per word", and BLEU the unit "BLEU"
-  label, unit = name.replace("_", " "), score["unit"]
-  if unit.startswith(label):
-    label = unit
-  elif unit and unit.lower() != label:
-    label = f"{label} ({unit})"
-  return f"{label} {'↑' if score['higher'] else '↓'}"
-
-
 def _item_count(cell: dict) -> str:
   if cell["items"] < cell["of"]:
     return f"{cell['items']:,} of {cell['of']:,}"
@@ -427,92 +405,3 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str
     escaped = [entry.replace("|", r"\|") for entry in row]
     lines.append("| " + " | ".join(escaped) + " |")
   return [lines[0], "|" + "---|" * len(columns), *lines[1:]]
-
-
-# ---- plots
-
-
-def _plot_all(cells: Sequence[dict], folder: pathlib.Path) -> None:
-  """Draws each task's first metric, one PNG a curve.
-
-  Against the number of parameters of the models, and against the step of each run.
-  """
-  for task_name, by_model in _by_task(cells).items():
-    metric = next(iter(_metrics(by_model)))
-
-    # 1. Sizes. A run has one point, that of its last step.
-    in_order = sorted(by_model.items(), key=lambda item: item[1]["step"] or 0)
-    newest = {}
-    for name, cell in in_order:
-      newest[cell["run"] or name] = cell
-    by_size = sorted(newest.values(), key=lambda cell: cell["parameters"])
-    if len({cell["parameters"] for cell in by_size}) > 1:
-      _plot(by_size, "parameters", task_name, metric, folder)
-
-    # 2. Steps. One checkpoint is no curve.
-    runs = {}
-    for _, cell in in_order:
-      if cell["run"]:
-        runs.setdefault(cell["run"], []).append(cell)
-    for run, steps in runs.items():
-      if len(steps) > 1:
-        _plot(steps, "step", task_name, metric, folder, run)
-
-
-def _plot(
-  cells: Sequence[dict],
-  x: str,
-  task_name: str,
-  metric: str,
-  folder: pathlib.Path,
-  run: str = "",
-) -> None:
-  """Draws one curve with its intervals; `x` is parameters or step."""
-  figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
-  axes = figure.subplots()
-
-  # 1. The scores that are numbers. errorbar takes distances from the value, not ends.
-  scored = [cell for cell in cells if cell["metrics"][metric]["value"] is not None]
-  scores = [cell["metrics"][metric] for cell in scored]
-  distances = [
-    [_distance(score, "low") for score in scores],
-    [_distance(score, "high") for score in scores],
-  ]
-  axes.errorbar(
-    [cell[x] for cell in scored],
-    [score["value"] for score in scores],
-    distances,
-    marker="o",
-    capsize=3,
-    label=run or "95 % intervals",
-  )
-
-  # 2. The paper's curve, if there is a model of one of its sizes.
-  identity = cells[0]["identity"]
-  reference = paper_scores(identity["task"], identity["protocol"], metric)
-  if reference and x == "parameters" and any(cell["size"] for cell in cells):
-    sizes = [SIZES[name].n_params for name in reference]
-    axes.plot(sizes, list(reference.values()), "s--", mfc="none", color="0.4", label="the paper")
-
-  # 3. Scales and labels. Perplexity over size is nearly a power law, straight on logarithmic axes.
-  score = cells[0]["metrics"][metric]
-  if x == "parameters":
-    axes.set_xscale("log")
-  if score["unit"].startswith("perplexity"):
-    axes.set_yscale("log")
-  axes.set(xlabel=x, ylabel=_metric_label(metric, score), title=task_name)
-  axes.legend()
-
-  # The end of a run's path says more than its beginning, and a file's name has a length.
-  name = re.sub(r"[^\w.-]+", "_", f"{task_name}.{x}.{run[-80:]}").strip("_.")
-  with atomic_write(folder / f"{name}.png", overwrite=True) as partial:
-    figure.savefig(partial, dpi=120)
-
-
-def _distance(score: dict, end: str) -> float:
-  """How far an interval's end is from the score, on its side; 0 if there is no end."""
-  if score[end] is None:
-    return 0.0
-  if end == "low":
-    return max(0.0, score["value"] - score["low"])
-  return max(0.0, score["high"] - score["value"])

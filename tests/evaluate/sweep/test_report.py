@@ -12,7 +12,7 @@ from configs import zero_shot
 from gpt2_jax.evaluate import tasks
 from gpt2_jax.evaluate.metric import percent, perplexity
 from gpt2_jax.evaluate.sources import Source
-from gpt2_jax.evaluate.sweep import bootstrap, report
+from gpt2_jax.evaluate.sweep import bootstrap, paper, report
 from gpt2_jax.evaluate.sweep.cells import Outcome
 from gpt2_jax.evaluate.task import Task
 from gpt2_jax.sizes import SIZES
@@ -77,7 +77,9 @@ def cell(
 
 
 def write(tmp_path, config, cells, overlaps=(), failed=None, missing=None) -> str:
-  return report.write(Outcome(cells, failed or {}, missing or {}), str(tmp_path), config, overlaps)
+  outcome = Outcome(cells, failed or {}, missing or {})
+  table, _ = report.write(outcome, str(tmp_path), config, overlaps)
+  return table
 
 
 def entries(table: str, beginning: str) -> list[str]:
@@ -87,20 +89,20 @@ def entries(table: str, beginning: str) -> list[str]:
 
 
 def test_the_papers_figures_are_of_metrics_that_there_are():
-  assert "Radford et al. 2019" in report.paper()["source"]
-  for one in report.paper()["figures"]:
+  assert "Radford et al. 2019" in paper.paper()["source"]
+  for one in paper.paper()["figures"]:
     assert set(one["sizes"]) <= set(SIZES), one
     for protocol in one.get("protocols", tasks.TASKS[one["task"]]):
       assert one["metric"] in tasks.get(one["task"], protocol).metrics, one
 
 
 def test_the_papers_lambada_is_with_a_filter_where_there_is_one():
-  assert report.paper_scores("lambada", "stop_words", "accuracy")["1542M"] == 63.24
-  assert report.paper_scores("lambada", "last_word", "accuracy") == {"1542M": 52.66}
-  assert report.paper_scores("lambada", "last_word", "perplexity")["117M"] == 35.13
+  assert paper.paper_scores("lambada", "stop_words", "accuracy")["1542M"] == 63.24
+  assert paper.paper_scores("lambada", "last_word", "accuracy") == {"1542M": 52.66}
+  assert paper.paper_scores("lambada", "last_word", "perplexity")["117M"] == 35.13
   assert (
-    report.paper_scores("lambada", "last_word", "f1")
-    == report.paper_scores("piqa", "lm_eval", "accuracy")
+    paper.paper_scores("lambada", "last_word", "f1")
+    == paper.paper_scores("piqa", "lm_eval", "accuracy")
     == {}
   )
 
@@ -152,7 +154,9 @@ def test_counts_say_of_how_many_and_differ_where_models_do(tmp_path, config):
   ]
   assert "All items." in (tmp_path / "table.md").read_text()
   config.limit = 2
-  assert "The first 2 items of each task." in write(tmp_path, config, cells)
+  assert "The first 2 items of each task, and no others." in write(tmp_path, config, cells)
+  # one that all items are within is none
+  assert "All items." in write(tmp_path, config, [cell("a", [1, 0])])
 
 
 def test_a_cell_that_is_not_there_is_a_dash_and_has_its_reason(tmp_path, config):
@@ -261,15 +265,13 @@ def test_an_overlap_of_other_rows_splits_nothing_and_is_told(tmp_path, config, o
 
 
 def test_the_paper_is_beside_its_own_protocols_alone():
-  assert report.paper_scores("wikitext2", "invertible", "perplexity") and report.paper_scores(
+  assert paper.paper_scores("wikitext2", "invertible", "perplexity") and paper.paper_scores(
     "cbt_cn", "paper", "accuracy"
   )
   for task, protocol in (("wikitext2", "lm_eval"), ("ptb", "megatron"), ("lm1b", "raw")):
-    assert report.paper_scores(task, protocol, "perplexity") == {}
+    assert paper.paper_scores(task, protocol, "perplexity") == {}
   named = [
-    (one["task"], name)
-    for one in report.paper()["figures"]
-    for name in one.get("protocols", [None])
+    (one["task"], name) for one in paper.paper()["figures"] for name in one.get("protocols", [None])
   ]
   assert all(tasks.get(*pair) for pair in named), "no figure is of a protocol that there is not"
 
@@ -285,45 +287,6 @@ def test_confidence_is_told_beside_the_scores(tmp_path, config):
 
 def test_a_pipe_in_a_name_does_not_end_its_column(tmp_path, config):
   assert r"| a\|b |" in write(tmp_path, config, [cell("a|b", [1, 0])])
-
-
-def test_sizes_and_steps_are_drawn(tmp_path, config):
-  correct = np.arange(30) % 3 == 0
-  cells = [
-    cell(name, correct, size=name, parameters=n)
-    for name, n in (("117M", 124_000_000), ("345M", 355_000_000))
-  ]
-  cells += [cell(f"run@{n}", correct, run="run", step=n, parameters=1000) for n in (10, 20)]
-  write(tmp_path, config, cells)
-  drawn = sorted(path.name for path in (tmp_path / "plots").iterdir())
-  assert drawn == ["lambada_last_word_0.parameters.png", "lambada_last_word_0.step.run.png"]
-  assert all((tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in drawn)
-
-
-def test_one_size_and_one_step_are_no_curve(tmp_path, config):
-  write(tmp_path, config, [cell("a", [1, 0]), cell("b", [1, 0], run="run", step=3)])
-  assert not (tmp_path / "plots").exists()
-
-
-def test_points_and_the_papers_are_where_they_belong(tmp_path, config, monkeypatch):
-  drawn = []
-
-  def savefig(figure, path, **_):
-    drawn.append(figure.axes[0])
-    path.write_bytes(b"")
-
-  monkeypatch.setattr(report.matplotlib.figure.Figure, "savefig", savefig)
-  correct = np.arange(30) % 3 == 0
-  sizes = (("345M", 355_000_000), ("117M", 124_000_000), ("broken", 10))
-  cells = [cell(name, correct, protocol="stop_words", size=name, parameters=n) for name, n in sizes]
-  cells[-1]["metrics"]["accuracy"]["value"] = None
-  write(tmp_path, config, cells)
-  here, paper = (
-    next(line for line in drawn[0].lines if line.get_marker() == marker) for marker in "os"
-  )
-  np.testing.assert_allclose(here.get_xydata(), [[124e6, 100 / 3], [355e6, 100 / 3]])
-  np.testing.assert_allclose(paper.get_ydata(), [45.99, 55.48, 60.12, 63.24])
-  assert paper.get_xdata()[0] == 124_439_808
 
 
 def test_the_listing_has_every_protocol_and_where_its_data_come_from(config):
