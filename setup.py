@@ -87,7 +87,6 @@ setup(
     "wandb": ["wandb>=0.31"],  # config.wandb_project
     "harness": ["lm_eval>=0.4.13"],  # this project's models under lm-evaluation-harness
     "console": ["prompt_toolkit>=3.0.50", "rich>=14.0"],
-    "wandb": ["wandb>=0.20"],
     # What `make` installs.
     "docs": ["pdoc>=15.0"],
     "test": [

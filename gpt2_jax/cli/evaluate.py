@@ -37,6 +37,7 @@ of the sweep was lost: start the same command again on every host. `python launc
 the same command.
 """
 
+import pathlib
 import sys
 
 from absl import flags

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generates text with any GPT-2: a published name, a checkpoint of any format, or a run's workdir.
 
-python launch/sample.py --model=gpt2 --prompt='Once upon a time' --temperature=0.8 --top_k=40
-python launch/sample.py --model=runs/117M --step=best --samples=3 --n_new=200 --window=256
-python launch/sample.py --model=gpt2-xl --quantize=int8 --interactive
+gpt2-jax sample --model=gpt2 --prompt='Once upon a time' --temperature=0.8 --top_k=40
+gpt2-jax sample --model=runs/117M --step=best --samples=3 --n_new=200 --window=256
+gpt2-jax sample --model=gpt2-xl --quantize=int8 --interactive
 """
 
 import dataclasses
+import itertools
 import signal
 import sys
 
 from absl import flags
 
 from gpt2_jax.cli import shell
-from gpt2_jax.cli.console import Console, Settings, newlines
+from gpt2_jax.cli.console import Console, complete_line
+from gpt2_jax.cli.settings import Settings, newlines, shorten_to_context
+from gpt2_jax.cli.terminal import Terminal, open_terminal
 from gpt2_jax.files import user_path
 
 _MODEL = flags.DEFINE_string(
@@ -54,29 +57,13 @@ _SETTINGS = {
 }
 
 
-def settings() -> Settings:
-  """The settings of the flags."""
-  values = {name: flag.value for name, flag in _SETTINGS.items()}
-  return Settings(**values | {"stop": tuple(map(newlines, values["stop"]))})
-
-
-def _console(model, tokenizer) -> None:
-  # Bytes that are no UTF-8 make an error of their line, and not of the session. A second Ctrl-C
-  # does not end the session either: it has texts that nobody has saved.
-  if sys.stdin.encoding:
-    sys.stdin.reconfigure(errors="surrogateescape")
-  if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-  Console(model, tokenizer, settings()).run()
-
-
 def main() -> None:
   from gpt2_jax.convert.pretrained import load_pretrained
-  from gpt2_jax.decoding import complete, stream
   from gpt2_jax.sharding import make_mesh
 
   # 1. What cannot be is refused before anything is loaded.
-  generation = settings().generation()
+  settings = _settings()
+  settings.generation()
   if _INTERACTIVE.value and (_PROMPT.value or _SAMPLES.value > 1):
     raise ValueError(
       "--interactive reads prompts from the terminal, one text each; leave out --prompt, --samples"
@@ -99,20 +86,65 @@ def main() -> None:
 
   # 3. Generate: in a session, one text as it comes, or several when all of them are there.
   if _INTERACTIVE.value:
-    return _console(model, tokenizer)
-  prompts = _PROMPT.value or [""]
-  if len(prompts) * _SAMPLES.value == 1:
-    chunks = stream(model, tokenizer, prompts[0], generation=generation)
-    print(prompts[0], end="")
-    for chunk in chunks:
-      print(chunk, end="", flush=True)
-    return print()
+    _run_console(model, tokenizer, settings)
+  else:
+    _print_texts(model, tokenizer, settings)
 
-  generation = dataclasses.replace(generation, samples=_SAMPLES.value)
+
+def _settings() -> Settings:
+  """The settings of the flags."""
+  values = {name: flag.value for name, flag in _SETTINGS.items()}
+  return Settings(**values | {"stop": tuple(map(newlines, values["stop"]))})
+
+
+def _run_console(model, tokenizer, settings: Settings) -> None:
+  # Bytes that are no UTF-8 make an error of their line, and not of the session; so does what the
+  # terminal has no sign for.
+  if sys.stdin.encoding:
+    sys.stdin.reconfigure(errors="surrogateescape")
+  sys.stdout.reconfigure(errors="backslashreplace")
+
+  # A second Ctrl-C does not end the session either: it has texts that nobody has saved.
+  if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+  Console(model, tokenizer, settings, open_terminal(complete_line)).run()
+
+
+def _print_texts(model, tokenizer, settings: Settings) -> None:
+  from gpt2_jax.decoding import complete, for_inference, stream
+  from gpt2_jax.decoding.stream import encode_prompt
+
+  prompts = _PROMPT.value or [""]
+  generation = dataclasses.replace(settings.generation(), samples=_SAMPLES.value)
+  n_texts = len(prompts) * _SAMPLES.value
+  terminal, waiting = Terminal(sys.stdout), Terminal(sys.stderr)
+
+  # 1. The default number of tokens is for contexts that have room for it.
+  if not _SETTINGS["n_new"].present:
+    longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
+    generation, note = shorten_to_context(generation, longest, model.config.n_ctx)
+    if note:
+      waiting.write(note, "dim")
+
+  # 2. One text, as it comes. The prompt is dim on a terminal, and what the model added is not.
+  if n_texts == 1:
+    with waiting.waiting("compiling and reading the prompt"):
+      decoder = for_inference(model)
+      chunks = stream(decoder, tokenizer, prompts[0], generation=generation)
+      first = next(chunks, "")
+    terminal.write(prompts[0], "dim", end="")
+    for chunk in itertools.chain([first], chunks):
+      terminal.write(chunk, end="")
+    terminal.write()
+    return
+
+  # 3. Several, when all of them are there; `complete` says so if it takes a while.
   texts = complete(model, tokenizer, prompts, generation=generation)
   for row, text in enumerate(texts):
-    print("-" * 80)
-    print(prompts[row // _SAMPLES.value] + text)
+    terminal.write("-" * 80, "dim")
+    terminal.write(prompts[row // _SAMPLES.value], "dim", end="")
+    terminal.write(text)
 
 
 def run() -> None:

@@ -49,7 +49,7 @@ def complete(
   texts = [""] * (len(prompts) * generation.samples)
   with announce("generating; a new size is compiled first, about a minute for a large model"):
     chunks = _text_chunks(model, tokenizer, prompts, generation, in_one_call=not generation.stop)
-    for row, chunk in chunks:
+    for row, chunk, _ in chunks:
       texts[row] += chunk
 
   is_one_text = isinstance(prompt, str) and generation.samples == 1
@@ -71,10 +71,21 @@ def stream(
   No character is split, and no chunk holds the beginning of a stop string.
   """
   generation = make_generation(generation, n_new, sampler, options, default=Sample())
+  chunks = stream_counted(model, tokenizer, prompt, generation)
+  return (chunk for chunk, _ in chunks if chunk)
+
+
+def stream_counted(
+  model: GPT2 | InferenceModel, tokenizer: Tokenizer, prompt: str, generation: Generation
+) -> Iterator[tuple[str, int]]:
+  """Streams one text for those who measure tokens/s: pairs of a chunk and the tokens it took.
+
+  There is a pair for every call of the device; its chunk is empty while nothing is certain.
+  """
   if generation.samples != 1:
     raise ValueError(f"stream gives one text, not {generation.samples} samples; call stream_rows")
   chunks = _text_chunks(model, tokenizer, [prompt], generation, in_one_call=False)
-  return (chunk for _, chunk in chunks)
+  return ((chunk, n_tokens) for _, chunk, n_tokens in chunks)
 
 
 def stream_rows(
@@ -89,13 +100,14 @@ def stream_rows(
 ) -> Iterator[tuple[int, str]]:
   """Streams a batch of texts: pairs of a row, in the order of `complete`, and its next chunk."""
   generation = make_generation(generation, n_new, sampler, options, default=Sample())
-  return _text_chunks(model, tokenizer, prompts, generation, in_one_call=False)
+  chunks = _text_chunks(model, tokenizer, prompts, generation, in_one_call=False)
+  return ((row, chunk) for row, chunk, _ in chunks if chunk)
 
 
 def _text_chunks(
   model, tokenizer, prompts, generation: Generation, in_one_call: bool
-) -> Iterator[tuple[int, str]]:
-  """Reads the prompts now, and computes the chunks when they are asked for."""
+) -> Iterator[tuple[int, str, int]]:
+  """Reads the prompts now, and computes rows' chunks and their tokens when they are asked for."""
   # 1. Whatever is wrong is an error here, and not at the first chunk.
   if tokenizer is None:
     raise ValueError(
@@ -104,13 +116,11 @@ def _text_chunks(
     )
   if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
     raise ValueError("a prompt is a text; complete and stream_rows take several")
-  for prompt in prompts:
-    check_unicode(prompt, "the prompt")
   if generation.logprobs:
     raise ValueError("texts have no logprobs; call generate, which works on tokens")
 
   # 2. Prefill.
-  ids = [_encode(tokenizer, prompt) for prompt in prompts]
+  ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
   decoder = for_inference(model)
   generation = check_generation(decoder, ids, generation)
   if generation.eot is None:
@@ -126,7 +136,10 @@ def _text_chunks(
 
 
 def _advance_chunks(decoder, state, generation: Generation, live: dict, in_one_call: bool):
-  """Adds tokens in portions, and yields the text that they make certain, until no row is live."""
+  """Adds tokens in portions, until no row is live.
+
+  Yields, for each portion of a row, the text that it makes certain and its number of tokens.
+  """
   steps, made = iter(STEPS), 0
   while live:
     n = generation.n_new if in_one_call else min(next(steps, STEPS[-1]), generation.n_new - made)
@@ -137,13 +150,14 @@ def _advance_chunks(decoder, state, generation: Generation, live: dict, in_one_c
     for row, (decoder_of_row, stopper) in list(live.items()):
       last = rows[row].finished or made == generation.n_new
       chunk = stopper.push(decoder_of_row.push(rows[row].tokens, last), last)
-      if chunk:
-        yield row, chunk
+      yield row, chunk, len(rows[row].tokens)
       if last or stopper.stopped:
         del live[row]
 
 
-def _encode(tokenizer, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+  """The tokens of a prompt; `<|endoftext|>` for an empty one. Raises ValueError if it has none."""
+  check_unicode(prompt, "the prompt")
   ids = tokenizer.encode(prompt) or [tokenizer.eot]
   if ids == [None]:
     raise ValueError(

@@ -21,7 +21,7 @@ from gpt2_jax.decoding import (
   stream,
   stream_rows,
 )
-from gpt2_jax.decoding.stream import Stopper, StreamDecoder
+from gpt2_jax.decoding.stream import Stopper, StreamDecoder, stream_counted
 from gpt2_jax.model import ModelConfig
 from gpt2_jax.tokenizer import Characters, Gpt2Bpe, HuggingFace, SentencePiece, train_sentencepiece
 
@@ -265,6 +265,19 @@ def test_stop_strings_end_each_row(chars):
     assert expected != whole
     assert complete(chars, ALPHABET, prompts, 40, WILD, seed=1, stop=stop) == expected
     assert "".join(stream(chars, ALPHABET, prompts[0], 40, WILD, seed=1, stop=stop)) == expected[0]
+
+
+def test_counted_tokens_are_those_that_were_generated(speaker):
+  """Also where they are no text yet: tokens that are parts of characters."""
+  tokenizer = byte_level()
+  bias = LogitBias(dict.fromkeys(tokenizer.encode("🦊日"), 100.0))
+  model, sampler = speaker(tokenizer), Sample((bias,))
+  rows = generate(model, [tokenizer.encode("abc")], 40, sampler)
+  pairs = list(stream_counted(model, tokenizer, "abc", Generation(40, sampler)))
+  assert [n_tokens for _, n_tokens in pairs] == [1, 2, 4, 8, 16, 9]
+  assert "".join(chunk for chunk, _ in pairs) == tokenizer.decode(rows[0].tokens)
+  with pytest.raises(ValueError, match="one text, not 2 samples"):
+    stream_counted(model, tokenizer, "abc", Generation(40, sampler, samples=2))
 
 
 def test_what_follows_a_stop_string_is_not_computed(chars, monkeypatch):

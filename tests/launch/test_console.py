@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sessions at the terminal, with the lines that a person would type."""
 
+import io
 import string
 
 import pytest
 
-from gpt2_jax.cli.console import Console, Settings
-from gpt2_jax.decoding import Greedy, Sample, Temperature, TopK, complete
+from gpt2_jax.cli.console import Console, complete_line
+from gpt2_jax.cli.settings import Settings, shorten_to_context, slide_past_context
+from gpt2_jax.cli.terminal import Terminal
+from gpt2_jax.decoding import Greedy, Sample, SlidingWindow, Temperature, TopK, complete
 from gpt2_jax.model import ModelConfig
 from gpt2_jax.tokenizer import Characters
 
 ALPHABET = "".join(sorted(string.ascii_lowercase + " .\n/"))
+FEW = Settings(n_new=10)
 CONFIG = ModelConfig(
   n_vocab=len(ALPHABET), n_ctx=64, n_embd=16, n_head=4, n_layer=2, dtype="float32"
 )
@@ -22,29 +26,29 @@ def model(mesh, parameters, place):
     return place(CONFIG, parameters(CONFIG, scale=0.5))
 
 
+class Typed(Terminal):
+  """Lines that a person types; an exception stands for its key. The output is no terminal."""
+
+  def __init__(self, lines):
+    super().__init__(io.StringIO())
+    self.lines = iter(lines)
+
+  def read(self, prompt, status=""):
+    line = next(self.lines, EOFError())
+    if isinstance(line, BaseException):
+      raise line
+    return line
+
+
 @pytest.fixture
 def say(model):
-  """say(*lines): what a session with these lines writes, and the Console after it; an exception
-  stands for its key."""
+  """say(*lines): what a session with these lines writes, and the Console after it."""
 
-  def run(*lines):
-    typed, written = iter(lines), []
-
-    def read(prompt):
-      line = next(typed, EOFError())
-      if isinstance(line, BaseException):
-        raise line
-      return line
-
-    console = Console(
-      model,
-      Characters(ALPHABET),
-      Settings(n_new=10),
-      read,
-      lambda text="", end="\n", flush=False: written.append(text + end),
-    )
+  def run(*lines, settings=FEW, tokenizer=None):
+    terminal = Typed(lines)
+    console = Console(model, tokenizer or Characters(ALPHABET), settings, terminal)
     console.run()
-    return "".join(written), console
+    return terminal.output.getvalue(), console
 
   return run
 
@@ -104,16 +108,15 @@ def test_history_is_saved_and_nothing_is_overwritten(say, tmp_path):
   "line, answer",
   [
     ("/st top_k 3", "no command /st top_k 3; did you mean /set?"),
+    ("/temprature 0.5", "did you mean /temperature?"),
+    ("/top_k many", "top_k is a whole number, not 'many'"),
+    ("/top_k=0", "top-k of 0"),
     ("/set topk 3", "no setting 'topk'; there are n_new"),
     ("/set seeed 3", "did you mean seed?"),
     ("/set top_k 0", "top-k of 0"),
     ("/set top_k many", "top_k is a whole number, not 'many'"),
     ("/set top_k " + "9" * 5000, "top_k is a whole number, not '999"),
     ("/set n_new 0", "n_new is 0; it is from 1 to"),
-    (
-      "/set n_new 65",
-      "n_new of 65 exceeds the context of 64: set a smaller one, or first a window",
-    ),
     ("/set window 64", "leave nothing of a context of 64"),
     ("/set window 0", "stride 0"),
     ("/set seed -1", "a seed of -1 is not from 0 to 4294967295"),
@@ -134,7 +137,6 @@ def test_history_is_saved_and_nothing_is_overwritten(say, tmp_path):
     ("/set greedy perhaps", "greedy is true or false, not 'perhaps'"),
     ("/more", "there is no text yet"),
     ("Ä", "is none of the alphabet's"),
-    ("a" * 60, "exceed the context of 64"),
   ],
 )
 def test_an_error_is_one_line_and_the_session_goes_on(say, line, answer):
@@ -151,27 +153,86 @@ class Faulty(Characters):
     return {}[text] if text == "abc" else super().encode(text)
 
 
-def test_a_defect_is_one_line_and_the_texts_stay(model):
+def test_a_defect_is_one_line_and_the_texts_stay(say):
   """Whatever a library raises: the texts are nowhere else."""
-  lines, written = iter(["once upon", "abc", "/quit"]), []
-  console = Console(
-    model,
-    Faulty(ALPHABET),
-    Settings(n_new=10),
-    lambda prompt: next(lines),
-    lambda text="", **_: written.append(text),
-  )
-  console.run()
-  assert "error: KeyError: 'abc'" in written
+  text, console = say("once upon", "abc", "/quit", tokenizer=Faulty(ALPHABET))
+  assert "error: KeyError: 'abc'\n" in text
   assert [prompt for prompt, _ in console.texts] == ["once upon"]
 
 
-def test_settings_that_no_prompt_can_be_continued_with_are_said_at_once(model):
-  written = []
-  settings = Settings(n_new=65)
-  console = Console(model, Characters(ALPHABET), settings, lambda prompt: "/quit", written.append)
-  console.run()
-  assert [line for line in written if line.startswith("error: n_new of 65 exceeds")]
+def test_a_window_that_leaves_nothing_of_the_context_is_said_at_once(say):
+  text, _ = say("/quit", settings=Settings(window=64))
+  assert "error: stride 64 and keep 0 leave nothing of a context of 64" in text
+
+
+def test_past_the_context_the_text_slides_and_says_so(say, model):
+  """The default number of tokens is for any model, and a prompt may be of any length."""
+  text, console = say("once upon", "a" * 70, settings=Settings(n_new=62))
+  for prompt, added in console.texts:
+    expected = complete(model, Characters(ALPHABET), prompt, 62, window=SlidingWindow(32))
+    assert added == expected
+
+  notes = [row for row in text.splitlines() if row.startswith("note: ")]
+  assert [note.split(" tokens")[0] for note in notes] == ["note: 9 + 62", "note: 70 + 62"]
+  assert all("context of 64; the oldest 32 are forgotten at a time" in note for note in notes)
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_a_text_that_fits_just_so_does_not_slide_nor_does_a_chosen_window_change(window):
+  generation = Settings(n_new=62, window=window).generation()
+  assert slide_past_context(generation, 3, 64) == (generation, "")
+  assert (slide_past_context(generation, 4, 64) == (generation, "")) == (window is not None)
+
+
+@pytest.mark.parametrize("n_prompt, n_new, room", [(3, 62, None), (4, 62, 61), (64, 9, 1)])
+def test_a_default_is_shortened_to_the_room_behind_the_prompt(n_prompt, n_new, room):
+  generation, note = shorten_to_context(Settings(n_new=n_new).generation(), n_prompt, 64)
+  assert generation.n_new == (room or n_new)
+  assert note.startswith(f"note: {room} new tokens, since the context of 64") == bool(room)
+
+
+def test_a_default_is_not_shortened_where_there_is_no_room_or_a_window():
+  for settings, n_prompt in ((Settings(), 65), (Settings(window=8), 60)):
+    generation = settings.generation()
+    assert shorten_to_context(generation, n_prompt, 64) == (generation, "")
+
+
+def test_a_setting_is_a_command_of_its_own(say):
+  lines = ["/temperature 0.5", "/top_k=3", "/set seed=7", "/stop =\\n", "/n_new", "/min_p  none"]
+  text, console = say(*lines)
+  expected = Settings(n_new=10, temperature=0.5, top_k=3, seed=7, stop=("=\n",))
+  assert console.settings == expected
+  assert "  n_new        10         Tokens to add, at most.\n" in text
+  assert expected.differences() == "n_new 10 · temperature 0.5 · top_k 3 · stop '=\\n' · seed 7"
+
+
+@pytest.mark.parametrize(
+  "line, words",
+  [
+    ("/te", {"/temperature"}),
+    ("/s", {"/set", "/settings", "/save", "/stop", "/seed"}),
+    ("/set t", {"temperature", "top_k", "top_p", "typical"}),
+    ("/greedy ", {"true", "false"}),
+    ("/set greedy t", {"true"}),
+    ("/top_k=4", {"40"}),
+    ("once /te", set()),
+    ("/no_such ", set()),
+    ("/save {folder}/t", {"texts/", "two.txt"}),
+    ("/save {folder}/gone/t", set()),
+    ("/save ~nobody-has-this-name/", set()),
+    ("/save a\0b/", set()),
+  ],
+)
+def test_completion_of_commands_settings_values_and_files(tmp_path, line, words):
+  (tmp_path / "texts").mkdir()
+  (tmp_path / "two.txt").touch()
+  (tmp_path / "other").touch()
+  line = line.format(folder=tmp_path)
+  completed = list(complete_line(line))
+  assert {word for word, _, _ in completed} == words
+
+  # What is completed begins with what it replaces.
+  assert all(word.startswith(line[len(line) - n :]) for word, n, _ in completed)
 
 
 def test_ctrl_c_leaves_the_line_and_not_the_session(say):

@@ -142,6 +142,7 @@ SAMPLES = rows(
   "",
   [
     ("a text", None, f"{SAMPLE} --prompt=Once"),
+    ("the default of tokens on a short context", None, "--model=hf --prompt=Once"),
     ("texts of a run", None, "--model=run --n_new=4 --prompt=Once --prompt=Twice --samples=2"),
     *((name, says, ["--n_new=4", f"--model={path}"]) for name, says, path in FEW),
     ("no model", "--model", ""),
@@ -233,8 +234,8 @@ TYPED = [
   ("a file of nobody", "nobody_of_this_name", f"/save {NOBODY}/x"),
   ("a file in /proc", "/proc", "/save /proc/x"),
   ("a character that is none", "'ü'", "für"),
-  ("a prompt longer than the context", "32", "long " * 20),
-  ("a prompt of all of the context", "32", "x" * 32),
+  ("a prompt longer than the context", None, "long " * 20),
+  ("a prompt of all of the context", None, "x" * 32),
 ]
 CONSOLE = rows(
   "console",
