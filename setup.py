@@ -86,7 +86,7 @@ setup(
     "eval": ["rouge-score>=0.1.2", "sacrebleu>=2.6"],  # of summaries and translations
     "wandb": ["wandb>=0.31"],  # config.wandb_project
     "harness": ["lm_eval>=0.4.13"],  # this project's models under lm-evaluation-harness
-    "console": ["prompt_toolkit>=3.0.50", "rich>=14.0"],
+    "console": ["prompt_toolkit>=3.0.43"],  # gpt2-jax sample --interactive
     # What `make` installs.
     "docs": ["pdoc>=15.0"],
     "test": [
@@ -94,8 +94,7 @@ setup(
       "gcsfs>=2026.10.1",
       "rouge-score>=0.1.2",
       "sacrebleu>=2.6",
-      "prompt_toolkit>=3.0.50",
-      "rich>=14.0",
+      "prompt_toolkit>=3.0.43",
       "pytest>=9.0",
       "pytest-xdist>=3.8",
       "hypothesis>=6.170",

@@ -16,6 +16,8 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from typing import TextIO
 
+from gpt2_jax.files import announce
+
 # ANSI's numbers (SGR): they fit a dark screen and a light one.
 STYLES = {"dim": "2", "bold": "1", "error": "31"}
 RESET = "\033[0m"
@@ -62,9 +64,13 @@ class Terminal:
 
   @contextlib.contextmanager
   def waiting(self, what: str) -> Iterator[None]:
-    """Shows a spinner with `what` and the seconds while its body runs, on a terminal."""
+    """Shows a spinner with `what` and the seconds while its body runs.
+
+    Where there is no terminal, one line after three seconds.
+    """
     if not self.is_terminal:
-      yield
+      with announce(what):
+        yield
       return
 
     is_over = threading.Event()
