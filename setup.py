@@ -55,25 +55,29 @@ setup(
     "gpt2_jax.evaluate.tasks": ["blimp.sha256"],
   },
   entry_points={"console_scripts": ["gpt2-jax = gpt2_jax.cli.main:main"]},
+  # As low as the suite was run with: Google Colab's versions are among them, and stay when this is
+  # installed there (`make colab-check`). tqdm and matplotlib are used in ways that old ones have.
   install_requires=[
-    "jax>=0.10.2",
-    "flax>=0.12.8",
+    "jax>=0.7.2",
+    "flax>=0.11.2",
+    "numpy>=2.1",
     "optax>=0.2.8",
-    "orbax-checkpoint>=0.12.8",
+    "orbax-checkpoint>=0.12.4",
     "tensorflow-datasets>=4.9.10",
     "importlib_resources>=6.0",  # tensorflow-datasets imports it without asking for it
-    "tensorstore>=0.1.86",
+    "protobuf>=5.29",  # of tensorflow-datasets, whose own bound is too low for what it imports
+    "tensorstore>=0.1.85",
     "safetensors>=0.8",
-    "google-crc32c>=1.9",  # the checksums in OpenAI's checkpoints, at memory's speed
-    "huggingface_hub>=2.4",
-    "tokenizers>=0.23",
-    "sentencepiece>=0.2.3",
+    "google-crc32c>=1.8",  # the checksums in OpenAI's checkpoints, at memory's speed
+    "huggingface_hub>=1.27",
+    "tokenizers>=0.22.2",
+    "sentencepiece>=0.2.2",
     "ml-collections>=1.1.0",
     "grain>=0.2.18",
     "tiktoken>=0.14.0",
     "tensorboardX>=2.6.5",
-    "matplotlib>=3.11.2",
-    "tqdm>=4.70.1",
+    "matplotlib",
+    "tqdm",
   ],
   extras_require={
     # What machines and commands need. A command that lacks its extra names it in one line.

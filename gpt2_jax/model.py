@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.attention import self_attention
+from gpt2_jax.compat import bernoulli
 from gpt2_jax.linear import NO_CONTEXT, Dense, Linear, embedding_lookup, normal
 from gpt2_jax.sharding import check_divides, unshard
 from gpt2_jax.sizes import ModelConfig
@@ -53,7 +54,7 @@ def dropout(x, rate: float, key):
   """Dropout: zeros with probability `rate`, and the rest scaled up; `key` None is evaluation."""
   if key is None or rate == 0.0:
     return x
-  keep = jax.random.bernoulli(key, 1.0 - rate, x.shape, out_sharding=jax.typeof(x).sharding.spec)
+  keep = bernoulli(key, 1.0 - rate, x.shape, jax.typeof(x).sharding.spec)
   return jnp.where(keep, x / (1.0 - rate), 0.0)
 
 

@@ -14,6 +14,8 @@ from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gpt2_jax.compat import device_platform
+
 AXES = ("replica", "data", "model")
 ROWS = ("replica", "data")  # the axes that split a batch
 
@@ -86,7 +88,7 @@ def axis_size(*names: str) -> int:
 def platform() -> str:
   """What the mesh in force is made of: "tpu", "gpu" or "cpu"; without devices it is "cpu"."""
   device = jax.sharding.get_abstract_mesh().abstract_device
-  return device.platform if device else "cpu"
+  return device_platform(device) if device else "cpu"
 
 
 def check_divides(size: int, what: str, *names: str, way_out: str) -> None:

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from gpt2_jax.batch import Batch
+from gpt2_jax.compat import get_mesh
 from gpt2_jax.files import announce, user_path
 from gpt2_jax.finetune.trainable import merge, partition, trainable_mask
 from gpt2_jax.loss import NextToken, mean_loss, per_token
@@ -205,7 +206,7 @@ def train_loop(setup: Setup, jitted_step, objective) -> TrainState:
   config, metrics, stop = setup.config, setup.metrics, setup.stop
   state, step = setup.state, setup.first_step
   rows = config.batch_size // config.microbatches  # what fits at once
-  sharding = NamedSharding(jax.sharding.get_mesh(), P(None, *BATCH))
+  sharding = NamedSharding(get_mesh(), P(None, *BATCH))
   pending = signals = None  # the call whose metrics are not read yet; the newest call's signals
 
   setup.log.start_clock()

@@ -54,6 +54,7 @@ sys.path.append(
   str(pathlib.Path(__file__).parents[1])
 )  # where the package is not installed; configs and launch
 
+from gpt2_jax.compat import get_mesh  # noqa: E402
 from gpt2_jax.model import GPT2, ModelConfig, name_of  # noqa: E402
 from gpt2_jax.sharding import abstract_mesh, concrete, make_mesh  # noqa: E402
 from tests.fake_bucket import Bucket  # noqa: E402
@@ -115,9 +116,7 @@ def _parameters(config: ModelConfig, scale: float = 0.2, seed: int = 0) -> dict[
 def _place(config: ModelConfig, arrays: dict[str, np.ndarray]) -> GPT2:
   """The model on the mesh in force that holds `arrays`, with zeros where the mesh asks for
   padding."""
-  target = concrete(
-    jax.eval_shape(lambda: GPT2(config, jax.random.key(0))), jax.sharding.get_mesh()
-  )
+  target = concrete(jax.eval_shape(lambda: GPT2(config, jax.random.key(0))), get_mesh())
 
   def put(path, leaf):
     array = arrays[name_of(path)]
@@ -194,5 +193,5 @@ def tokens():
 def put():
   """put(array, spec): the array on the mesh in force."""
   return lambda array, spec: jax.device_put(
-    jnp.asarray(array), jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec)
+    jnp.asarray(np.asarray(array)), jax.sharding.NamedSharding(get_mesh(), spec)
   )

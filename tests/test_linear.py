@@ -16,6 +16,10 @@ from gpt2_jax.sharding import HIDDEN, RESIDUAL, ROWS
 
 B, T, IN, OUT = 8, 6, 16, 24
 
+# JAX 0.8.0 and older cannot run the TPU's form on a CPU, nor fuse the conversion of int8.
+old_cpu = pytest.mark.skipif(jax.__version_info__ < (0, 8, 1), reason="JAX 0.8.0 on a CPU")
+OTHER_FORM = pytest.param("tpu", marks=old_cpu)
+
 # What the model does: (stored, gathered, contract, spec of x, spec of y)
 KINDS = {
   "column": (P("data", "model"), P(None, "model"), 0, RESIDUAL, P(ROWS, None, "model")),
@@ -34,7 +38,7 @@ def relative(found, expected):
   return np.abs(np.asarray(found, np.float64) - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize("form", ["cpu", "tpu"])  # how it is written down for each, computed here
+@pytest.mark.parametrize("form", ["cpu", OTHER_FORM])  # how it is written for each, computed here
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
 def test_matmul_and_its_gradients_are_the_plain_product(form, kind, sizes, mesh, put, monkeypatch):
@@ -238,6 +242,7 @@ def test_matmul_takes_int8_for_the_values_it_stands_for(form, kind, sizes, mesh,
         assert (np.abs(np.asarray(y, np.float64) - expected).max(-1) <= once).all()
 
 
+@old_cpu
 def test_few_rows_read_int8_and_no_float_copy_of_it(mesh, put):
   """What makes decoding fast: as temporary memory, not even a bfloat16 weight."""
   with mesh(1, 1, 1):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.batch import Batch
@@ -326,7 +327,7 @@ def test_padded_vocabulary_is_never_counted(mesh, parameters, place, put, tokens
     quiet = loss(model, tokens_BT)
     loud = np.full((128, 24), 100, np.float32)
     loud[:97] = arrays["wte"]
-    model.wte.set_value(Dense(put(loud, P(("model", "data"), None)), outputs_are_rows=True))
+    model.wte = nnx.Param(Dense(put(loud, P(("model", "data"), None)), outputs_are_rows=True))
     assert loss(model, tokens_BT) == quiet
     uniform = loss(place(TINY, arrays | {"wte": np.zeros((97, 24))}), tokens_BT)
   assert float(uniform) == pytest.approx(

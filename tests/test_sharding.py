@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gpt2_jax.compat import get_mesh
 from gpt2_jax.sharding import (
   AXES,
   abstract_mesh,
@@ -102,8 +103,8 @@ def test_concrete_puts_abstract_shardings_on_devices(mesh):
   with mesh(2, 2, 2):
     spec = P("data", "model")
     abstract = jax.eval_shape(lambda: {"w": jnp.zeros((4, 6), jnp.bfloat16, out_sharding=spec)})
-    leaf = concrete(abstract, jax.sharding.get_mesh())["w"]
-    assert leaf.sharding == NamedSharding(jax.sharding.get_mesh(), spec)
+    leaf = concrete(abstract, get_mesh())["w"]
+    assert leaf.sharding == NamedSharding(get_mesh(), spec)
     assert (leaf.shape, leaf.dtype) == ((4, 6), jnp.bfloat16)
     assert jax.device_put(jnp.ones((4, 6)), leaf.sharding).addressable_shards[0].data.shape == (
       2,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax import train
@@ -213,13 +214,13 @@ def spoiled(state, put, name):
   if name == "a NaN in one weight":
     w = np.array(model.h.mlp.c_fc.w[...].array)
     w[1, 3, 5] = np.nan
-    model.h.mlp.c_fc.w.set_value(Dense(put(w, P(None, "data", "model"))))
+    model.h.mlp.c_fc.w = nnx.Param(Dense(put(w, P(None, "data", "model"))))
   elif name == "an infinity in one bias":
     b = np.array(model.h.attn.c_proj.b[...])
     b[0, 7] = np.inf
     model.h.attn.c_proj.b[...] = put(b, P(None, None))
   elif name == "a finite loss with gradients too large to be squared":
-    model.wte.set_value(jax.tree.map(jnp.zeros_like, model.wte[...]))
+    model.wte = nnx.Param(jax.tree.map(jnp.zeros_like, model.wte[...]))
     model.ln_f.g[...] = jnp.full_like(model.ln_f.g[...], 1e25)
   return dataclasses.replace(state, model=model)
 

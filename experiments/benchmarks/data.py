@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from configs import gpt2
 from experiments.benchmarks.rounds import random_tokens, tell
 from experiments.benchmarks.training import ADAMW, LEARNING_RATE
+from gpt2_jax.compat import get_mesh
 from gpt2_jax.data import Batches, encode_corpus
 from gpt2_jax.loss import NextToken
 from gpt2_jax.model import ModelConfig
@@ -47,7 +48,7 @@ def read_rate(store, rounds: int) -> list[float]:
   value a round."""
   B, T = DATA_BATCH
   calls = 16
-  sharding = NamedSharding(jax.sharding.get_mesh(), P(None, *BATCH))
+  sharding = NamedSharding(get_mesh(), P(None, *BATCH))
   rates = []
   for number in range(rounds):
     batches = Batches(store, T, B, seed=number)
@@ -155,7 +156,7 @@ def loop_overhead(store, rounds: int) -> dict:
     jax.random.key(0)
   )
   call = jax.jit(functools.partial(scan_steps, optimizer=optimizer), donate_argnums=0)
-  sharding = NamedSharding(jax.sharding.get_mesh(), P(None, *BATCH))
+  sharding = NamedSharding(get_mesh(), P(None, *BATCH))
   fixed = jax.device_put(random_tokens(1, 1, model.n_ctx + 1), sharding)
   state, _ = jax.block_until_ready(call(state, fixed))
   tell("loop: step ready")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The opponent of the benchmarks: transformers' GPT-2, and ours with the same random weights."""
 
-import jax
 import torch
 import transformers
 
+from gpt2_jax.compat import get_mesh
 from gpt2_jax.convert import names
 from gpt2_jax.convert.weights import Weights, to_model
 from gpt2_jax.model import GPT2, ModelConfig
@@ -51,4 +51,4 @@ def our_model(theirs, config: ModelConfig) -> GPT2:
     return tensors[names.translate_name(name, names.TORCH)].numpy()
 
   weights = Weights(config, read, None, "transformers")
-  return to_model(weights, jax.sharding.get_mesh(), config.dtype)
+  return to_model(weights, get_mesh(), config.dtype)

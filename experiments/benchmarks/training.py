@@ -19,6 +19,7 @@ from configs import shakespeare
 from experiments.benchmarks.opponent import our_model, their_model
 from experiments.benchmarks.rounds import Row, alternate, forget, random_tokens, tell
 from gpt2_jax.batch import Batch
+from gpt2_jax.compat import get_mesh
 from gpt2_jax.loss import NextToken
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.optimizer import adamw
@@ -41,7 +42,7 @@ def our_train(model: GPT2, tokens_BT) -> Callable[[], float]:
   state = TrainState(
     zero, jax.numpy.copy(zero), jax.numpy.copy(zero), model, jax.jit(optimizer.init)(model)
   )
-  batch = Batch(jax.device_put(tokens_BT, NamedSharding(jax.sharding.get_mesh(), BATCH)))
+  batch = Batch(jax.device_put(tokens_BT, NamedSharding(get_mesh(), BATCH)))
 
   def step():
     nonlocal state

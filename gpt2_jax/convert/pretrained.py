@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import gpt2_jax.quantization as quantization
+from gpt2_jax.compat import get_mesh
 from gpt2_jax.convert import hf, hub, llmc, nanogpt, openai
 from gpt2_jax.convert.safe_load import import_torch
 from gpt2_jax.convert.weights import (
@@ -82,7 +83,7 @@ def load_pretrained(
 
 def _default_mesh() -> jax.sharding.Mesh:
   """The mesh in force, or one over all devices."""
-  mesh = jax.sharding.get_mesh()
+  mesh = get_mesh()
   return make_mesh() if mesh.empty else mesh
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gpt2_jax.data.import_tfds import import_tfds
 from gpt2_jax.data.skipped import BadRecord, Skipped
 from gpt2_jax.files import first_line, user_path
 
@@ -45,8 +46,7 @@ class Documents(Sequence):
 
   @functools.cached_property
   def _records(self) -> Sequence[dict]:
-    import tensorflow_datasets as tfds
-
+    tfds = import_tfds()
     try:
       builder = tfds.builder_from_directory(self.folder)
     except Exception as error:
@@ -262,8 +262,7 @@ def _bound_to_characters(bound: str, total: int) -> int:
 
 
 def _open_builder(tfds_name: str, data_dir: str | None) -> "tfds.core.DatasetBuilder":
-  import tensorflow_datasets as tfds
-
+  tfds = import_tfds()
   data_dir = data_dir and user_path(data_dir)
   try:
     builder = tfds.builder(tfds_name, data_dir=data_dir)
@@ -321,8 +320,7 @@ def _opened(documents: Documents) -> Documents:
 
 
 def _unknown_name(tfds_name: str, data_dir: str | None) -> str:
-  import tensorflow_datasets as tfds
-
+  tfds = import_tfds()
   base = re.split("[/:]", tfds_name)[0]
   # Community datasets are left out: TFDS would fetch their list.
   names = tfds.list_builders(with_community_datasets=False)

@@ -17,8 +17,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 
-import tensorflow_datasets as tfds
-
+from gpt2_jax.data.import_tfds import import_tfds
 from gpt2_jax.data.skipped import BadRecord, Skipped
 from gpt2_jax.files import (
   file_lock,
@@ -29,6 +28,8 @@ from gpt2_jax.files import (
   summarize,
   user_path,
 )
+
+tfds = import_tfds()
 
 # A record is a protocol buffer: less than 2 GiB.
 MAX_BYTES = (1 << 31) - 1

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax.compat import categorical
+
 # The largest bias or penalty: sums and quotients of a few of them stay finite in float32.
 MAX_PENALTY = 1e9
 
@@ -346,7 +348,7 @@ class Sample:
     object.__setattr__(self, "filters", as_filters(self.filters))
 
   def __call__(self, key, logits_V, history=None):
-    return jax.random.categorical(key, apply_filters(self.filters, logits_V, history))
+    return categorical(key, apply_filters(self.filters, logits_V, history))
 
 
 def make_sampler(

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from gpt2_jax.compat import categorical, uniform
 from gpt2_jax.decoding.generation_config import Completion
 from gpt2_jax.decoding.kv_cache import (
   InferenceModel,
@@ -136,7 +137,7 @@ def draw_token(key, p_V, sampler: Greedy | Sample):
   # Greedy: all lies on one token, and random numbers for a vocabulary take their time.
   if isinstance(sampler, Greedy):
     return jnp.argmax(p_V).astype(jnp.int32)
-  return jax.random.categorical(key, jnp.log(p_V)).astype(jnp.int32)
+  return categorical(key, jnp.log(p_V)).astype(jnp.int32)
 
 
 def rejection_sample(key, p_TV, q_NV, draft_N, sampler: Greedy | Sample):
@@ -151,7 +152,7 @@ def rejection_sample(key, p_TV, q_NV, draft_N, sampler: Greedy | Sample):
   k_accept, k_draw = jax.random.split(key)
   p_N = jnp.take_along_axis(p_TV[:N], draft_N[:, None], axis=1)[:, 0]
   q_N = jnp.take_along_axis(q_NV, draft_N[:, None], axis=1)[:, 0]
-  accepted_N = jax.random.uniform(k_accept, (N,)) * q_N < p_N
+  accepted_N = uniform(k_accept, (N,)) * q_N < p_N
   n = jnp.cumprod(accepted_N.astype(jnp.int32)).sum()
 
   # 2. In place of the first that is rejected comes a draw from what p has more than q. After all of

@@ -208,7 +208,7 @@ class ProcessGroup(threading.Thread):
       # 1. What came with the first message of a link has not been handled yet.
       for process, link in list(self.links.items()):
         selector.register(link.connection, selectors.EVENT_READ, process)
-        self._handle(process, link.unread)
+        self._take(process, link.unread)
 
       while not (self.leaving and not self.links):
         # 2. Receive. Once the run is to end, look more often: its deadline is near.
@@ -237,7 +237,7 @@ class ProcessGroup(threading.Thread):
     """Receives from a process. Returns whether its link is still there."""
     link = self.links[process]
     try:
-      self._handle(process, link.receive())
+      self._take(process, link.receive())
     except OSError as error:
       del self.links[process]
       if not link.said_goodbye:
@@ -246,7 +246,7 @@ class ProcessGroup(threading.Thread):
       return False
     return True
 
-  def _handle(self, process: int, messages: list[list]):
+  def _take(self, process: int, messages: list[list]):
     for kind, *rest in messages:
       if kind == "bye":
         self.links[process].said_goodbye = True

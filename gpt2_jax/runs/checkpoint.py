@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 import gpt2_jax.distributed as distributed
+from gpt2_jax.compat import get_mesh
 from gpt2_jax.convert import names
 from gpt2_jax.data.zarr_files import tensorstore_reason
 from gpt2_jax.files import first_line, json_sha256, parse_json_object, summarize
@@ -328,7 +329,7 @@ class Checkpoints:
     is not the one that was saved; where the dtype is another, that is not checked.
     """
     # 1. The names of this checkpoint's format, and what each array is to become.
-    mesh = jax.sharding.get_mesh()
+    mesh = get_mesh()
     targets = concrete(abstract_state, mesh)
     with everywhere(f"the format of checkpoint {step}"):
       metadata, sums, is_sealed = self._read_header(step)

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 import gpt2_jax.distributed as distributed
 from gpt2_jax.chips import GIB
+from gpt2_jax.compat import get_mesh
 from gpt2_jax.files import first_line
 from gpt2_jax.kernels.choose import choose_attention
 from gpt2_jax.model import ModelConfig
@@ -69,7 +70,7 @@ def local_bytes(tree, mesh: Mesh) -> int:
 
 def memory_needs(config: ConfigDict, model_config: ModelConfig, abstract_state) -> dict[str, int]:
   """Bytes that an update needs at least on each device, by what they hold; on the mesh in force."""
-  mesh = jax.sharding.get_mesh()
+  mesh = get_mesh()
   state = concrete(abstract_state, mesh)
   item = jnp.dtype(model_config.dtype).itemsize
 
@@ -92,7 +93,7 @@ def memory_needs(config: ConfigDict, model_config: ModelConfig, abstract_state) 
 
 def device_memory() -> float:
   """Bytes of a device's memory, on the mesh in force; a CPU has its share of the machine's."""
-  devices = jax.sharding.get_mesh().local_devices
+  devices = get_mesh().local_devices
   device = devices[0]
   if device.platform != "cpu":
     return (device.memory_stats() or {}).get("bytes_limit", math.inf)

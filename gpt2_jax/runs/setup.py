@@ -11,6 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 import gpt2_jax.distributed as distributed
+from gpt2_jax.compat import get_mesh
 from gpt2_jax.data import Batches, TokenStore
 from gpt2_jax.data.batches import BatchSource, count_windows
 from gpt2_jax.data.stores import open_stores
@@ -78,7 +79,7 @@ def set_up(
 
   # 3. Where the run writes. From here on SIGTERM asks for a save: before, it ends at once. Metrics
   #    are closed before checkpoints, which wait for a save.
-  stop = resources.enter_context(StopSignal(jax.sharding.get_mesh()))
+  stop = resources.enter_context(StopSignal(get_mesh()))
   folder = resources.enter_context(Workdir(workdir))
   writers = resources.enter_context(contextlib.ExitStack())
   writers.callback(checkpoints.close)
@@ -171,7 +172,7 @@ def finish(setup: Setup, step: int):
 
 def log_start(metrics: Metrics, first_step: int, config: ConfigDict):
   """Says where the run computes, and from which step it resumes."""
-  mesh, processes, devices = jax.sharding.get_mesh(), jax.process_count(), jax.local_device_count()
+  mesh, processes, devices = get_mesh(), jax.process_count(), jax.local_device_count()
   metrics.say(
     f"{processes} process{'es' * (processes > 1)} x {devices} device{'s' * (devices > 1)} "
     f"({jax.devices()[0].device_kind}), mesh {tuple(mesh.shape.values())}"

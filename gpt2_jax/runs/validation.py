@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 
 import gpt2_jax.distributed as distributed
 from gpt2_jax.batch import Batch
+from gpt2_jax.compat import get_mesh
 from gpt2_jax.data import TokenStore, evaluation_batches
 from gpt2_jax.files import announce, progress
 from gpt2_jax.loss import cross_entropy
@@ -32,7 +33,7 @@ def validation_loss(
   model: GPT2, objective, store: TokenStore, batch_size: int, windows: int
 ) -> float:
   """Mean nats a token over the first `windows` windows of the store (0: all), in their order."""
-  sharding = NamedSharding(jax.sharding.get_mesh(), BATCH)
+  sharding = NamedSharding(get_mesh(), BATCH)
   batches = evaluation_batches(store, model.config.n_ctx, batch_size, sharding, windows or None)
   quiet = None if distributed.is_primary() else True  # None: where stderr is no terminal
   sums = []

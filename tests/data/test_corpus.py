@@ -13,13 +13,15 @@ import time
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2_jax.data import corpus, encode_corpus, local_files
+from gpt2_jax.data.import_tfds import import_tfds
 from gpt2_jax.data.skipped import Skipped
 from gpt2_jax.tokenizer import Characters
+
+tfds = import_tfds()
 
 TEXTS = {
   "a.txt": "first\r\nline\tand \0 \u2581\n",

@@ -6,6 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.decoding import (
@@ -211,7 +212,7 @@ def test_padding_of_the_vocabulary_is_never_predicted(mesh, weights, place, put,
       model = place(TINY, weights)
       loud = np.full((128, 16), 100, np.float32)
       loud[:97] = weights["wte"]
-      model.wte.set_value(Dense(put(loud, P(("model", "data"), None)), outputs_are_rows=True))
+      model.wte = nnx.Param(Dense(put(loud, P(("model", "data"), None)), outputs_are_rows=True))
     assert tokens_of(generate(model, prompts, N_NEW)) == greedy
 
 

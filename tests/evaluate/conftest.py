@@ -6,7 +6,10 @@ import pathlib
 from collections.abc import Iterable
 
 import pytest
-import tensorflow_datasets as tfds
+
+from gpt2_jax.data.import_tfds import import_tfds
+
+tfds = import_tfds()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.evaluate import loglikelihood
@@ -134,7 +135,7 @@ def test_padding_of_the_vocabulary_never_counts(mesh, weights, place, put, texts
       model = place(TINY, weights)
       loud = np.full((128, 16), 100, np.float32) * np.where(np.arange(128) % 2, 1, -1)[:, None]
       loud[:97] = weights["wte"]
-      model.wte.set_value(Dense(put(loud, P(("model", "data"), None)), outputs_are_rows=True))
+      model.wte = nnx.Param(Dense(put(loud, P(("model", "data"), None)), outputs_are_rows=True))
     check(score_rows(model, [score_last(*text) for text in texts], 8), wanted)
 
 

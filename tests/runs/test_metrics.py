@@ -52,7 +52,8 @@ def test_flops_per_token_are_those_of_an_unrolled_compile(mesh):
     tokens_BT = jax.ShapeDtypeStruct((2, 129), jnp.int32)
     compiled = (
       jax.jit(jax.value_and_grad(lambda m, t: mean_loss(NextToken(), m, Batch(t))[0]))
-      .lower(model, tokens_BT)
+      .trace(model, tokens_BT)
+      .lower(lowering_platforms=("cpu",))
       .compile()
     )
   attention = 12 * 2 * 128 * 256 / flops_per_token(config)
