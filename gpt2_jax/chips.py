@@ -288,11 +288,18 @@ def parse_accelerator(name: str) -> tuple[str, int]:
   return generation, number // chip.cores_per_chip
 
 
-def main(arguments: list[str]) -> int:
-  """Prints one line for launch/tpu_vm.sh: generation, type, runtime version, chips, cents.
+def hosts_of_slice(generation: str, chips: int) -> int:
+  """How many hosts a slice has as a TPU VM. One of 8 chips in two dimensions is a single host."""
+  if TPUS[generation].dimensions == 2 and chips == 8:
+    return 1
+  return max(1, chips // CHIPS_PER_HOST)
 
-  Chips are those of one slice, cents the list price of a chip-hour. Bad input is one line on stderr
-  and status 2.
+
+def main(arguments: list[str]) -> int:
+  """Prints one line for launch/tpu_vm.sh: generation, type, runtime version, chips, cents, hosts.
+
+  Chips and hosts are those of one slice, cents the list price of a chip-hour. Bad input is one line
+  on stderr and status 2.
   """
   if len(arguments) != 2 or arguments[0] != "accelerator":
     print("error: usage: chips.py accelerator TOPOLOGY", file=sys.stderr)
@@ -307,7 +314,9 @@ def main(arguments: list[str]) -> int:
   # Whole cents, since bash knows no fractions.
   chip = TPUS[generation]
   cents = round(100 * chip.usd_per_chip_hour)
-  print(generation, accelerator_type(generation, chips), chip.runtime_version, chips, cents)
+  name = accelerator_type(generation, chips)
+  hosts = hosts_of_slice(generation, chips)
+  print(generation, name, chip.runtime_version, chips, cents, hosts)
   return 0
 
 

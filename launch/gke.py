@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts training on a GKE cluster: fills in launch/gke.yaml (a JobSet) and hands it to kubectl.
+"""Starts training or an evaluation on a GKE cluster: fills in launch/gke.yaml (a JobSet) and hands
+it to kubectl.
 
   python launch/gke.py --name=gpt2-xl --topology=v5e:8x8 --spot \\
     --image=us-docker.pkg.dev/my-project/my-repo/gpt2_jax --workdir=gs://my-bucket/1542M \\
     -- --config=configs/gpt2.py:1542M
+  python launch/gke.py --name=zero-shot --topology=v5e:4x4 --image=... \\
+    -- evaluate --model=gs://my-bucket/1542M --task=lambada --out=gs://my-bucket/zero_shot
+
+After -- come a command of gpt2-jax and its flags; without its name it is train. train and evaluate
+run on any number of hosts as one run, the others where there is one host.
 
 --dry-run prints the commands and runs none: the manifest, and the same run by xpk. Needs nothing
 but Python's standard library.
 """
+
+from __future__ import annotations  # `str | None` in Python 3.9, which macOS has
 
 import os
 import sys
@@ -52,7 +60,7 @@ def make_parser() -> Parser:
   )
   parser.add_argument("--slices", type=int, default=1, help="over the data-center network")
   parser.add_argument("--image", required=True, help="made by launch/Dockerfile")
-  parser.add_argument("--workdir", required=True, help="gs://BUCKET/PATH")
+  parser.add_argument("--workdir", help="gs://BUCKET/PATH, of training")
 
   # How to run it.
   parser.add_argument("--spot", action="store_true", help="only on spot nodes")
@@ -69,7 +77,8 @@ def make_parser() -> Parser:
 def parse(arguments: list[str]) -> argparse.Namespace:
   """Parses and checks the command line.
 
-  `topology` of the answer is a chips.Topology; `flags` are those of train.py, --workdir included.
+  `topology` of the answer is a chips.Topology; `words` are the command and its flags, with
+  training's --workdir among them.
   """
   parser = make_parser()
   end = arguments.index("--") if "--" in arguments else len(arguments)
@@ -104,18 +113,55 @@ def parse(arguments: list[str]) -> argparse.Namespace:
       f"--slices={options.slices} has to be 1 or more, --restarts={options.restarts} 0 or more"
     )
 
-  if not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]+/[^\x00-\x1f]+", options.workdir):
-    parser.error(
-      f"--workdir={options.workdir!r} has to be gs://BUCKET/PATH: pods and their disks go"
-    )
   _check_words(parser, options, flags)
-  names = [flag.split("=")[0] for flag in flags]
-  if "--workdir" in names or not any(name.startswith("--config") for name in names):
-    parser.error(
-      "after -- come flags of launch/train.py: --config=... among them, --workdir before the --"
-    )
-  options.flags = [f"--workdir={options.workdir}", *flags]
+  options.words = _command(parser, options, flags)
   return options
+
+
+def _command(parser: Parser, options: argparse.Namespace, words: list[str]) -> list[str]:
+  """The command and its flags, as the pods run them: checked, with its name and --workdir."""
+  # 1. Its name.
+  command = "train"
+  if words and not words[0].startswith("-"):
+    command, *words = words
+  root = pathlib.Path(__file__).resolve().parents[1]
+  places = (root / "launch" / f"{command}.py", root / "gpt2_jax" / "cli" / f"{command}.py")
+  if not re.fullmatch("[a-z]+", command) or not all(map(os.path.exists, places)):
+    parser.error(
+      f"gpt2-jax has no command {command[:80]!r}; after -- comes train, evaluate, tokenize, "
+      "sample, convert, plan or contamination, and its flags"
+    )
+
+  # 2. Where it writes: pods and their disks go.
+  values = dict(word.partition("=")[::2] for word in words)
+  if command == "train":
+    _check_remote(parser, "--workdir", options.workdir)
+    if "--workdir" in values or not any(name.startswith("--config") for name in values):
+      parser.error(
+        "after -- come flags of training: --config=... among them, --workdir before the --"
+      )
+    return [command, f"--workdir={options.workdir}", *words]
+  if options.workdir is not None:
+    parser.error(f"--workdir is training's; flags of {command} come after --")
+  if command == "evaluate":
+    values.setdefault("--out", "")
+  for name in ("--out", "--to"):
+    if name in values:
+      _check_remote(parser, name, values[name])
+
+  # 3. On how many hosts.
+  hosts = options.topology.chips // chips.CHIPS_PER_HOST * options.slices
+  if hosts > 1 and command != "evaluate":
+    parser.error(
+      f"{command} runs on one host, and {options.slices} x {options.topology.name} is {hosts}; "
+      "take one of 4 chips. train and evaluate run on many"
+    )
+  return [command, *words]
+
+
+def _check_remote(parser: Parser, name: str, path: str | None) -> None:
+  if not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]+/[^\x00-\x1f]+", path or ""):
+    parser.error(f"{name}={path or ''!r} has to be gs://BUCKET/PATH: pods and their disks go")
 
 
 def _check_words(parser: Parser, options: argparse.Namespace, flags: list[str]) -> None:
@@ -125,7 +171,7 @@ def _check_words(parser: Parser, options: argparse.Namespace, flags: list[str]) 
       f"--image={options.image!r} is no image's name; "
       "one looks like us-docker.pkg.dev/PROJECT/REPOSITORY/gpt2_jax"
     )
-  for word in (*flags, options.workdir, options.cluster):
+  for word in (*flags, options.workdir or "", options.cluster):
     try:
       word.encode()
     except UnicodeEncodeError:
@@ -148,7 +194,7 @@ def manifest(options: argparse.Namespace) -> str:
     "ACCELERATOR": topology.chip.gke_accelerator,
     "TOPOLOGY": topology.name.removeprefix(f"{topology.generation}:"),
     "IMAGE": options.image,
-    "FLAGS": options.flags,
+    "WORDS": options.words,
     "CHIPS": chips.CHIPS_PER_HOST,
   }
   # JSON is YAML: whatever a flag holds, it stays one value. Only the body is filled in, since the
@@ -174,7 +220,7 @@ def follow_up_commands(options: argparse.Namespace) -> list[list[str]]:
 def xpk_command(options: argparse.Namespace) -> list[str]:
   """The same run by xpk, on a cluster that xpk made."""
   topology = options.topology
-  # 1 is a crash; 75 a lost host, or training that was stopped and saved.
+  # 1 is a crash of training; 75 a lost host, or a command that was stopped and can resume.
   flags = {
     "cluster": options.cluster,
     "workload": options.name,
@@ -183,7 +229,7 @@ def xpk_command(options: argparse.Namespace) -> list[str]:
     "docker-image": options.image,
     "max-restarts": options.restarts,
     "restart-on-exit-codes": "1,75",
-    "command": shlex.join(["bash", "launch/worker.sh", "run", *options.flags]),
+    "command": shlex.join(["bash", "launch/worker.sh", "run", *options.words]),
   }
   return ["xpk", "workload", "create", *(f"--{key}={value}" for key, value in flags.items())]
 

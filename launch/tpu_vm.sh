@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Trains on Cloud TPU VMs (queued resources): creates the machine, installs, trains, resumes after
-# preemption, deletes the machine. See launch/README.md, or --help.
+# Trains or evaluates on Cloud TPU VMs (queued resources): creates the machine, installs, runs the
+# command, starts it again after preemption, deletes the machine. See launch/README.md, or --help.
 # Written for bash 3.2 and later, as macOS has it.
 set -euo pipefail
 
@@ -15,41 +15,49 @@ KEEP_ALIVE='-o ServerAliveInterval=15 -o ServerAliveCountMax=4'
 
 usage() {
   cat <<'EOF'
-usage: launch/tpu_vm.sh VERB --project=ID --zone=ZONE [options] [-- flags of launch/train.py]
+usage: launch/tpu_vm.sh VERB [NAME] --project=ID --zone=ZONE [options] [-- [COMMAND] FLAGS]
 
-  train   all of it: create the machine, wait, install, train, follow the log, delete the machine;
-          after a preemption or a lost host it starts again and training resumes
+  train   all of it: create the machine, wait, install, run the command, follow its log, delete the
+          machine; after a preemption or a lost host it starts again, and the command resumes
   up      create the machine and wait until it is there
-  run     copy this tree to every worker, install it, start training, detached from this terminal
-  logs    follow the log of worker 0 until training ends
-  status  the state of the machine and of training on each worker
-  stop    stop training on every worker with its step saved; the machine stays
+  run     copy this tree to every worker, install it, start the command, detached from this terminal
+  logs    follow the log of worker 0 until the command ends
+  status  the state of the machine and of the command on each worker
+  stop    stop the command on every worker, training with its step saved; the machine stays
   down    delete the machine; nothing happens if there is none
+
+After -- come a command of gpt2-jax and its flags, as they are typed elsewhere. Without its name it
+is `train`. `train` and `evaluate` run on any number of hosts as one run, and resume from gs://; the
+others (tokenize, convert, sample, ...) run where there is one host.
 
   --project=ID         Google Cloud project
   --zone=ZONE          us-west4-a, say; the bucket should be in its region
   --topology=TYPE      v5e-64, v6e-64 (chips), v4-128, v5p-64 (cores, two a chip);
                        or plan.py's form, v5e:8x8, v4:4x4x4
-  --workdir=gs://...   where checkpoints and metrics go (train, run)
+  --workdir=gs://...   where checkpoints and metrics of training go
   --slices=N           N such machines as one, over the data-center network (1)
   --spot               cheaper, and may be preempted at any time; the default is on demand
-  --name=NAME          tells machines of one project apart (your user name);
+  --name=NAME          as NAME after the verb: tells machines of one project apart (your user name);
                        the machine is gpt2-jax-NAME
-  --retries=N          restarts in a row without a newer checkpoint before `train` gives up (5)
+  --retries=N          restarts in a row without a newer checkpoint, or without another finished
+                       cell of an evaluation, before `train` gives up (5)
   --wait_hours=N       how long to wait in the queue for the machine (24)
   --keep               `train` does not delete the machine at its end
   --service_account=EMAIL, --network=NAME, --subnetwork=NAME, --runtime_version=NAME
                        passed to gcloud
   --dry-run            print the commands, ready to paste, and run none
 
-`train` may be interrupted (Ctrl-C) and started again: it finds the machine and the training as they
-are. At its end it deletes the machine, however training ended, unless --keep was given or `stop`
+`train` may be interrupted (Ctrl-C) and started again: it finds the machine and the command as they
+are. At its end it deletes the machine, however the command ended, unless --keep was given or `stop`
 stopped it; the other verbs only do their part.
-Exit status: 0 done, 1 gave up, 2 bad input (training's own included), 3 quota, 130 interrupted.
+Exit status: 0 done, 1 gave up, 2 bad input (the command's own included) or a part of the work that
+could not be done, 3 quota, 130 interrupted.
 
   launch/tpu_vm.sh train --project=my-project --zone=us-west4-a --topology=v5e-64 --spot \
     --workdir=gs://my-bucket/1542M -- --config=configs/gpt2.py:1542M \
     --config.data.train=gs://my-bucket/train --config.data.validation=gs://my-bucket/validation
+  launch/tpu_vm.sh run my-name --project=my-project --zone=us-west4-a -- evaluate \
+    --model=gs://my-bucket/1542M --task=lambada --out=gs://my-bucket/zero_shot
 EOF
 }
 
@@ -65,14 +73,14 @@ is_integer() { case "$1" in '' | *[!0-9]* | 0[0-9]*) return 1 ;; esac; }
 # ---- Input
 
 read_flags() {
-  verb='' project='' zone='' topology='' workdir=''
+  verb='' project='' zone='' topology='' workdir='' job=train out=''
   slices=1 spot='' retries=5 wait_hours=24 keep='' dry_run=''
   name=$(id -un | tr '[:upper:]' '[:lower:]' | tr -c 'a-z0-9\n' -)
   service_account='' network='' subnetwork='' runtime_version=''
-  train_flags=()
+  command_flags=()
   while [ $# -gt 0 ]; do
     case "$1" in
-      --) shift; train_flags=("$@"); break ;;
+      --) shift; command_flags=("$@"); break ;;
       -h | --help | help) usage; exit 0 ;;
       --project=* | --zone=* | --topology=* | --workdir=* | --slices=* | --name=* | \
         --retries=* | --wait_hours=* | \
@@ -82,9 +90,12 @@ read_flags() {
       --spot) spot=yes ;;
       --keep) keep=yes ;;
       --dry-run | --dry_run) dry_run=yes ;;
-      -*) refuse "$1 is not a flag of tpu_vm.sh; flags of launch/train.py come after --;" \
+      -*) refuse "$1 is not a flag of tpu_vm.sh; those of the command come after --;" \
         "--help shows all" ;;
-      *) [ -z "$verb" ] || refuse "one verb at a time: $verb or $1"; verb="$1" ;;
+      train | up | run | logs | status | stop | down)
+        [ -z "$verb" ] || refuse "one verb at a time: $verb or $1"
+        verb="$1" ;;
+      *) if [ -z "$verb" ]; then verb="$1"; else name="$1"; fi ;;
     esac
     shift
   done
@@ -112,8 +123,8 @@ check_input() {
   generation='' chips='' cents=''
   case "$verb" in train | up) read_topology ;; *) [ -z "$topology" ] || read_topology ;; esac
   case "$verb" in
-    train | run) check_training ;;
-    *) [ ${#train_flags[@]} -eq 0 ] || refuse "only train and run take flags after --" ;;
+    train | run) check_command ;;
+    *) [ ${#command_flags[@]} -eq 0 ] || refuse "only train and run take flags after --" ;;
   esac
   [ -z "$dry_run" ] || return 0
   command -v gcloud >/dev/null ||
@@ -135,13 +146,34 @@ check_key() {
   esac
 }
 
+# Sets job, the command's name, and command_flags, which begin with it.
+check_command() {
+  job=train
+  case "${command_flags[0]:-}" in
+    -* | '') ;;
+    *) set -- "${command_flags[@]}"; job="$1"; shift; command_flags=(${1+"$@"}) ;;
+  esac
+  [[ "$job" =~ ^[a-z]+$ && -e "$ROOT/launch/$job.py" && -e "$ROOT/gpt2_jax/cli/$job.py" ]] ||
+    refuse "gpt2-jax has no command '$job'; after -- comes train, evaluate, tokenize, sample," \
+      "convert, plan or contamination, and its flags"
+  case "$job" in
+    train) check_training ;;
+    evaluate) check_evaluation ;;
+    *) check_other ;;
+  esac
+  command_flags=("$job" ${command_flags[@]+"${command_flags[@]}"})
+  git -C "$ROOT" rev-parse --quiet --verify HEAD >/dev/null 2>&1 ||
+    refuse "$ROOT is no git checkout; the machine gets what git archive makes of one"
+}
+
+GS_PATH='^gs://[a-z0-9][a-z0-9._-]+/[^][:cntrl:]*?[]+$'
+
 check_training() {
-  local form='^gs://[a-z0-9][a-z0-9._-]+/[^][:cntrl:]*?[]+$'
-  [[ "$workdir" =~ $form ]] ||
+  [[ "$workdir" =~ $GS_PATH ]] ||
     refuse "--workdir='$workdir' has to be gs://BUCKET/PATH: machines and their disks go," \
       "and every worker writes there"
   local flag config=''
-  for flag in ${train_flags[@]+"${train_flags[@]}"}; do
+  for flag in ${command_flags[@]+"${command_flags[@]}"}; do
     case "$flag" in
       --workdir | --workdir=*) refuse "give --workdir before the --, to tpu_vm.sh" ;;
       --config | --config=*) config=yes ;;
@@ -149,18 +181,51 @@ check_training() {
   done
   [ -n "$config" ] ||
     refuse "no --config=... after --; for instance: -- --config=configs/gpt2.py:1542M"
-  train_flags=("--workdir=$workdir" "${train_flags[@]}")
-  git -C "$ROOT" rev-parse --quiet --verify HEAD >/dev/null 2>&1 ||
-    refuse "$ROOT is no git checkout; the machine gets what git archive makes of one"
+  command_flags=("--workdir=$workdir" "${command_flags[@]}")
 }
 
-# Sets generation, accelerator (Google's type), runtime_version, chips (of one slice) and cents (the
-# list price of a chip-hour), as the table in gpt2_jax/chips.py has them.
+# Sets `out`, where its cells are counted.
+check_evaluation() {
+  local flag
+  out=''
+  for flag in ${command_flags[@]+"${command_flags[@]}"}; do
+    case "$flag" in --out=*) out="${flag#--out=}" ;; esac
+  done
+  [[ "$out" =~ $GS_PATH ]] ||
+    refuse "evaluate's --out='$out' has to be gs://BUCKET/PATH: machines and their disks go," \
+      "and every worker writes there"
+  [ -z "$workdir" ] || refuse "--workdir is training's; flags of evaluate come after --"
+}
+
+check_other() {
+  local flag
+  [ -z "$workdir" ] || refuse "--workdir is training's; flags of $job come after --"
+  [ -z "$chips" ] || must_have_one_host
+  [ "$verb" = train ] && [ -z "$keep" ] || return 0
+  for flag in ${command_flags[@]+"${command_flags[@]}"}; do
+    case "$flag" in
+      --out=gs://* | --to=gs://*) ;;
+      --out=* | --to=*)
+        refuse "$flag is on the machine, which is deleted at the end; give gs://BUCKET/PATH, or" \
+          "--keep" ;;
+    esac
+  done
+}
+
+must_have_one_host() {
+  case "$job" in train | evaluate) return 0 ;; esac
+  [ $((hosts * slices)) -eq 1 ] ||
+    refuse "$job runs on one host, and $slices x $accelerator is $((hosts * slices)) hosts; take" \
+      "one of 4 chips, or a machine without TPUs. train and evaluate run on many"
+}
+
+# Sets generation, accelerator (Google's type), runtime_version, chips and hosts (of one slice) and
+# cents (the list price of a chip-hour), as the table in gpt2_jax/chips.py has them.
 read_topology() {
   local answer default_runtime
   command -v python3 >/dev/null || refuse "no python3 on the PATH, which reads gpt2_jax/chips.py"
   answer=$(python3 -I "$ROOT/gpt2_jax/chips.py" accelerator "$topology") || exit 2
-  read -r generation accelerator default_runtime chips cents <<<"$answer"
+  read -r generation accelerator default_runtime chips cents hosts <<<"$answer"
   runtime_version="${runtime_version:-$default_runtime}"
 }
 
@@ -231,7 +296,7 @@ STATE="if [ -d gpt2_jax ]; then $WORKER state; else echo @worker \$(hostname) no
 
 to_start() {
   local line="$WORKER start" word flag
-  for flag in "${train_flags[@]}"; do
+  for flag in "${command_flags[@]}"; do
     printf -v word '%q' "$flag"
     line="$line $word"
   done
@@ -309,6 +374,18 @@ nodes_ready() {
 back_off() { # POLL seconds, doubled each time, 32 of them at most
   local count=$((1 << ($1 < 6 ? $1 - 1 : 5))) i
   for ((i = 0; i < count; i++)); do sleep "$POLL"; done
+}
+
+# How far the command is, by what lies on gs://: training's newest checkpoint, an evaluation's
+# finished cells; 0 if there is none, and for other commands.
+progress() {
+  case "$job" in
+    train) newest_checkpoint ;;
+    evaluate)
+      gcloud storage ls "$out/cells/" "--project=$project" 2>/dev/null |
+        grep -c '\.json$' || true ;;
+    *) echo 0 ;;
+  esac
 }
 
 newest_checkpoint() { # its step, 0 if there is none
@@ -442,7 +519,7 @@ down() {
   say "$machine is deleted"
 }
 
-# ---- Training
+# ---- The command
 
 # Copies and installs on all workers; one retry, since new machines may not be reachable at once.
 prepare() {
@@ -467,6 +544,8 @@ prepare() {
   return 1
 }
 
+what() { if [ "$job" = train ]; then echo training; else echo "$job"; fi; }
+
 start() {
   local refusal
   to_start
@@ -478,12 +557,12 @@ start() {
     last_lines
     return 1
   fi
-  say "training runs on every worker"
+  say "$(what) runs on every worker"
 }
 
 follow() {
   to_ssh 0 "$WORKER follow"
-  "${command[@]}" 2>"$output" || true # every worker is asked afterwards how training ended
+  "${command[@]}" 2>"$output" || true # every worker is asked afterwards how it ended
 }
 
 # Sets workers to the @worker lines of all of them. Status 1 if one cannot be reached.
@@ -511,8 +590,8 @@ query_outcome() {
   fi
 }
 
-# Follows until training has ended on all workers. Once it has on one, the others have EXIT_TIMEOUT
-# seconds to notice; then they are stopped.
+# Follows until the command has ended on all workers. Once it has on one, the others have
+# EXIT_TIMEOUT seconds to notice; then they are stopped.
 follow_to_end() {
   local end=''
   while :; do
@@ -534,13 +613,13 @@ follow_to_end() {
   done
 }
 
-# Leaves a running training alone: no new code under a process, and no second training.
+# Leaves a running command alone: no new code under a process, and no second command.
 attach() {
   query_outcome
   case "$outcome" in
     none | unreachable) ;;
-    running) say "$machine trains already"; installed=yes ;;
-    *) say "the last training on $machine: $(first_worker '.*')" ;;
+    running) say "$machine is at work already"; installed=yes ;;
+    *) say "the last command on $machine: $(first_worker '.*')" ;;
   esac
 }
 
@@ -569,25 +648,32 @@ train() {
   while :; do
     attempt
     case "$outcome" in
-      finished) say "training is done: $workdir"; finish 0 ;;
-      stopped) say "training was stopped as asked: $(first_worker stopped)"; leave_in_place 0 ;;
+      finished) say "$(what) is done: ${workdir:-${out:-see above}}"; finish 0 ;;
+      stopped) say "$(what) was stopped as asked: $(first_worker stopped)"; leave_in_place 0 ;;
       refused)
-        say "training refused its input, see above; not tried again ($(first_worker 'ended 2$'))"
+        say "$(what) refused its input, or a part could not be done, see above; not tried again" \
+          "($(first_worker 'ended 2$'))"
         finish 2 ;;
-      retry) say "training ended early: $(first_worker 'ended [1-9]|lost')" ;;
+      retry) say "$(what) ended early: $(first_worker 'ended [1-9]|lost')" ;;
       none) installed='' ;;
       *) say "$machine, or one of its workers, cannot be reached" ;;
     esac
 
-    # Only ends without a newer checkpoint count: a long run may be preempted any number of times.
-    step=$(newest_checkpoint)
+    # Only ends without progress count: a long run may be preempted any number of times.
+    step=$(progress)
     failures=$((step > newest ? 1 : failures + 1))
     newest=$((step > newest ? step : newest))
     if [ "$failures" -gt "$retries" ]; then
-      say "$failures ends in a row without a checkpoint after step $newest; gave up"
+      case "$job" in
+        train) say "$failures ends in a row without a checkpoint after step $newest; gave up" ;;
+        *) say "$failures ends in a row, and $newest finished cells; gave up" ;;
+      esac
       finish 1
     fi
-    say "resuming from the newest checkpoint (step $newest), try $failures of $retries"
+    case "$job" in
+      train) say "resuming from the newest checkpoint (step $newest), try $failures of $retries" ;;
+      *) say "starting $job again ($newest finished cells), try $failures of $retries" ;;
+    esac
     back_off "$failures"
     ensure_machine
   done
@@ -611,7 +697,7 @@ leave_in_place() {
 interrupted() {
   trap '' INT TERM HUP
   echo >&2
-  say "interrupted. Training, if it runs, continues; the same command follows it again"
+  say "interrupted. What runs on the machine continues; the same command follows it again"
   leave_in_place 130
 }
 
@@ -672,13 +758,13 @@ dry_run() {
     echo "# Copy the tracked files, changes included, to every worker; install"; show_pack
     to_copy /tmp/gpt2_jax.tar.gz; show
     to_ssh all "$INSTALL"; show
-    echo "# Train on every worker, detached; again after a preemption or a lost host"
+    echo "# Run $job on every worker, detached; again after a preemption or a lost host"
     to_start; show ;;
   esac
   case "$verb" in train | logs) echo "# Follow worker 0"; to_ssh 0 "$WORKER follow"; show ;; esac
   case "$verb" in status) to_describe state.state; show ;; esac
   case "$verb" in train | status)
-    echo "# The state of training on every worker"; to_ssh all "$STATE"; show ;;
+    echo "# The state of the command on every worker"; to_ssh all "$STATE"; show ;;
   esac
   case "$verb" in stop) to_ssh all "$WORKER stop"; show ;; esac
   case "$verb" in train | down) echo "# Delete it"; to_delete; show ;; esac
@@ -702,6 +788,7 @@ case "$verb" in
   up) ensure_machine ;;
   run)
     must_be_active
+    must_have_one_host
     attach
     { [ -n "$installed" ] || prepare; } && start || exit $? ;;
   logs) must_be_active; follow ;;

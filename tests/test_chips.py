@@ -71,11 +71,17 @@ def test_an_accelerator_type_by_its_name_or_by_its_default_shape():
   assert chips.accelerator_type("v4", 64) == "v4-128"
 
 
+def test_hosts_of_a_slice():
+  hosts = {"v5e-1": 1, "v5e-4": 1, "v5e-8": 1, "v5e-16": 4, "v6e-8": 1, "v4-8": 1, "v4-16": 2}
+  for name, count in hosts.items():
+    assert chips.hosts_of_slice(*parse_accelerator(name)) == count
+
+
 def test_a_script_can_ask_by_path_without_jax():
   """As tpu_vm.sh does: no site packages, and so no JAX, is on the path."""
   command = [sys.executable, "-IS", ROOT / "gpt2_jax" / "chips.py", "accelerator", "v5p:4x4x4"]
   done = subprocess.run(command, capture_output=True, text=True, check=True)
-  assert done.stdout == "v5p v5p-128 v2-alpha-tpuv5 64 420\n" and done.stderr == ""
+  assert done.stdout == "v5p v5p-128 v2-alpha-tpuv5 64 420 16\n" and done.stderr == ""
 
 
 def test_the_page_on_launching_quotes_the_prices_of_the_table():

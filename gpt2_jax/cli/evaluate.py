@@ -74,7 +74,7 @@ _INCLUDE = flags.DEFINE_multi_string(
 )
 _TEMPLATE = flags.DEFINE_bool("template", False, "Print a file for --include, and exit.")
 _DATA = flags.DEFINE_string(
-  "data", None, "Folder of the datasets, in place of the config's; or one dataset's file."
+  "data", None, "Folder of the datasets, in place of the config's, local or gs://; or one file."
 )
 _DOWNLOAD = flags.DEFINE_bool(
   "download",

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Fake gcloud and ssh-add, and on the machines fake python3, hostname and train.py; the name under
-which this file is called says which.
+"""Fake gcloud and ssh-add, and on the machines fake python3, hostname and the commands; the name
+under which this file is called says which.
 
 All state is in the folder $FAKE_CLOUD: scenario.json says what will happen, calls.jsonl what was
 called. A machine is machine.json, a worker a home folder in which --command really runs, through
@@ -70,7 +70,8 @@ def gcloud(arguments: list[str]):
       ssh(machine, there, flags)
     case ["storage", "ls", url]:
       folder = CLOUD / "bucket" / url.removeprefix("gs://")
-      urls = [f"{url}{entry.name}/" for entry in folder.iterdir()] if folder.exists() else []
+      entries = folder.iterdir() if folder.exists() else []
+      urls = [f"{url}{entry.name}{'' if entry.suffix else '/'}" for entry in entries]
       print("\n".join(urls)) if urls else fail("ERROR: One or more URLs matched no objects.")
     case _:
       fail(f"ERROR: the fake gcloud does not know {arguments}", 2)
@@ -183,8 +184,8 @@ def hostname(_):
 
 
 def python(arguments: list[str]):
-  """Training on a worker. Plays, in turn: steps to save, then `done`, a status, `preempted`, or
-  `SIGTERM`."""
+  """A command on a worker. Plays, in turn: steps to save, then `done`, a status, `preempted`, or
+  `SIGTERM`. An evaluation finishes as many cells, a hundred to a cell."""
   worker = pathlib.Path(os.environ["HOME"]).name
   plays = scenario()
   heard = []
@@ -193,12 +194,15 @@ def python(arguments: list[str]):
   with open(CLOUD / f"trained-{worker}.jsonl", "a") as file:
     file.write(json.dumps(arguments) + "\n")
   steps, end = next_play(f"train-{worker}", plays.get(f"train-{worker}", plays["train"]))
-  workdir = next(a for a in arguments if a.startswith("--workdir=")).removeprefix("--workdir=gs://")
+  flags = dict(a[2:].split("=", 1) for a in arguments if a.startswith("--") and "=" in a)
   first = worker.endswith("w-0")
   if first:
     print(f"step {steps}: loss 3.0", flush=True)
+    place = flags.get("workdir") or flags.get("out") or "gs://nowhere"
+    folder = CLOUD / "bucket" / place.removeprefix("gs://")
     for step in range(0, steps + 1, 100):
-      (CLOUD / "bucket" / workdir / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
+      cell = f"cells/{step}.json" if "evaluate" in arguments[0] else f"checkpoints/{step}"
+      (folder / cell).mkdir(parents=True, exist_ok=True)
   if end == "preempted":
     vanish(first)
   if end == "SIGTERM":

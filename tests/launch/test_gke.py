@@ -78,9 +78,21 @@ def test_flags_of_training_arrive_as_they_were_given():
   assert "cloud.google.com/gke-spot" not in pod["nodeSelector"]
   (container,) = pod["containers"]
   assert container["command"] == ["bash", "launch/worker.sh", "run"]
-  assert container["args"] == ["--workdir=gs://bucket/run", *FLAGS]
+  assert container["args"] == ["train", "--workdir=gs://bucket/run", *FLAGS]
   (command,) = [word for word in commands[-1] if word.startswith("--command=")]
   assert shlex.split(command.removeprefix("--command=")) == container["command"] + container["args"]
+
+
+def test_another_command_takes_the_place_of_training_with_its_flags_alone():
+  flags = ["evaluate", "--model=gs://bucket/run", "--out=gs://bucket/sweep", *NASTY]
+  out, _ = gke(*RUN[:2], "--topology=v5e:8x8", "--dry-run", "--", *flags)
+  manifest = yaml.safe_load(out.split("\n", 1)[1].split("\nEND_OF_MANIFEST\n", 1)[0])
+  pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+  assert pod["containers"][0]["args"] == flags
+
+  # One host is enough for any command.
+  out, _ = gke(*RUN[:2], "--topology=v5e:2x2", "--dry-run", "--", "tokenize", "--out=gs://bucket/x")
+  assert '"tokenize", "--out=gs://bucket/x"' in out
 
 
 def test_a_lost_host_restarts_all_and_bad_input_does_not():
@@ -126,6 +138,10 @@ def test_kubectl_gets_the_manifest_of_the_dry_run(tmp_path):
     (["--topology=v5e:8x8", "--one\nof two lines"], "unrecognized arguments: --one of two lines"),
     (["--topology=" + "x" * 5000], "--topology='xxx"),
     (["--topology=v5e:8x8", "--", "--config=a\udcff"], "is not valid Unicode"),
+    (["--topology=v5e:8x8", "--", *FLAGS, "--workdir=gs://b/c"], "--workdir before the --"),
+    (["--topology=v5e:8x8", "--", "evalute"], "has no command 'evalute'"),
+    (["--topology=v5e:8x8", "--", "gke"], "has no command 'gke'"),
+    (["--topology=v5e:8x8", "--", "evaluate"], "--workdir is training's"),
   ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message):
@@ -133,7 +149,22 @@ def test_bad_input_is_one_line_and_status_2(arguments, message):
   assert message in err and len(err.splitlines()) == 1 and len(err) < 1100
 
 
-def test_the_skypilot_task_trains_with_the_same_command(tmp_path):
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (["evaluate"], "--out='' has to be gs://BUCKET/PATH"),
+    (["evaluate", "--out=/tmp/x"], "--out='/tmp/x' has to be gs://BUCKET/PATH"),
+    (["convert", "--to=x"], "--to='x' has to be gs://BUCKET/PATH"),
+    (["sample"], "sample runs on one host, and 1 x v5e:8x8 is 16"),
+    (["--config=x"], "--workdir='' has to be gs://BUCKET/PATH"),
+  ],
+)
+def test_a_command_that_does_not_fit_is_one_line_and_status_2(flags, message):
+  _, err = gke(*RUN[:2], "--topology=v5e:8x8", "--", *flags, status=2)
+  assert message in err and len(err.splitlines()) == 1
+
+
+def test_the_skypilot_task_runs_the_same_commands(tmp_path):
   task = yaml.safe_load((ROOT / "launch" / "skypilot.yaml").read_text())
   assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
   v5e = chips.TPUS["v5e"]
@@ -141,21 +172,29 @@ def test_the_skypilot_task_trains_with_the_same_command(tmp_path):
   assert task["resources"]["accelerator_args"] == {"runtime_version": v5e.runtime_version}
   (tmp_path / "launch").mkdir()
   (tmp_path / "launch" / "worker.sh").write_text('printf "%s\\0" "$@"')
-  environment = (
-    task["envs"]
-    | {"WORKDIR": "gs://bucket/a run", "DATA": "gs://bucket"}
-    | {"PATH": os.environ["PATH"]}
-  )
-  ran = {}
-  for part in ("setup", "run"):
+  environment = {"WORKDIR": "gs://bucket/a run", "DATA": "gs://bucket", "PATH": os.environ["PATH"]}
+
+  def ran(part: str, **variables: str) -> list[str]:
     done = subprocess.run(
-      ["bash", "-c", task[part]], cwd=tmp_path, env=environment, capture_output=True, text=True
+      ["bash", "-c", task[part]],
+      cwd=tmp_path,
+      env=task["envs"] | environment | variables,
+      capture_output=True,
+      text=True,
     )
-    ran[part] = done.stdout.split("\0")[:-1]
-  flags = ["--workdir=gs://bucket/a run", "--config=configs/gpt2.py:1542M"]
-  flags += [
+    return done.stdout.split("\0")[:-1]
+
+  training = ["run", "train", "--workdir=gs://bucket/a run", "--config=configs/gpt2.py:1542M"]
+  training += [
     "--config.data.train=gs://bucket/train",
     "--config.data.validation=gs://bucket/validation",
   ]
-  assert ran == {"setup": ["install"], "run": ["run", *flags]}
+  assert ran("setup") == ["install"] and ran("run") == training
+
+  # What is in FLAGS is split at spaces, and nothing of it is run or expanded.
+  more = "--model=$(id) --task=* `id` ; id"
+  assert ran("run", FLAGS=more) == [*training, *more.split(" ")]
+  evaluation = ["run", "evaluate", "--out=gs://bucket/a run", "--data=gs://bucket"]
+  assert ran("run", COMMAND="evaluate", FLAGS=more) == [*evaluation, *more.split(" ")]
+  assert ran("run", COMMAND="fly") == []
   assert json.dumps(task)  # plain values only

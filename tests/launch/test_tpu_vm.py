@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 MACHINE = ["--project=my-project", "--zone=us-west4-a", "--name=test"]
 TRAIN = [*MACHINE, "--topology=v5e-16", "--workdir=gs://bucket/run"]
 FLAGS = ["--", "--config=configs/gpt2.py:117M"]
+EVALUATE = ["--", "evaluate", "--model=gs://bucket/run", "--out=gs://bucket/sweep"]
 
 
 class FakeCloud:
@@ -95,8 +96,11 @@ class FakeCloud:
 def tree(tmp_path_factory):
   """A checkout with one change that is not committed and one file that git does not know."""
   root = tmp_path_factory.mktemp("tree")
-  for name in ("launch/tpu_vm.sh", "launch/worker.sh", "gpt2_jax/chips.py"):
-    (root / name).parent.mkdir(exist_ok=True)
+  scripts = ["launch/tpu_vm.sh", "launch/worker.sh", "launch/gke.py", "gpt2_jax/chips.py"]
+  for command in ("train", "evaluate", "tokenize"):
+    scripts += [f"launch/{command}.py", f"gpt2_jax/cli/{command}.py"]
+  for name in scripts:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / name, root / name)
   (root / "change").write_text("old")
   for command in (
@@ -322,6 +326,60 @@ def test_ctrl_c_leaves_all_in_place_and_the_same_command_follows_again_until_sto
   cloud.run("down", *MACHINE)
 
 
+# ---- other commands than training
+
+
+def test_an_evaluation_runs_on_every_worker_with_its_flags_and_nothing_of_training(cloud):
+  nasty = ["--config.models=('a b',)", "--x=$(touch /tmp/x)", "", "--y='"]
+  out, err = cloud.run(
+    "train", *MACHINE, "--topology=v5e-16", "--spot", *EVALUATE, *nasty, workers=2
+  )
+  for worker in range(2):
+    assert cloud.trained(f"gpt2-jax-test-w-{worker}") == [
+      ["launch/evaluate.py", *EVALUATE[2:], *nasty]
+    ]
+  assert "evaluate is done: gs://bucket/sweep" in err and not cloud.there and "loss 3.0" in out
+
+
+def test_a_preempted_evaluation_is_started_again_while_it_finishes_cells(cloud):
+  train = [[100, "preempted"], [300, 75], [400, 137], [500, "done"]]
+  machine = [*MACHINE, "--topology=v5e-16", "--spot"]
+  _, err = cloud.run("train", *machine, "--retries=1", *EVALUATE, train=train)
+  assert len(cloud.trained()) == 4 and len(cloud.calls("create")) == 2 and not cloud.there
+  assert "starting evaluate again (2 finished cells), try 1 of 1" in err
+
+  # Without another cell there is a limit.
+  cloud.run("train", *machine, "--retries=1", *EVALUATE, train=[[0, 75]], status=1)
+
+
+def test_a_part_that_could_not_be_done_is_not_tried_again(cloud):
+  """Status 1 of an evaluation: the report is written, and says which cells have no score."""
+  machine = [*MACHINE, "--topology=v5e-16"]
+  _, err = cloud.run("train", *machine, *EVALUATE, train=[[100, 1]], workers=2, status=2)
+  assert len(cloud.trained()) == 1 and "a part could not be done" in err and not cloud.there
+
+
+def test_the_name_may_follow_the_verb_and_run_starts_any_command(cloud):
+  cloud.place(labels={"gpt2_jax": "tpu_vm"})
+  place = MACHINE[:2]
+  _, err = cloud.run("run", "test", *place, *EVALUATE, train=[[100, "SIGTERM"]])
+  assert "evaluate runs on every worker" in err
+  wait_for(lambda: cloud.trained() == [["launch/evaluate.py", *EVALUATE[2:]]])
+  _, err = cloud.run("run", "test", *TRAIN, *FLAGS, status=2, train=[[100, "SIGTERM"]])
+  assert "refused: another command, or the same with other flags, runs here" in err
+  out, _ = cloud.run("stop", "test", *place, train=[[100, "SIGTERM"]])
+  assert out.count("stopped 0") == 1
+  _, err = cloud.run("run", "test", *place, "--", "tokenize", "--files=a", status=2)
+  assert "tokenize runs on one host, and 1 x v5litepod-16 is 4 hosts" in err
+
+
+def test_a_command_for_one_host_runs_where_there_is_one(cloud):
+  machine = [*MACHINE, "--topology=v5e-8"]
+  _, err = cloud.run("train", *machine, "--", "tokenize", "--files=a b", "--out=gs://bucket/x")
+  assert cloud.trained() == [["launch/tokenize.py", "--files=a b", "--out=gs://bucket/x"]]
+  assert "tokenize is done" in err and not cloud.there
+
+
 def test_down_twice_is_down_once_and_only_what_the_script_made(cloud):
   cloud.place(labels={"gpt2_jax": "tpu_vm"})
   cloud.run("down", *MACHINE)
@@ -409,6 +467,16 @@ def test_the_dry_run_prints_the_calls_that_are_made(cloud):
     (["train", *TRAIN, "--workdir=gs://bucket/*", *FLAGS], "has to be gs://BUCKET/PATH"),
     (["train", *TRAIN], "no --config"),
     (["train", *TRAIN, *FLAGS, "--workdir=gs://b/c"], "before the --"),
+    (["train", *TRAIN, "--", "evalute", "--out=gs://b/c"], "has no command 'evalute'"),
+    (["train", *TRAIN, "--", "gke"], "has no command 'gke'"),
+    (["train", *TRAIN, "--", "../x;id"], "has no command '../x;id'"),
+    (["train", *TRAIN, *EVALUATE], "--workdir is training's"),
+    (["train", *MACHINE, "--topology=v5e-16", "--", "evaluate"], "evaluate's --out=''"),
+    (["train", *MACHINE, "--topology=v5e-16", *EVALUATE, "--out=/tmp/x"], "--out='/tmp/x'"),
+    (["train", *MACHINE, "--topology=v5e-16", "--", "tokenize"], "is 4 hosts; take one"),
+    (["train", *MACHINE, "--topology=v5e-8", "--slices=2", "--", "tokenize"], "is 2 hosts"),
+    (["train", *MACHINE, "--topology=v5e-8", "--", "tokenize", "--out=/tmp/x"], "or --keep"),
+    (["run", "other", *MACHINE[:2], "X", *FLAGS], "--name='X'"),
   ],
 )
 def test_bad_input_is_one_line_and_status_2(cloud, arguments, message):
@@ -433,7 +501,8 @@ def test_topologies_are_named_as_google_names_them(cloud, topology, accelerator,
   assert f"{usd} USD an hour" in out
 
 
-def test_a_container_passes_sigterm_on_and_its_status_asks_to_be_started_again(cloud):
+@pytest.mark.parametrize("words", [[], ["train"]])
+def test_a_container_passes_sigterm_on_and_its_status_asks_to_be_started_again(cloud, words):
   (cloud.path / "scenario.json").write_text(json.dumps({"train": [[100, "SIGTERM"]]}))
   home = cloud.path / "pod-w-0"
   (home / "gpt2_jax_env" / "bin").mkdir(parents=True)
@@ -443,7 +512,14 @@ def test_a_container_passes_sigterm_on_and_its_status_asks_to_be_started_again(c
     "FAKE_CLOUD": str(cloud.path),
     "GPT2_JAX_POLL": "0.02",
   }
-  command = ["bash", ROOT / "launch" / "worker.sh", "run", "--workdir=gs://b/run", "--x=a b"]
+  command = [
+    "bash",
+    ROOT / "launch" / "worker.sh",
+    "run",
+    *words,
+    "--workdir=gs://b/run",
+    "--x=a b",
+  ]
   process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
   wait_for(
     lambda: cloud.trained("pod-w-0") == [["launch/train.py", "--workdir=gs://b/run", "--x=a b"]]
@@ -456,6 +532,54 @@ def test_a_container_passes_sigterm_on_and_its_status_asks_to_be_started_again(c
     os.kill(pid, signal.SIGTERM)
   out, _ = process.communicate(timeout=20)
   assert process.returncode == 75 and "loss 3.0" in out and "stopped and saved at step 7" in out
+
+
+@pytest.mark.parametrize(
+  "words, ended, status",
+  [
+    (["train"], 1, 1),
+    (["train"], 2, 2),
+    (["evaluate"], 1, 2),
+    (["evaluate"], 143, 75),
+    (["evaluate"], 75, 75),
+    (["tokenize"], 0, 0),
+  ],
+)
+def test_the_status_of_a_container_says_whether_to_start_again(cloud, words, ended, status):
+  done = worker(cloud, *words, "--x=y", train=[[100, ended or "done"]])
+  assert done.returncode == status and "loss 3.0" in done.stdout
+
+
+@pytest.mark.parametrize(
+  "variable, value",
+  [("TPU_WORKER_HOSTNAMES", "a,b"), ("MEGASCALE_NUM_SLICES", "2"), ("SKYPILOT_NUM_NODES", "4")],
+)
+def test_a_container_of_several_hosts_refuses_a_command_for_one(cloud, variable, value):
+  done = worker(cloud, "tokenize", **{variable: value})
+  assert done.returncode == 2 and not cloud.trained("pod-w-0")
+  assert "refused: tokenize runs on one host, and this is one of several" in done.stdout
+  assert worker(cloud, "evaluate", **{variable: value}).returncode == 0
+
+
+def test_a_container_refuses_what_is_no_command(cloud):
+  done = worker(cloud, "gke")
+  assert done.returncode == 2 and "refused: gpt2-jax has no command gke" in done.stdout
+
+
+def worker(cloud, *words: str, train=((100, "done"),), **variables) -> subprocess.CompletedProcess:
+  """`worker.sh run` in a container whose python is the fake one."""
+  (cloud.path / "scenario.json").write_text(json.dumps({"train": train}))
+  home = cloud.path / "pod-w-0"
+  (home / "gpt2_jax_env" / "bin").mkdir(parents=True, exist_ok=True)
+  shutil.copy(cloud.path / "remote" / "python3", home / "gpt2_jax_env" / "bin" / "python")
+  environment = os.environ | {"HOME": str(home), "FAKE_CLOUD": str(cloud.path)} | variables
+  return subprocess.run(
+    ["bash", ROOT / "launch" / "worker.sh", "run", *words],
+    env=environment | {"GPT2_JAX_POLL": "0.02"},
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
 
 
 def wait_for(condition):

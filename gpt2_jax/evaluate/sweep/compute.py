@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import gpt2_jax.distributed as distributed
 from gpt2_jax.convert.pretrained import load_pretrained
-from gpt2_jax.evaluate import runner, sources
+from gpt2_jax.evaluate import remote_data, runner, sources
 from gpt2_jax.evaluate.scorers import Scorer
 from gpt2_jax.evaluate.sweep import bootstrap, cells
 from gpt2_jax.evaluate.sweep.cells import Cell, Datasets, Outcome, Sweep, SweptTask
@@ -40,7 +40,7 @@ ERROR_LENGTH = 500
 KNOBS = {
   "models": Knob(tuple, "names, paths or workdirs"),
   "tasks": Knob(tuple, "task, task:protocol or task:protocol:shots"),
-  "data": Knob(str, "folder of the datasets"),
+  "data": Knob(str, "folder of the datasets, local or gs://"),
   "tfds_dir": Knob(str, "folder of TFDS's datasets"),
   "limit": Knob(int, "first items of each task", 0),
   "batch_size": Knob(int, "rows in one call", 1),
@@ -102,11 +102,16 @@ def prepare(config: ConfigDict, out: str, skip_missing: bool = False) -> Sweep:
     if distributed.is_primary():
       print(f"failed {name}: {text}", file=sys.stderr)
   by_model = [list(of_model) for of_model in zip(*of_tasks.values(), strict=True)]
-
-  # 6. Every process has the same rows of the same tasks, and the same weights.
-  files = {str(cell): cell.file for cell in sum(by_model, start=[])}
-  distributed.check_same("sweep (model, task or rows)", files | failed | absent)
+  _check_same_cells(by_model, failed | absent)
   return Sweep(config, folder, datasets, by_model, failed, absent)
+
+
+def _check_same_cells(by_model: Sequence[Sequence[Cell]], reasons: Mapping[str, str]) -> None:
+  """Raises ValueError unless every process has the same rows of the same tasks, and weights."""
+  files = dict(reasons)
+  for cells_of_model in by_model:
+    files |= {str(cell): cell.file for cell in cells_of_model}
+  distributed.check_same("sweep (model, task or rows)", files)
 
 
 def run(sweep: Sweep) -> Outcome:
@@ -202,7 +207,7 @@ def _load_datasets(
 
   for source in needed:
     try:
-      datasets[source] = sources.load(source, data, tfds_dir)
+      datasets[source] = remote_data.load(source, data, tfds_dir)
     except FileNotFoundError as error:
       missing[source] = first_line(error, limit=ERROR_LENGTH)
     except (OSError, ImportError, *sources.MALFORMED) as error:

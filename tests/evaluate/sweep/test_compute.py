@@ -370,7 +370,7 @@ def test_no_item_is_its_own_example_where_one_file_serves_for_both(place):
     ("models", ("a\0b",), "NUL"),
     ("models", ("a\udcffb",), "is not UTF-8"),
     ("data", "~nobody_of_this_name/data", "no such user"),
-    ("data", "gs://bucket/data", "only a local path"),
+    ("data", "s3://bucket/data", "neither a local path nor gs://"),
     ("tfds_dir", "~nobody_of_this_name", "no such user"),
     ("tfds_dir", "/no/such/folder", "tfds_dir /no/such/folder is no folder"),
     ("limit", -1, "limit is -1"),
