@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The zero-shot sweep: models x tasks, with error bars, beside the paper's figures.
 
-  python launch/evaluate.py --model=gpt2 --task=lambada --task=blimp_anaphor_number_agreement \\
+  gpt2-jax evaluate --model=gpt2 --task=lambada --task=blimp_anaphor_number_agreement \\
     --data=data --out=runs/zero_shot
 
 All knobs are here. --model and --task take the place of the lists, and may be given many times.
@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
       # each checkpoint that was kept.
       "models": ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),
       # task, task:protocol, or task:protocol:shots. An empty protocol is the task's first.
-      # `python launch/evaluate.py --list` shows all.
+      # `gpt2-jax evaluate --list` shows all.
       "tasks": PAPER_TASKS,
       # folder with a folder for each dataset, in its published form
       "data": "data",

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real processes: a sweep that is killed, one that lacks a dataset, and what the command says."""
 
+import functools
+import http.server
 import json
 import os
 import pathlib
@@ -8,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -206,3 +209,64 @@ def test_a_model_of_nan_is_one_line_and_what_fits_nothing_is_said_at_the_start(f
   out, err = run(*flags, f"--overlap={tmp_path}/overlap.json", status=2)
   assert not out and "error: an overlap of text with 1 items fits no task here" in err
   assert not (tmp_path / "none").exists()
+
+
+def test_a_task_of_ones_own_is_fetched_listed_scored_and_drawn_beside_ours(folder, tmp_path):
+  # 1. The template, with an address on this machine.
+  text = run("--template")[0]
+  rows = [{"country": w, "capital": w, "other": w[::-1]} for w in sorted(set(WORDS))[:9]]
+  server = tmp_path / "server"
+  write(server, "capitals.jsonl", map(json.dumps, rows))
+  handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=server / "data")
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as http_server:
+    threading.Thread(target=http_server.serve_forever).start()
+    address = f"http://127.0.0.1:{http_server.server_address[1]}/capitals.jsonl"
+    text = text.replace("import Source", "import Download, Source").replace(
+      'url="this template"', f'url="this template", downloads=(Download("{address}"),)'
+    )
+    assert "Download(" in text
+    own = tmp_path / "own.py"
+    own.write_text(text)
+
+    # 2. Fetched, and scored beside one of ours, the first four items of each.
+    flags = [f"--include={own}", "--tasks=capitals::1,blimp_wh*", f"--data={folder / 'data'}"]
+    flags += [f"--models={folder / 'one'},{folder / 'wide'}", "--limit=4", *KNOBS[:2]]
+    out, err = run(*flags, "--download", f"--out={tmp_path / 'out'}")
+    http_server.shutdown()
+  assert f"fetched {address}" in err and "not pinned" in err
+  assert "capitals:pair:1" in out and "blimp_wh_island:lm_eval:0" in out
+  assert "| 4 of 9 |" in out and "| 4 of 60 |" in out
+  assert "The first 4 items of each task, and no others." in out
+  assert err.endswith("table.md, results.jsonl, cells, plots\n")
+  assert len(list((tmp_path / "out" / "plots").iterdir())) == 2
+
+  # 3. Another version of the file computes its cells again, and no other.
+  own.write_text(text + "# changed\n")
+  out, err = run(*[flag for flag in flags if "wide" not in flag], f"--model={folder / 'one'}",
+                 f"--out={tmp_path / 'out'}")  # fmt: skip
+  assert "computed capitals:pair:1" in err and "kept blimp_wh_island" in err
+  # One size is no curve.
+  assert err.endswith("table.md, results.jsonl, cells\n")
+
+
+def test_flags_that_people_try_name_the_right_ones(tmp_path):
+  expected = {
+    "--batch-size=8": "it is a knob of the config: --config.batch_size=VALUE",
+    "--num_fewshot=5": "--task=NAME::5 puts 5 solved examples before each item",
+    "--tsks=lambada": "did you mean --tasks?",
+    "--download": "cannot be fetched (",
+  }
+  flags = [f"--data={tmp_path}", "--include=" + str(tmp_path / "own.py"), "--task=own"]
+  (tmp_path / "own.py").write_text(OFFLINE)
+  jobs = {flag: start(*flags, flag) for flag in expected}
+  for flag, text in expected.items():
+    out, err = jobs[flag].communicate(timeout=300)
+    assert jobs[flag].returncode == 2 and not out and text in err and len(err.splitlines()) == 1
+
+
+OFFLINE = """import dataclasses
+from gpt2_jax.evaluate.sources import Download
+from gpt2_jax.evaluate.template import TASKS
+source = dataclasses.replace(TASKS[0].source, downloads=(Download("http://host.invalid/a"),))
+TASKS = [dataclasses.replace(TASKS[0], name="own", source=source)]
+"""
