@@ -20,6 +20,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OUT = "runs/demo"
+PYTHON = sys.executable.removeprefix(f"{ROOT}/")  # as the printed commands name it
 
 # The text: Python's own standard library, which is on every machine that runs this.
 STDLIB = pathlib.Path(sysconfig.get_path("stdlib"))
@@ -38,7 +39,7 @@ SECONDS_OF_STEPS = 200
 
 def command(*arguments: str) -> None:
   """Prints a command and runs it; exits with its status if it failed."""
-  print(f"\n$ python {shlex.join(arguments)}", flush=True)
+  print(f"\n$ {shlex.join([PYTHON, *arguments])}", flush=True)
   status = subprocess.run([sys.executable, *arguments], cwd=ROOT).returncode
   if status:
     sys.exit(status)
@@ -68,7 +69,7 @@ def choose_length(workdir: pathlib.Path) -> str:
         return length
 
   # 2. Time ten steps.
-  print("\ntiming ten steps on this machine, half a minute at most ...", flush=True)
+  print("\ntiming ten steps on this machine, half a minute at most", flush=True)
   seconds = seconds_of_ten_steps()
   length = "long" if seconds * STEPS["long"] / 10 <= SECONDS_OF_STEPS else "short"
   print(

@@ -48,7 +48,7 @@ def test_each_length_has_a_loss_to_expect_and_others_are_refused(demo):
 def test_a_command_is_printed_whole_and_its_failure_ends_the_demo(demo, capfd):
   demo.command("-c", f"print(2)  # {'long ' * 100}")
   out = capfd.readouterr().out
-  assert out == f"\n$ python -c 'print(2)  # {'long ' * 100}'\n2\n"
+  assert out == f"\n$ {demo.PYTHON} -c 'print(2)  # {'long ' * 100}'\n2\n"
   with pytest.raises(SystemExit) as stop:
     demo.command("-c", "raise SystemExit(3)")
   assert stop.value.code == 3
