@@ -108,7 +108,7 @@ def convert() -> None:
     )
 
 
-def verify() -> None:
+def _verify() -> None:
   """Compares two models, prints the result and writes --out; exits with 1 if they differ."""
   from gpt2_jax.convert import parity
 
@@ -179,7 +179,7 @@ def main() -> None:
   if _FROM.value:
     convert()
   else:
-    verify()
+    _verify()
 
 
 def run() -> None:

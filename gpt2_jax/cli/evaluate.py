@@ -117,17 +117,18 @@ def main() -> None:
   if _LIST.value:
     return print(_listing())
 
-  # 2. Flags take the place of the config's knobs. Datasets come before anything else is looked at.
-  config = _config()
   if not _OUT.value and not _DOWNLOAD.value:
     raise ValueError("give --out, the folder for what comes out; --list shows the tasks")
-  if _DOWNLOAD.value:
-    _download(config)
-  if _OUT.value:
-    with _PROCESS.initialize():
-      has_failed = _sweep(config)
-    if has_failed:
-      sys.exit(1)
+
+  # 2. Flags take the place of the config's knobs. Datasets come before anything else is looked at.
+  # The processes have met by then: a mesh is held against the devices.
+  with _PROCESS.initialize():
+    config = _config()
+    if _DOWNLOAD.value:
+      _download(config)
+    has_failed = bool(_OUT.value) and _sweep(config)
+  if has_failed:
+    sys.exit(1)
 
 
 def _template() -> str:
@@ -183,7 +184,7 @@ def _download(config: ConfigDict) -> None:
 
   if not config.data:
     raise ValueError("--download fetches into a folder; give --data=FOLDER")
-  fetched = downloads.fetch(compute.requested_sources(config), config.data)
+  fetched = downloads.download_missing(compute.requested_sources(config), config.data)
   if not fetched:
     print(f"nothing to fetch into {config.data}", file=sys.stderr)
 

@@ -35,8 +35,8 @@ def run(
   --help prints `description`, the flags and the config's knobs. After an error the process exits
   through `exit_process`. `config` is the file that the flag --config has if it is not given.
   `imports` are the modules that `main` imports and that take seconds, as JAX does: --help waits for
-  none of them, and Ctrl-C meanwhile ends the process.
-  `hints` say what to give in place of flags that there are not, but that people try.
+  none of them, and Ctrl-C meanwhile ends the process. `hints` say what to give in place of flags
+  that people try and that there are not.
   """
 
   def parse(argv):
@@ -67,21 +67,23 @@ def run(
       exit_process(130)
     except Exception as error:
       _discard_unwritable_output()
-      is_expected = isinstance(error, EXPECTED) or type(error).__name__ in _OF_JAX
-      # Of a defect, the traceback is what helps.
-      if flags.FLAGS.traceback or not is_expected:
-        traceback.print_exc()
-      exit_process(_line(error) if is_expected else 1)
+      exit_process(_report(error))
 
-  # A script whose output nobody can read would do its work for nothing; and a file that is opened
-  # next would get the number of the output, and what libraries write there.
-  if sys.stdout is None:
-    sys.exit(_line(OSError("the standard output is closed; give it a file, or /dev/null")))
-
+  _check_output()
   # What libraries log as an error, they raise too: it would be told twice.
   logging.use_absl_handler()
   logging.set_verbosity(logging.FATAL)
   app.run(guarded, flags_parser=parse)
+
+
+def _check_output() -> None:
+  """Ends the process if its output is closed.
+
+  Nobody could read what it does; and a file that is opened next would get the number of the output,
+  and what libraries write there.
+  """
+  if sys.stdout is None:
+    sys.exit(_line(OSError("the standard output is closed; give it a file, or /dev/null")))
 
 
 def _print_help(text: str) -> int:
@@ -148,6 +150,15 @@ def _discard_unwritable_output() -> None:
     sys.stdout.flush()
   except OSError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _report(error: Exception) -> int:
+  """Prints the error of a command: a line, or the traceback of a defect. Returns the status."""
+  is_expected = isinstance(error, EXPECTED) or type(error).__name__ in _OF_JAX
+  # Of a defect, the traceback is what helps.
+  if flags.FLAGS.traceback or not is_expected:
+    traceback.print_exc()
+  return _line(error) if is_expected else 1
 
 
 def _line(error: BaseException) -> int:

@@ -51,7 +51,7 @@ BAD_ARCHIVE = (
 )
 
 
-def fetch(sources: Iterable[Source], data: str) -> list[pathlib.Path]:
+def download_missing(sources: Iterable[Source], data: str) -> list[pathlib.Path]:
   """Fetches into the data folder what is not there yet; returns the files that came.
 
   A source without an address, because a form has to be signed or the user's own files are meant,

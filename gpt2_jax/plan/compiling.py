@@ -138,15 +138,14 @@ def compile_step(config: ConfigDict, topology: Topology) -> Compiled:
     tokens_SBT = jax.ShapeDtypeStruct(
       shape, jnp.int32, sharding=NamedSharding(mesh, P(None, *BATCH))
     )
-    signals = jax.ShapeDtypeStruct(
-      (mesh.size,), jnp.int32, sharding=NamedSharding(mesh, P(mesh.axis_names))
-    )
+    every_device = NamedSharding(mesh, P(mesh.axis_names))
+    signals = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=every_device)
     kept = _kept_for_backward(state.model, config, mesh)
 
     # 3. Compile.
     start = time.perf_counter()
-    waiting = f"compiling for {topology}, about a minute"
-    with announce(waiting), _out_of_memory_as_does_not_fit(topology):
+    wait = announce(f"compiling for {topology}, about a minute")
+    with wait, _out_of_memory_as_does_not_fit(topology):
       compiled = call.lower(state, Batch(tokens_SBT), NextToken(), signals).compile()
 
   # 4. Read the schedule.

@@ -83,13 +83,12 @@ def set_up(
   folder = resources.enter_context(Workdir(workdir))
   writers = resources.enter_context(contextlib.ExitStack())
   writers.callback(checkpoints.close)
-  metrics = Metrics(folder.path, first_step, config.steps)
+  metrics = open_metrics(config, folder, first_step)
   writers.callback(metrics.close)
-  show_config(metrics, folder, first_step, config)
   profile = Profile(folder.path, config.profile_steps, metrics.say)
   writers.callback(profile.end, ())  # where an error ends the loop
-  log_start(metrics, first_step, config)
   log_data(metrics, config, batches.n_windows, count_windows(validation, batches.n_ctx))
+
   return Setup(
     config=config,
     state=state,
@@ -106,6 +105,14 @@ def set_up(
     stop=stop,
     writers=writers,
   )
+
+
+def open_metrics(config: ConfigDict, folder: Workdir, first_step: int) -> Metrics:
+  """The metrics of a run, which show its config and the step from which it goes on."""
+  metrics = Metrics(folder.path, first_step, config.steps)
+  show_config(metrics, folder, first_step, config)
+  log_start(metrics, first_step, config)
+  return metrics
 
 
 def open_data(config: ConfigDict, model_config: ModelConfig):

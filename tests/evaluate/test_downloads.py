@@ -103,7 +103,7 @@ def zipped(members: dict[str, bytes]) -> bytes:
 def refused(error, source: Source, data) -> str:
   """The one line that is said, after which nothing is in the folder."""
   with pytest.raises(error) as raised:
-    downloads.fetch([source], str(data))
+    downloads.download_missing([source], str(data))
   line = str(raised.value)
   assert "\n" not in line and len(line) < 600 and contents(data) == {}
   return line
@@ -111,22 +111,26 @@ def refused(error, source: Source, data) -> str:
 
 def test_a_file_comes_once_is_what_was_published_and_can_be_loaded(server, tmp_path, capfd):
   source = toy(Download(server.url("text.txt"), sha256(TEXT)))
-  assert downloads.fetch([source, source], str(tmp_path)) == [tmp_path / "toy" / "text.txt"]
+  assert downloads.download_missing([source, source], str(tmp_path)) == [
+    tmp_path / "toy" / "text.txt"
+  ]
   assert contents(tmp_path) == {"toy/text.txt": TEXT}
   assert load(source, str(tmp_path)).rows == [{"text": TEXT.decode()}]
   assert "SHA-256 " + sha256(TEXT) + " (as published)" in capfd.readouterr().err
 
   # What is there is not fetched again, and is never overwritten.
   (tmp_path / "toy" / "text.txt").write_bytes(b"mine")
-  assert downloads.fetch([source], str(tmp_path)) == []
+  assert downloads.download_missing([source], str(tmp_path)) == []
   assert contents(tmp_path) == {"toy/text.txt": b"mine"} and server.asked == ["text.txt"]
 
 
 def test_a_hash_that_nobody_knows_is_said_and_not_invented(server, tmp_path, capfd):
-  downloads.fetch([toy(Download(server.url("text.txt")))], str(tmp_path))
+  downloads.download_missing([toy(Download(server.url("text.txt")))], str(tmp_path))
   said = capfd.readouterr().err
   assert sha256(TEXT) in said and "not pinned" in said
-  assert downloads.fetch([toy(Download(server.url("moved")), files=("moved",))], str(tmp_path))
+  assert downloads.download_missing(
+    [toy(Download(server.url("moved")), files=("moved",))], str(tmp_path)
+  )
 
 
 def test_other_bytes_than_were_published_are_not_kept(server, tmp_path):
@@ -159,7 +163,7 @@ def test_of_an_archive_only_what_is_named_is_kept(server, tmp_path, pack):
   download = Download(
     server.url("set"), sha256(server.files["set"]), ("set/text.txt", "set/labels")
   )
-  assert len(downloads.fetch([toy(download)], str(tmp_path))) == 2
+  assert len(downloads.download_missing([toy(download)], str(tmp_path))) == 2
   assert contents(tmp_path) == {"toy/text.txt": TEXT, "toy/labels": b"3"}
   assert not list(tmp_path.parent.glob("*-evil")) and not os.path.exists("/etc/evil")
 
@@ -170,7 +174,7 @@ def test_one_archive_serves_two_sources_in_one_request(server, tmp_path):
     toy(Download(server.url("set.zip"), None, (f"set/{name}",)), files=(name,))
     for name in ("text.txt", "train.txt")
   ]
-  downloads.fetch(both, str(tmp_path))
+  downloads.download_missing(both, str(tmp_path))
   assert contents(tmp_path) == {"toy/text.txt": TEXT, "toy/train.txt": b"train"}
   assert server.asked == ["set.zip"]
 
@@ -205,13 +209,13 @@ def test_a_link_in_an_archive_is_not_followed(server, tmp_path):
 
 
 def test_what_has_no_address_is_left_out_and_other_schemes_are_refused(tmp_path):
-  assert downloads.fetch([toy()], str(tmp_path)) == [] and contents(tmp_path) == {}
+  assert downloads.download_missing([toy()], str(tmp_path)) == [] and contents(tmp_path) == {}
   (tmp_path / "text.txt").write_bytes(b"local")
   line = str(tmp_path / "text.txt")
   with pytest.raises(ValueError, match="is no http or https address"):
-    downloads.fetch([toy(Download(f"file://{line}"))], str(tmp_path / "data"))
+    downloads.download_missing([toy(Download(f"file://{line}"))], str(tmp_path / "data"))
   with pytest.raises(ValueError, match="is a file; give another --data"):
-    downloads.fetch([toy(Download("http://host.invalid/text.txt"))], line)
+    downloads.download_missing([toy(Download("http://host.invalid/text.txt"))], line)
 
 
 def all_sources() -> list[Source]:
