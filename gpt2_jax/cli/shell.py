@@ -51,9 +51,7 @@ def run(
     logging.set_verbosity(logging.FATAL)  # the flags have set another
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     try:
-      # An unquoted glob comes as several words, and only the first would be the flag's.
-      if argv[1:]:
-        raise ValueError(f"{argv[1]!r} is no flag; see --help, and quote patterns")
+      _check_words(argv)
       for module in imports:
         importlib.import_module(module)
       with interrupts.raise_interrupts():
@@ -74,6 +72,12 @@ def run(
   logging.use_absl_handler()
   logging.set_verbosity(logging.FATAL)
   app.run(guarded, flags_parser=parse)
+
+
+def _check_words(argv: list[str]) -> None:
+  # An unquoted glob comes as several words, and only the first would be the flag's.
+  if argv[1:]:
+    raise ValueError(f"{argv[1]!r} is no flag; see --help, and quote patterns")
 
 
 def _check_output() -> None:

@@ -60,10 +60,6 @@ def set_up(
   """
   check_wandb(config.wandb_project)
 
-  # Orbax takes seconds to import, so only a run does.
-  with announce("importing Orbax, which writes checkpoints"):
-    from gpt2_jax.runs.checkpoint import Checkpoints
-
   # 1. All processes must see the same data.
   train, validation, tokenizer = open_data(config, model_config)
   batches = Batches(train, model_config.n_ctx, config.batch_size, config.seed)
@@ -73,7 +69,7 @@ def set_up(
   # 2. Resume.
   check_disk(workdir, abstract_state)
   resources.enter_context(lock(workdir))
-  checkpoints = Checkpoints(workdir, config.keep)
+  checkpoints = open_checkpoints(workdir, config.keep)
   with announce(f"reading the newest checkpoint of {workdir}"):
     state, first_step = checkpoints.restore_latest(abstract_state, metadata) or (None, 0)
 
@@ -105,6 +101,13 @@ def set_up(
     stop=stop,
     writers=writers,
   )
+
+
+def open_checkpoints(workdir: str, keep: int):
+  """The checkpoints of a workdir. Orbax takes seconds to import, so only a run does."""
+  with announce("importing Orbax, which writes checkpoints"):
+    from gpt2_jax.runs.checkpoint import Checkpoints
+  return Checkpoints(workdir, keep)
 
 
 def open_metrics(config: ConfigDict, folder: Workdir, first_step: int) -> Metrics:
