@@ -20,7 +20,7 @@ BENCH = $(VENV)/ready-bench
 
 WORKERS = -n 2 --dist loadfile  # most of the time is XLA compiling, on one core
 
-.PHONY: demo test lint lock bench clean
+.PHONY: demo test lint lock bench colab-check clean
 
 demo: $(CORE)  ## text to samples in minutes, on the CPU
 	$(VENV)/bin/python experiments/demo.py
@@ -43,6 +43,9 @@ lock:  ## launch/constraints.txt anew: the newest versions, for this Python (3.1
 
 bench: $(BENCH)  ## this project against torch, alternating
 	$(VENV)/bin/python experiments/bench.py
+
+colab-check:  ## installs on top of Google Colab's packages (Python 3.13): they stay, the notebooks run
+	$(PYTHON) experiments/colab/check.py $(COLAB_ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-lock runs/demo

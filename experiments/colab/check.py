@@ -30,7 +30,7 @@ PYTHON = (3, 13)  # Colab's
 TESTS = ("tests/experiments/test_*colab*.py", "tests/test_compat.py", "tests/data/test_corpus.py")
 TEST_PACKAGES = ("pytest", "pytest-xdist", "hypothesis", "nbclient", "ipykernel", "psutil")
 # What tests read beside themselves; not the package.
-BESIDE_TESTS = ("tests", "experiments", "configs", "launch", ".pytest.ini", "README.md")
+BESIDE_TESTS = ("tests", "experiments", "configs", "launch", "setup.py", ".pytest.ini")
 TRANSFORMERS = "import transformers; transformers.AutoTokenizer; print(transformers.__version__)"
 
 

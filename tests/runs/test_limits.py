@@ -9,9 +9,10 @@ import pytest
 
 from configs import gpt2
 from gpt2_jax import train
+from gpt2_jax.compat import get_mesh
 from gpt2_jax.model import ModelConfig
 from gpt2_jax.runs import limits
-from gpt2_jax.sharding import platform
+from gpt2_jax.sharding import concrete, platform
 
 
 def check(mesh, sizes=(1, 1, 1), **knobs):
@@ -55,12 +56,11 @@ def test_the_estimate_is_below_what_the_compiler_needs(mesh):
   config.update(steps=24, batch_size=64, warmup_steps=4)
   with mesh(1, 1, 1):
     init, step = train.make_step(config, ModelConfig(**config.model), "cpu")
-    state = jax.eval_shape(init, jax.random.key(0))
+    state = concrete(jax.eval_shape(init, jax.random.key(0)), get_mesh())
     tokens_BT = jax.ShapeDtypeStruct((1, 64, 17), jnp.int32)
     signals = jax.ShapeDtypeStruct((1,), jnp.int32)
     memory = (
-      step.trace(state, train.Batch(tokens_BT), train.NextToken(), signals)
-      .lower(lowering_platforms=("cpu",))
+      step.lower(state, train.Batch(tokens_BT), train.NextToken(), signals)
       .compile()
       .memory_analysis()
     )

@@ -13,6 +13,7 @@ import pytest
 from configs import gpt2
 from gpt2_jax import distributed
 from gpt2_jax.batch import Batch
+from gpt2_jax.compat import get_mesh
 from gpt2_jax.loss import NextToken, mean_loss
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.runs import metrics as metrics_lib
@@ -25,6 +26,7 @@ from gpt2_jax.runs.metrics import (
   plot_losses,
 )
 from gpt2_jax.runs.tensorboard import TAGS, TensorBoard
+from gpt2_jax.sharding import concrete
 from gpt2_jax.sizes import SIZES
 
 
@@ -48,12 +50,11 @@ def test_flops_per_token_are_those_of_an_unrolled_compile(mesh):
     n_vocab=2048, n_ctx=128, n_embd=256, n_head=4, n_layer=2, unroll=2, dtype="float32"
   )
   with mesh(1, 1, 1):
-    model = jax.eval_shape(lambda: GPT2(config, jax.random.key(0)))
+    model = concrete(jax.eval_shape(lambda: GPT2(config, jax.random.key(0))), get_mesh())
     tokens_BT = jax.ShapeDtypeStruct((2, 129), jnp.int32)
     compiled = (
       jax.jit(jax.value_and_grad(lambda m, t: mean_loss(NextToken(), m, Batch(t))[0]))
-      .trace(model, tokens_BT)
-      .lower(lowering_platforms=("cpu",))
+      .lower(model, tokens_BT)
       .compile()
     )
   attention = 12 * 2 * 128 * 256 / flops_per_token(config)
