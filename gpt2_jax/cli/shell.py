@@ -185,7 +185,7 @@ def message(error: BaseException) -> str:
     lines = ["something that was given is nested too deep; --traceback shows where"]
   elif type(error).__name__ in _OF_JAX:
     lines = [_of_jax(lines[:1])]
-  elif not lines or not isinstance(error, EXPECTED):
+  elif not lines or not isinstance(error, (*EXPECTED, flags.Error)):
     lines = [": ".join((type(error).__name__, *lines[-1:]))]
 
   # 2. Some libraries put a traceback into the text: what matters is before and after it.

@@ -27,7 +27,8 @@ from gpt2_jax.configs import shakespeare
 def get_config():
   config = shakespeare.get_config()
   config.model.update(n_vocab=%d, n_ctx=16, n_embd=16, n_head=2, n_layer=1)
-  config.update(steps=20, steps_per_call=10, batch_size=4, save_every=20, eval_every=20)
+  config.update(steps=20, warmup_steps=2, steps_per_call=10, batch_size=4)
+  config.update(save_every=20, eval_every=20, log_every=10)
   return config
 """
 
