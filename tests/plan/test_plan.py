@@ -100,7 +100,9 @@ def test_both_kernels_are_counted_in_every_layer(small):
     "fused_attention_forward",
   ]
   times = estimate(small)
-  assert times.slow[KERNELS] == times.fast[KERNELS] == LAYERS * sum(small.kernels.values()) / 1.5e9
+  assert times.slow[KERNELS] == times.fast[KERNELS]
+  # In whole cycles: seconds depend on the order in which they were added.
+  assert round(times.slow[KERNELS] * 1.5e9) == LAYERS * sum(small.kernels.values())
 
 
 def test_only_replica_crosses_slices(slices):
