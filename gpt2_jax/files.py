@@ -276,6 +276,9 @@ def progress(items: Iterable, what: str, unit: str = "it", disable: bool | None 
 # False in a run's processes other than the first: all of them wait for the same thing.
 _is_announcing = True
 
+# How many waits are shown: of those inside one another, only the outermost says something.
+_waits_shown = 0
+
 
 def announce_if(is_primary: bool) -> None:
   """Makes `announce` silent in this process from now on, unless it is the first of its run."""
@@ -287,13 +290,16 @@ def announce_if(is_primary: bool) -> None:
 def announce(text: str, seconds: float = 3.0) -> Iterator[None]:
   """Prints one line on stderr if the body still runs after `seconds`: "compiling, about a minute".
 
-  What is quicker leaves no trace. Processes other than the first of a run print nothing.
+  What is quicker leaves no trace. Nothing is printed inside another `announce`, and in processes
+  other than the first of a run.
   """
   import tqdm
 
+  is_inside = _waits_shown > 0
+
   def say():
     # A terminal that is gone ends nothing. tqdm's `write` spares a bar that is drawn meanwhile.
-    if _is_announcing and sys.stderr is not None:
+    if _is_announcing and not is_inside and sys.stderr is not None:
       with contextlib.suppress(OSError):
         tqdm.tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()
@@ -302,6 +308,18 @@ def announce(text: str, seconds: float = 3.0) -> Iterator[None]:
   timer.daemon = True
   timer.start()
   try:
-    yield
+    with shows_wait():
+      yield
   finally:
     timer.cancel()
+
+
+@contextlib.contextmanager
+def shows_wait() -> Iterator[None]:
+  """Silences `announce` in its body, for callers that show the wait themselves (a spinner)."""
+  global _waits_shown
+  _waits_shown += 1
+  try:
+    yield
+  finally:
+    _waits_shown -= 1

@@ -19,6 +19,7 @@ from gpt2_jax.files import (
   progress,
   read_json_object,
   sha256,
+  shows_wait,
   summarize,
   user_path,
 )
@@ -163,6 +164,16 @@ def test_a_long_wait_is_announced_once_and_a_short_one_not(capsys):
     raise OSError("gone")
   time.sleep(0.4)
   assert capsys.readouterr() == ("", "")
+
+
+def test_of_waits_inside_one_another_the_outermost_speaks(capsys):
+  with announce("outer", seconds=0.02), announce("inner", seconds=0.02):
+    time.sleep(0.2)
+  with shows_wait(), announce("beside a spinner", seconds=0.02):
+    time.sleep(0.2)
+  with announce("after", seconds=0.02):
+    time.sleep(0.2)
+  assert capsys.readouterr().err == "outer\nafter\n"
 
 
 def test_other_processes_and_a_closed_stderr_announce_nothing(capsys, monkeypatch):

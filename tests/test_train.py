@@ -106,7 +106,7 @@ def test_a_run_leaves_metrics_a_picture_and_checkpoints(whole):
 def test_a_run_says_where_it_is_how_good_and_what_comes_next(data, tmp_path, capfd):
   """Samples change nothing of what is computed; they are on the terminal and on TensorBoard."""
   workdir = tmp_path / "a run"
-  train.run(config_for(data, steps=2, save_every=9, eval_every=1, sample_tokens=5), str(workdir))
+  train.run(config_for(data, steps=2, warmup_steps=1, eval_every=1, sample_tokens=5), str(workdir))
   told = capfd.readouterr().err
   best = min(lines(workdir, "val_loss").items(), key=lambda item: item[1])
   last = lines(workdir, "val_loss")[2]
