@@ -2,7 +2,7 @@
 """TPU types, topologies and prices: the one table that plan, launch/gke.py and tpu_vm.sh read.
 
 It also holds the peak FLOP/s of some GPUs, for the MFU of a run. The two scripts load this file by
-its path, without the package, since gpt2_jax/__init__.py imports JAX. So it imports the standard
+its path, without the package, which may not be installed there. So it imports the standard
 library only, and Python 3.9 is enough.
 
   python3 gpt2_jax/chips.py accelerator v5e:8x8   # what launch/tpu_vm.sh asks

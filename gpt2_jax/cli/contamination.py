@@ -107,14 +107,14 @@ def corpus_filter(data_dir: str | None) -> contamination.BloomFilter:
     raise ValueError("give --corpus or --tfds_name, or a --filter that is there")
 
   if path is None:
-    return _build_filter(corpus_documents(data_dir))
+    return build_corpus_filter(corpus_documents(data_dir))
   if not path.exists():
     documents = corpus_documents(data_dir)
     busy = f"another process is building {path}; wait until it is there, or take another --filter"
     with file_lock(path.with_name(f".{path.name}.lock"), busy):
       # It may have come to be while the corpus was opened.
       if not path.exists():
-        bloom = _build_filter(documents)
+        bloom = build_corpus_filter(documents)
         bloom.save(str(path))
         return bloom
 
@@ -137,7 +137,7 @@ def corpus_documents(data_dir: str | None) -> corpus.Documents:
   return corpus.tfds_documents(_TFDS_NAME.value, *options)
 
 
-def _build_filter(documents: corpus.Documents) -> contamination.BloomFilter:
+def build_corpus_filter(documents: corpus.Documents) -> contamination.BloomFilter:
   """Reads the corpus twice: to size the filter, and to fill it."""
   from gpt2_jax.evaluate import contamination
 

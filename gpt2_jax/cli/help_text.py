@@ -33,7 +33,7 @@ def is_asked(argv: list[str]) -> bool:
   return argv[1:] == ["help"] or any(_SPELLINGS.fullmatch(word) for word in words)
 
 
-def describe(module: str, description: str, argv: list[str], config: str | None) -> str:
+def command_help(module: str, description: str, argv: list[str], config: str | None) -> str:
   """The help of the command whose flags `module` defines; `config` is its default --config."""
   command = module.rpartition(".")[2]
   parts = [

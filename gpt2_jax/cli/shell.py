@@ -41,7 +41,7 @@ def run(
 
   def parse(argv):
     if help_text.is_asked(argv):
-      sys.exit(_print_help(help_text.describe(main.__module__, description, argv, config)))
+      sys.exit(_print_help(help_text.command_help(main.__module__, description, argv, config)))
     try:
       return parse_flags(argv, config, hints or {})
     except (flags.Error, AttributeError, ValueError, OSError) as error:
@@ -51,12 +51,7 @@ def run(
     logging.set_verbosity(logging.FATAL)  # the flags have set another
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     try:
-      _check_words(argv)
-      for module in imports:
-        importlib.import_module(module)
-      with interrupts.raise_interrupts():
-        main()
-        sys.stdout.flush()
+      _call(main, imports, argv[1:])
 
     # Any error may come of the output's end, or leave something that cannot be written to it.
     except KeyboardInterrupt:
@@ -74,12 +69,6 @@ def run(
   app.run(guarded, flags_parser=parse)
 
 
-def _check_words(argv: list[str]) -> None:
-  # An unquoted glob comes as several words, and only the first would be the flag's.
-  if argv[1:]:
-    raise ValueError(f"{argv[1]!r} is no flag; see --help, and quote patterns")
-
-
 def _check_output() -> None:
   """Ends the process if its output is closed.
 
@@ -88,6 +77,19 @@ def _check_output() -> None:
   """
   if sys.stdout is None:
     sys.exit(_line(OSError("the standard output is closed; give it a file, or /dev/null")))
+
+
+def _call(main: Callable[[], None], imports: tuple[str, ...], words: list[str]) -> None:
+  """Imports what `main` needs, and calls it. Raises ValueError for words that are no flags."""
+  # An unquoted glob comes as several words, and only the first would be the flag's.
+  if words:
+    raise ValueError(f"{words[0]!r} is no flag; see --help, and quote patterns")
+  for module in imports:
+    importlib.import_module(module)
+
+  with interrupts.raise_interrupts():
+    main()
+    sys.stdout.flush()
 
 
 def _print_help(text: str) -> int:

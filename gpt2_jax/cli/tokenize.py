@@ -74,7 +74,7 @@ _STRICT = flags.DEFINE_bool(
 
 
 def main() -> None:
-  print(tokenize() if _VERIFY.value is None else _verify(_VERIFY.value))
+  print(tokenize() if _VERIFY.value is None else verify_store(_VERIFY.value))
 
 
 def tokenize() -> str:
@@ -167,7 +167,7 @@ def _train_tokenizer(texts: Iterable[str], kind: str) -> bytes:
   return json.dumps(train_characters(texts).to_json()).encode()
 
 
-def _verify(path: str) -> str:
+def verify_store(path: str) -> str:
   """Checks a token store against its checksums. Raises ValueError if it is damaged."""
   from gpt2_jax.data import TokenStore
 

@@ -75,8 +75,8 @@ def user(wheel, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(user):
-  """A token store and a run's workdir, made by the commands alone."""
+def vocabulary(user):
+  """The vocabulary of two token stores, which the commands alone made of a text."""
   shared = ["--files=input.txt", "--tokenizer=data/shakespeare/characters.json"]
   user(
     "tokenize",
@@ -86,8 +86,12 @@ def trained(user):
     "--out=data/shakespeare/train",
   )
   out = user("tokenize", *shared, "--characters=90%:", "--out=data/shakespeare/validation")
-  vocabulary = int(re.search(r"vocabulary (\d+)", out)[1])
+  return int(re.search(r"vocabulary (\d+)", out)[1])
 
+
+@pytest.fixture(scope="module")
+def trained(user, vocabulary):
+  """A run's workdir, made by the command alone."""
   # A config of one's own, in one's own folder, that imports a shipped one.
   (user.home / "small.py").write_text(SMALL % vocabulary)
   user("train", "--config=small.py", "--workdir=runs/small")
@@ -114,6 +118,10 @@ def test_the_metadata_say_what_it_is(wheel):
   citation = (ROOT / "CITATION.cff").read_text()
   assert f"\nversion: {gpt2_jax.__version__}\n" in citation
   assert f"\n## {gpt2_jax.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_a_text_becomes_token_stores(vocabulary):
+  assert vocabulary == len(set(TEXT))
 
 
 def test_a_new_users_run(user, trained):
