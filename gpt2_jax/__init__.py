@@ -44,6 +44,9 @@ if TYPE_CHECKING:  # what editors and pages of the API read
   from gpt2_jax.decoding.beam import beam_search
   from gpt2_jax.decoding.contrastive import contrastive_search
   from gpt2_jax.decoding.speculative import speculative
+  from gpt2_jax.inspection.heads import attention_weights
+  from gpt2_jax.inspection.plots import plot_attention, plot_next_tokens, plot_surprise
+  from gpt2_jax.inspection.predictions import next_tokens, score
   from gpt2_jax.model import GPT2
   from gpt2_jax.quantization import quantize
   from gpt2_jax.sharding import make_mesh
@@ -76,6 +79,7 @@ _MODULES = {
   "TopK": "gpt2_jax.decoding",
   "TopP": "gpt2_jax.decoding",
   "TypicalP": "gpt2_jax.decoding",
+  "attention_weights": "gpt2_jax.inspection.heads",
   "beam_search": "gpt2_jax.decoding.beam",
   "complete": "gpt2_jax.decoding",
   "contrastive_search": "gpt2_jax.decoding.contrastive",
@@ -85,8 +89,13 @@ _MODULES = {
   "load_tokenizer": "gpt2_jax.tokenizer",
   "make_mesh": "gpt2_jax.sharding",
   "model_config": "gpt2_jax.sizes",
+  "next_tokens": "gpt2_jax.inspection.predictions",
+  "plot_attention": "gpt2_jax.inspection.plots",
+  "plot_next_tokens": "gpt2_jax.inspection.plots",
+  "plot_surprise": "gpt2_jax.inspection.plots",
   "quantize": "gpt2_jax.quantization",
   "save_pretrained": "gpt2_jax.convert.pretrained",
+  "score": "gpt2_jax.inspection.predictions",
   "speculative": "gpt2_jax.decoding.speculative",
   "stream": "gpt2_jax.decoding",
   "stream_rows": "gpt2_jax.decoding",
@@ -117,6 +126,7 @@ __all__ = [
   "TopK",
   "TopP",
   "TypicalP",
+  "attention_weights",
   "beam_search",
   "complete",
   "contrastive_search",
@@ -126,8 +136,13 @@ __all__ = [
   "load_tokenizer",
   "make_mesh",
   "model_config",
+  "next_tokens",
+  "plot_attention",
+  "plot_next_tokens",
+  "plot_surprise",
   "quantize",
   "save_pretrained",
+  "score",
   "speculative",
   "stream",
   "stream_rows",

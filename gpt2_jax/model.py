@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from gpt2_jax.attention import self_attention
 from gpt2_jax.compat import bernoulli
 from gpt2_jax.linear import NO_CONTEXT, Dense, Linear, embedding_lookup, normal
+from gpt2_jax.own_mesh import call_on_own_mesh
 from gpt2_jax.sharding import check_divides, unshard
 from gpt2_jax.sizes import ModelConfig
 
@@ -156,7 +157,7 @@ class Block(nnx.Module):
 class GPT2(nnx.Module):
   """The whole model; `h` is one Block whose parameters carry a leading layer axis.
 
-  Build and call it with a mesh in force (`jax.set_mesh`), whose axes decide the padding and the
+  Build and train it with a mesh in force (`jax.set_mesh`), whose axes decide the padding and the
   sharding: `jax.jit(GPT2, static_argnums=0)(config, key)` makes every parameter where it will live.
   """
 
@@ -234,7 +235,9 @@ class GPT2(nnx.Module):
 
   def __call__(self, tokens_BT, key=None):
     """Logits, float32 [B, T, V], padding of the vocabulary at minus infinity; `key` turns dropout
-    on."""
+    on. Without a mesh in force, as in a notebook, it runs on the model's own mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+      return call_on_own_mesh(self, tokens_BT, key)
     k_embd, k_h = split_or_none(key, 2)
     x_BTD = self.hidden(self.embed(tokens_BT, key=k_embd), k_h)[0]
     logits_BTV = self.head(x_BTD)

@@ -72,6 +72,9 @@ class Gpt2Bpe:
     """Decodes ids. Ids past the vocabulary, which a padded model can produce, give nothing."""
     return self._encoding.decode([int(i) for i in ids if i < self.vocab_size])
 
+  def token_bytes(self, token: int) -> bytes:
+    return self._encoding.decode_single_token_bytes(token) if token < self.vocab_size else b""
+
   def to_json(self) -> dict:
     return {"kind": "gpt2"}
 

@@ -63,6 +63,9 @@ class Characters:
     """Decodes ids. Ids past the alphabet, which a padded model can produce, give nothing."""
     return "".join(self.alphabet[int(i)] for i in ids if i < self.vocab_size)
 
+  def token_bytes(self, token: int) -> bytes:
+    return self.alphabet[token].encode() if token < self.vocab_size else b""
+
   def to_json(self) -> dict:
     return {"kind": "characters", "alphabet": self.alphabet}
 

@@ -142,6 +142,19 @@ class HuggingFace:
   def decode(self, ids: Iterable[int]) -> str:
     return _call(self._tokenizer.decode, list(map(int, ids)), skip_special_tokens=False)
 
+  def token_bytes(self, token: int) -> bytes:
+    written = self._tokenizer.id_to_token(token)
+    if written is None:
+      return b""
+
+    # U+FFFD stands for a part of a character. Only then is the token's spelling needed, which is
+    # bytes in a byte-level vocabulary and text in others.
+    text = self.decode([token])
+    bytes_of = {character: byte for byte, character in byte_alphabet().items()}
+    if "\ufffd" in text and bytes_of.keys() >= set(written):
+      return bytes(map(bytes_of.get, written))
+    return text.encode()
+
   def to_json(self) -> dict:
     return {"kind": "huggingface", "payload": self.payload, "end": self.end}
 

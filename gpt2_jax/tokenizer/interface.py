@@ -43,6 +43,9 @@ class Tokenizer(Protocol):
   def decode(self, ids: Iterable[int]) -> str:
     """The text of the ids. Ids that spell no complete UTF-8 character give U+FFFD."""
 
+  def token_bytes(self, token: int) -> bytes:
+    """The UTF-8 bytes of one token, which may be part of a character; b"" past the vocabulary."""
+
   def to_json(self) -> dict:
     """A JSON object from which `from_json` makes the same tokenizer."""
 

@@ -109,6 +109,14 @@ class SentencePiece:
       texts.append(EOT * len(run) if is_eot else self._processor.decode(run))
     return "".join(texts)
 
+  def token_bytes(self, token: int) -> bytes:
+    if token >= self.vocab_size:
+      return b""
+    piece = self._processor.id_to_piece(token)
+    if self._processor.is_byte(token):
+      return bytes([int(piece[len("<0x") : -1], 16)])
+    return EOT.encode() if token == self.eot else piece.replace(SPACE_SYMBOL, " ").encode()
+
   def to_json(self) -> dict:
     return {"kind": "sentencepiece", "proto": base64.b64encode(self.proto).decode("ascii")}
 
