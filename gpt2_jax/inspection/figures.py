@@ -20,7 +20,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
 from gpt2_jax.inspection.heads import AttentionWeights
-from gpt2_jax.inspection.labels import SPACE, escape, printable
+from gpt2_jax.inspection.labels import SPACE, escape, token_label
 from gpt2_jax.inspection.predictions import NextTokens, TokenScores
 
 # matplotlib brings this font. Its characters are all 0.602 of the font size wide.
@@ -123,7 +123,7 @@ def draw_next_tokens(prediction: NextTokens) -> Picture:
   axes.xaxis.set_major_formatter(PercentFormatter(decimals=None))
   axes.spines[["top", "right"]].set_visible(False)
 
-  end = drawable(printable(prediction.text[-40:].encode())).replace(SPACE, " ")
+  end = drawable(token_label(prediction.text[-40:].encode())).replace(SPACE, " ")
   before = f"... {end}" if len(prediction.text) > 40 else end
   axes.set_title(f"next token after: {before}", fontsize=9, loc="left", parse_math=False)
   return figure

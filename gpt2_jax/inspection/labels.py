@@ -14,11 +14,11 @@ def token_labels(tokenizer: Tokenizer, tokens: Iterable[int]) -> list[str]:
   """A label for each token; none is empty. An id past the vocabulary gives <id>."""
   labels = []
   for token in tokens:
-    labels.append(printable(tokenizer.token_bytes(int(token))) or f"<{token}>")
+    labels.append(token_label(tokenizer.token_bytes(int(token))) or f"<{token}>")
   return labels
 
 
-def printable(token: bytes) -> str:
+def token_label(token: bytes) -> str:
   r"""The text of a token's bytes, all of it visible.
 
   Bytes that are no whole UTF-8 character are written as \xe2, other characters without a glyph of

@@ -74,17 +74,15 @@ def set_up(
     state, first_step = checkpoints.restore_latest(abstract_state, metadata) or (None, 0)
 
   # 3. Where the run writes. From here on SIGTERM asks for a save: before, it ends at once. Metrics
-  #    are closed before checkpoints, which wait for a save.
+  #    are closed before checkpoints.
   stop = resources.enter_context(StopSignal(get_mesh()))
   folder = resources.enter_context(Workdir(workdir))
   writers = resources.enter_context(contextlib.ExitStack())
   writers.callback(checkpoints.close)
-  metrics = open_metrics(config, folder, first_step)
-  writers.callback(metrics.close)
+  metrics = open_metrics(config, folder, first_step, writers)
   profile = Profile(folder.path, config.profile_steps, metrics.say)
   writers.callback(profile.end, ())  # where an error ends the loop
   log_data(metrics, config, batches.n_windows, count_windows(validation, batches.n_ctx))
-
   return Setup(
     config=config,
     state=state,
@@ -110,9 +108,10 @@ def open_checkpoints(workdir: str, keep: int):
   return Checkpoints(workdir, keep)
 
 
-def open_metrics(config: ConfigDict, folder: Workdir, first_step: int) -> Metrics:
+def open_metrics(config: ConfigDict, folder: Workdir, first_step: int, writers) -> Metrics:
   """The metrics of a run, which show its config and the step from which it goes on."""
   metrics = Metrics(folder.path, first_step, config.steps)
+  writers.callback(metrics.close)
   show_config(metrics, folder, first_step, config)
   log_start(metrics, first_step, config)
   return metrics

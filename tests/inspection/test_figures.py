@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 
 from gpt2_jax.inspection import figures
 from gpt2_jax.inspection.heads import AttentionWeights
-from gpt2_jax.inspection.labels import printable, token_labels
+from gpt2_jax.inspection.labels import token_label, token_labels
 from gpt2_jax.inspection.predictions import NextTokens, TokenScores
 from gpt2_jax.tokenizer import EOT, Characters, HuggingFace, byte_alphabet, train_sentencepiece
 
@@ -77,7 +77,7 @@ def texts(axes) -> list:
   ],
 )
 def test_labels_are_printable(token, label):
-  assert printable(token) == label
+  assert token_label(token) == label
 
 
 def test_labels_of_every_tokenizer_show_spaces_and_bytes():
@@ -157,7 +157,7 @@ def test_one_scale_for_several_texts():
 
 def test_any_text_is_drawn():
   """Mathematics, letters the font lacks, controls and very long tokens: as characters."""
-  labels = [printable(token.encode()) for token in HARD] + [r"\xe6", "<50300>"]
+  labels = [token_label(token.encode()) for token in HARD] + [r"\xe6", "<50300>"]
   surprise = figures.draw_surprise(scores(labels))
   next_tokens = figures.draw_next_tokens(prediction(labels))
   heads = figures.draw_attention(attention(T=len(labels), labels=labels))
