@@ -166,6 +166,8 @@ def _config() -> ConfigDict:
   models = _MODEL.value + _MODELS.value
   names = ",".join(_TASK.value + _TASKS.value).split(",")
   names = [name.strip() for name in names if name.strip()]
+  if (_TASK.value or _TASKS.value) and not names:
+    raise ValueError("--task names no task; --list shows them all")
   with config.unlocked():
     if models:
       config.models = tuple(models)

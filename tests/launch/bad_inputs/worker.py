@@ -66,9 +66,10 @@ def _forget_flags() -> None:
   for module, defined in flags.FLAGS.flags_by_module_dict().items():
     if module.endswith(".py") or module.startswith("gpt2_jax.cli."):
       names.extend(flag.name for flag in defined)
-  # The package itself, too, since it has its modules as attributes.
+  # The package itself, too, since it has its modules as attributes. `process_flags` has no flags of
+  # its own; absl keeps its id, which a new module might get.
   for module in list(sys.modules):
-    if module.startswith("gpt2_jax.cli"):
+    if module.startswith("gpt2_jax.cli") and module != "gpt2_jax.cli.process_flags":
       del sys.modules[module]
   for name in names:
     delattr(flags.FLAGS, name)
