@@ -26,9 +26,10 @@ class Liker:
 @pytest.fixture
 def add(tmp_path, monkeypatch):
   """add(old, new): includes the template with a part of it replaced; nothing of it stays."""
-  monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
+  ours = dict(tasks.TASKS)
 
   def added(old: str = "", new: str = ""):
+    monkeypatch.setattr(tasks, "TASKS", dict(ours))
     text = TEMPLATE.read_text()
     assert old in text
     path = tmp_path / "own.py"
