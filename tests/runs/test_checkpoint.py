@@ -27,6 +27,9 @@ FIRST_LOSS = {"float32": 1e-6, "bfloat16": 1e-3}  # relative: sums in another or
 # What rounding grows to in 50 updates at a learning rate of 1e-2.
 ENVELOPE = {"float32": 1e-4, "bfloat16": 2e-2}
 
+# The last bit of float32's cosine, which is the compiler's choice, times the learning rate.
+COSINE = 2**-23 * 1e-2
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -80,7 +83,7 @@ def test_a_run_of_version_0_resumes_as_it_went_on(dtype, data, workdir, two_devi
   assert "resumed from step 20" in capfd.readouterr().err
   after = {name: lines(workdir / dtype, name) for name in before}
   assert after["batch_hash"] == before["batch_hash"]
-  assert after["learning_rate"] == before["learning_rate"]
+  assert after["learning_rate"] == pytest.approx(before["learning_rate"], rel=0, abs=COSINE)
   assert after["loss"][21] == pytest.approx(before["loss"][21], rel=FIRST_LOSS[dtype])
   np.testing.assert_allclose(
     list(after["loss"].values()), list(before["loss"].values()), rtol=ENVELOPE[dtype]
