@@ -16,7 +16,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from typing import TextIO
 
-from gpt2_jax.files import announce
+from gpt2_jax.files import announce, shows_wait
 
 # ANSI's numbers (SGR): they fit a dark screen and a light one.
 STYLES = {"dim": "2", "bold": "1", "error": "31"}
@@ -77,7 +77,8 @@ class Terminal:
     spinner = threading.Thread(target=self._spin, args=(what, is_over), daemon=True)
     spinner.start()
     try:
-      yield
+      with shows_wait():
+        yield
     finally:
       is_over.set()
       spinner.join()
