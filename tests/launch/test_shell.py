@@ -40,7 +40,10 @@ def start(words: list, **options) -> subprocess.Popen:
 
 def end(process: subprocess.Popen) -> tuple[int, str]:
   """Its status, and what it wrote to stderr."""
-  _, err = process.communicate(timeout=60)
+  try:
+    _, err = process.communicate(timeout=60)
+  finally:
+    process.kill()  # one that did not end would hold a core until it is done
   return process.returncode, err
 
 
