@@ -66,3 +66,15 @@ def _whole_row() -> P | None:
   In a `jax.vmap` over rows that a mesh splits, JAX before 0.10 draws only where it is told this.
   """
   return None if jax.sharding.get_abstract_mesh().empty else P(None)
+
+
+def check_compiles_ahead() -> None:
+  """Raises ValueError where JAX is too old for a plan: before 0.10, kernels lose their names.
+
+  Their libtpu, too, words what does not fit in another way.
+  """
+  if jax.__version_info__ < (0, 10):
+    raise ValueError(
+      f"a plan is made with JAX 0.10 or newer, and this is {jax.__version__}; in an environment of "
+      "its own: pip install 'gpt2_jax[plan]' 'jax[tpu]>=0.10.2'"
+    )

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.compat import bernoulli, categorical, device_platform, get_mesh, uniform
+from gpt2_jax.plan.compiling import check_installed
 from gpt2_jax.sharding import ROWS, make_mesh
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -72,6 +73,13 @@ def test_versions_of_jax_are_told_apart_in_compat_alone():
   for path in sources:
     if path.name != "compat.py":
       assert not new.search(path.read_text("utf-8")), path
+
+
+def test_a_plan_is_refused_in_one_line_before_it_starts(monkeypatch):
+  monkeypatch.setattr(jax, "__version_info__", (0, 7, 2))
+  with pytest.raises(ValueError, match="a plan is made with JAX 0.10 or newer") as refused:
+    check_installed()
+  assert "\n" not in str(refused.value) and "jax[tpu]>=" in str(refused.value)
 
 
 def test_tfds_is_imported_with_a_protobuf_older_than_its_messages():

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+import gpt2_jax.compat as compat
 from gpt2_jax import train
 from gpt2_jax.batch import Batch
 from gpt2_jax.chips import Topology
@@ -67,7 +68,8 @@ def _dump_folder() -> tempfile.TemporaryDirectory:
 
 
 def check_installed() -> None:
-  """Raises ImportError without libtpu."""
+  """Raises ImportError without libtpu, and ValueError with a JAX that is too old for it."""
+  compat.check_compiles_ahead()
   if importlib.util.find_spec("libtpu") is None:
     raise ImportError("libtpu, the TPU compiler, is not installed: pip install 'gpt2_jax[plan]'")
 
@@ -75,7 +77,7 @@ def check_installed() -> None:
 def open_topology(topology: Topology) -> list:
   """The topology's devices, of all slices, as JAX shows them.
 
-  Raises ImportError without libtpu, ValueError if libtpu does not know the topology.
+  Raises ImportError without libtpu; ValueError if libtpu does not know the topology, or JAX is old.
   """
   check_installed()
   _dump_folder()
