@@ -3,7 +3,7 @@
 #
 #   make demo            the project alone in .venv: 1.1 GB
 #   make test            adds libtpu (0.7 GB), pytest, Jupyter's kernel ...: 2.1 GB in all
-#   make test ORACLES=1  adds torch, transformers, TensorFlow and lm_eval, to compare with: 8.4 GB in all, or 4.7 GB with
+#   make test ORACLES=1  adds torch, transformers, TensorFlow and lm_eval, to compare with: 8.5 GB in all, or 4.7 GB with
 #                        torch for the CPU alone, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 #   ... LOCKED=1         installs the versions of launch/constraints.txt, with which the whole suite passes
 

@@ -27,8 +27,9 @@ FIRST_LOSS = {"float32": 1e-6, "bfloat16": 1e-3}  # relative: sums in another or
 # What rounding grows to in 50 updates at a learning rate of 1e-2.
 ENVELOPE = {"float32": 1e-4, "bfloat16": 2e-2}
 
-# The last bit of float32's cosine, which is the compiler's choice, times the learning rate.
-COSINE = 2**-23 * 1e-2
+# In float32 the schedule is off by up to 2.8 units of 2^-24 of its peak, and how a compiler fuses
+# it decides its last bits: jax 0.12.0 differs from 0.10.2 at 5 of 70 steps, by 2 units at most.
+LAST_BITS = 2 * 2**-24 * 1e-2
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_a_run_of_version_0_resumes_as_it_went_on(dtype, data, workdir, two_devi
   assert "resumed from step 20" in capfd.readouterr().err
   after = {name: lines(workdir / dtype, name) for name in before}
   assert after["batch_hash"] == before["batch_hash"]
-  assert after["learning_rate"] == pytest.approx(before["learning_rate"], rel=0, abs=COSINE)
+  assert after["learning_rate"] == pytest.approx(before["learning_rate"], rel=0, abs=LAST_BITS)
   assert after["loss"][21] == pytest.approx(before["loss"][21], rel=FIRST_LOSS[dtype])
   np.testing.assert_allclose(
     list(after["loss"].values()), list(before["loss"].values()), rtol=ENVELOPE[dtype]
