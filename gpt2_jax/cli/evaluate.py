@@ -37,6 +37,7 @@ of the sweep was lost: start the same command again on every host. `python launc
 the same command.
 """
 
+import os
 import pathlib
 import sys
 
@@ -44,6 +45,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from gpt2_jax.cli import process_flags, shell
+from gpt2_jax.files import user_path
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -163,6 +165,9 @@ def _config() -> ConfigDict:
   compute.check_knobs(config)
 
   # A path may have a comma, and no task's name has one.
+  for model in _MODEL.value:
+    if "," in model and not os.path.exists(user_path(model.partition("@")[0])):
+      raise ValueError(f"{model[:80]!r} is no path; several models are --models={model[:80]}")
   models = _MODEL.value + _MODELS.value
   names = ",".join(_TASK.value + _TASKS.value).split(",")
   names = [name.strip() for name in names if name.strip()]

@@ -158,14 +158,26 @@ def test_without_a_network_it_is_one_line_with_the_way_out(tmp_path):
 @pytest.mark.parametrize("pack", [tar, zipped])
 def test_of_an_archive_only_what_is_named_is_kept(server, tmp_path, pack):
   other = {f"../../{tmp_path.name}-evil": b"evil", "/etc/evil": b"evil", "set/big": b"1" * 9999}
-  members = {"./set/text.txt": TEXT, "set/text.txt.bak": b"2", "set/labels": b"3"}
+  other |= {"set/text.txt.bak": b"2", "subset/text.txt": b"3"}
+  members = {"./set/text.txt": TEXT, "set/labels": b"4"}
   server.files["set"] = pack(other | members)
   download = Download(
     server.url("set"), sha256(server.files["set"]), ("set/text.txt", "set/labels")
   )
   assert len(downloads.download_missing([toy(download)], str(tmp_path))) == 2
-  assert contents(tmp_path) == {"toy/text.txt": TEXT, "toy/labels": b"3"}
+  assert contents(tmp_path) == {"toy/text.txt": TEXT, "toy/labels": b"4"}
   assert not list(tmp_path.parent.glob("*-evil")) and not os.path.exists("/etc/evil")
+
+
+def test_what_an_archive_has_and_the_folder_too_is_left_as_it_is(server, tmp_path):
+  server.files["set.zip"] = zipped({"text.txt": TEXT, "labels": b"theirs"})
+  (tmp_path / "toy").mkdir()
+  (tmp_path / "toy" / "labels").write_bytes(b"mine")
+  download = Download(server.url("set.zip"), None, ("text.txt", "labels"))
+  assert downloads.download_missing([toy(download)], str(tmp_path)) == [
+    tmp_path / "toy" / "text.txt"
+  ]
+  assert contents(tmp_path) == {"toy/text.txt": TEXT, "toy/labels": b"mine"}
 
 
 def test_one_archive_serves_two_sources_in_one_request(server, tmp_path):

@@ -178,12 +178,14 @@ def test_a_file_has_several_tasks_and_few_shot_rows_of_its_own(tmp_path, monkeyp
     solved = dataclasses.replace(TASKS[0].source, files=("solved.jsonl",))
     source = dataclasses.replace(TASKS[0].source, examples=solved)
     TASKS += (dataclasses.replace(TASKS[0], protocol="other", source=source),)
+    TASKS += (dataclasses.replace(TASKS[0], protocol="third"),)
   """)
   (tmp_path / "own.py").write_text(text)
-  first, second = include(str(tmp_path / "own.py"))
-  assert list(tasks.TASKS["capitals"]) == ["pair", "other"]
+  first, second, third = include(str(tmp_path / "own.py"))
+  assert list(tasks.TASKS["capitals"]) == ["pair", "other", "third"]
   # Rows are loaded once for all tasks of one source: the same source stays the same.
-  assert second.source.examples.files == ("solved.jsonl",) and hash(first.source)
+  assert second.source.examples.files == ("solved.jsonl",)
+  assert {first.source: 1}[third.source]
   with pytest.raises(ValueError, match="capitals has the protocol pair already"):
     include(str(tmp_path / "own.py"))
 

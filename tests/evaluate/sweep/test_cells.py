@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files of a sweep: a damaged cell is never taken for a score, and a folder has one writer."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -11,10 +12,12 @@ import sys
 import numpy as np
 import pytest
 
+from configs import zero_shot
 from gpt2_jax.evaluate import tasks
 from gpt2_jax.evaluate.metric import percent, perplexity
-from gpt2_jax.evaluate.sources import Source
+from gpt2_jax.evaluate.sources import DatasetRows, Source
 from gpt2_jax.evaluate.sweep import bootstrap, cells
+from gpt2_jax.evaluate.sweep.models import SweptModel
 from gpt2_jax.evaluate.task import Task
 
 METRICS = {"accuracy": percent("correct"), "perplexity": perplexity("items")}
@@ -165,3 +168,16 @@ def test_a_folder_that_cannot_be_written_is_refused_and_nothing_is_made(tmp_path
   with pytest.raises(OSError, match="move it away"):
     cells.check_out(tmp_path / ("out" if place.startswith("out") else place))
   assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_task_of_another_version_of_its_file_has_another_cell_and_ours_keep_theirs():
+
+  model = SweptModel("a", "a", "latest", "0f")
+  rows = {SOURCE: DatasetRows([{"text": "a"}], "rows.jsonl")}
+  made = {}
+  for program in ("", "0a", "0b"):
+    task = cells.SweptTask(dataclasses.replace(TOY["plain"], program=program), 0)
+    made[program] = cells.make_cell(model, task, rows, zero_shot.get_config())
+  assert len({cell.file for cell in made.values()}) == 3
+  # As before there were tasks of users: these cells have been computed.
+  assert made[""].identity.keys() == IDENTITY.keys() | {"protocol", "dtype"}
