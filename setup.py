@@ -60,22 +60,22 @@ setup(
   install_requires=[
     "jax>=0.7.2",
     "flax>=0.11.2",
-    "numpy>=2.0",
-    "optax>=0.2.5",
+    "numpy>=2.1",
+    "optax>=0.2.8",
     "orbax-checkpoint>=0.12.4",  # lightweight_initialize
-    "tensorflow-datasets>=4.9.9",
+    "tensorflow-datasets>=4.9.10",
     "importlib_resources>=6.0",  # tensorflow-datasets imports it without asking for it
     "protobuf>=5.29",  # of tensorflow-datasets, whose own bound is too low for what it imports
     "tensorstore>=0.1.85",
     "safetensors>=0.8",
-    "google-crc32c>=1.6",  # the checksums in OpenAI's checkpoints, at memory's speed
-    "huggingface_hub>=0.34",
-    "tokenizers>=0.21",
+    "google-crc32c>=1.8",  # the checksums in OpenAI's checkpoints, at memory's speed
+    "huggingface_hub>=1.27",
+    "tokenizers>=0.22.2",
     "sentencepiece>=0.2.2",  # return_type
-    "ml-collections>=1.0",
-    "grain>=0.2.18",  # an iterator is closed
-    "tiktoken>=0.8",
-    "tensorboardX>=2.6.2",
+    "ml-collections>=1.1.0",
+    "grain>=0.2.18",
+    "tiktoken>=0.14.0",
+    "tensorboardX>=2.6.5",
     "matplotlib",
     "tqdm",
   ],
