@@ -20,7 +20,7 @@ BENCH = $(VENV)/ready-bench
 
 WORKERS = -n 2 --dist loadfile  # most of the time is XLA compiling, on one core
 
-.PHONY: demo test lint lock bench colab-check clean
+.PHONY: demo test lint lock bench colab-check docs clean
 
 demo: $(CORE)  ## text to samples in minutes, on the CPU
 	$(VENV)/bin/python experiments/demo.py
@@ -47,8 +47,12 @@ bench: $(BENCH)  ## this project against torch, alternating
 colab-check:  ## installs on top of Google Colab's packages (Python 3.13): they stay, the notebooks run
 	$(PYTHON) experiments/colab/check.py $(COLAB_ARGS)
 
+docs: $(CORE)  ## the public API as web pages: runs/docs/index.html
+	$(PIP) --editable '.[docs]'
+	JAX_PLATFORMS=cpu $(VENV)/bin/pdoc --docformat markdown --output-directory runs/docs gpt2_jax
+
 clean:
-	rm -rf $(VENV) $(VENV)-lock runs/demo
+	rm -rf $(VENV) $(VENV)-lock runs/demo runs/docs
 
 $(CORE): setup.py launch/constraints.txt
 	@echo "$(VENV): installing the project with JAX; a minute or two, 1.1 GB"
