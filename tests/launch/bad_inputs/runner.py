@@ -98,7 +98,8 @@ class Worker:
     out, err = ((self.streams / x).read_text("utf-8", "backslashreplace") for x in ("out", "err"))
     return Result(status, out, err, took)
 
-  def _start(self) -> None:
+  def environment(self) -> dict[str, str]:
+    """What the commands find in their environment, and nothing else."""
     home = self.folder / "home"
     # No kubectl on the path, no Hub, and what XLA has compiled in another run.
     environment = {"PATH": str(home), "HOME": str(home), "TMPDIR": str(self.folder / "tmp")}
@@ -106,11 +107,14 @@ class Worker:
     environment |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
     environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir or ""
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+    return environment
+
+  def _start(self) -> None:
     pipe = subprocess.PIPE
     self.process = subprocess.Popen(
       [sys.executable, str(pathlib.Path(__file__).with_name("worker.py"))],
       cwd=self.folder,
-      env=environment,
+      env=self.environment(),
       stdin=pipe,
       stdout=pipe,
       text=True,
