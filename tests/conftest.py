@@ -8,12 +8,16 @@ import logging
 import math
 import os
 import pathlib
+import signal
 import sys
 import tempfile
 
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start, too
+
+# A shell starts its background jobs with Ctrl-C ignored; the processes of tests would inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class NoTensorFlow(importlib.abc.MetaPathFinder, importlib.abc.Loader):
