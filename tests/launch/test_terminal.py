@@ -76,16 +76,31 @@ class Screen:
     """What is written up to this text, without colours and moves of the cursor."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
-      shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.raw)[self.seen :]
+      shown = self._shown()[self.seen :]
       if text in shown:
         length = shown.index(text) + len(text)
         self.seen += length
         return shown[:length]
-      if select.select([self.master], [], [], 0.1)[0]:
-        # Linux says EIO when the process has gone.
-        with contextlib.suppress(OSError):
-          self.raw += os.read(self.master, 65536).decode(errors="replace")
+      self._read()
     raise AssertionError(f"{text!r} did not come in {SECONDS} s; the end is {self.raw[-500:]!r}")
+
+  def wait_for_characters(self, count: int) -> None:
+    """Waits until so many characters more are written, whatever they are."""
+    end = time.monotonic() + SECONDS
+    while len(self._shown()) < self.seen + count:
+      assert time.monotonic() < end, f"nothing more came; the end is {self.raw[-500:]!r}"
+      self._read()
+    self.seen += count
+
+  def _shown(self) -> str:
+    """All that was written, without colours and moves of the cursor."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.raw)
+
+  def _read(self) -> None:
+    if select.select([self.master], [], [], 0.1)[0]:
+      # Linux says EIO when the process has gone.
+      with contextlib.suppress(OSError):
+        self.raw += os.read(self.master, 65536).decode(errors="replace")
 
   def end(self) -> int:
     try:
@@ -136,6 +151,7 @@ def test_a_session_at_a_terminal(checkpoint, tmp_path, mode):
   screen.type("twice upon\r")
   screen.wait_for("exceed the context of 64")
   screen.wait_for("twice upon")
+  screen.wait_for_characters(5)  # of what the model adds: before them there is nothing to keep
   screen.type("\x03")
   screen.wait_for("gpt2>")
   # Python's readline looks at signals before it waits for a key: one in the instant between the

@@ -31,7 +31,8 @@ def test_a_run_is_written_resumes_under_its_id_and_holds_no_secret(tmp_path, mon
 
   runs = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
   run_id = (tmp_path / "wandb_id").read_text().strip()
-  assert runs and all(name.endswith(run_id) for name in runs)
+  # offline-run-TIME-ID, and -1 after it where two began in one second.
+  assert len(runs) == 2 and {name.split("-")[3] for name in runs} == {run_id}
   written = contents(tmp_path / "wandb")
   assert b"train/loss" in written and b"eval/loss" in written and b"&lt;b&gt;text" in written
   assert SECRET.encode() not in written and b"batch_hash" not in written
