@@ -28,10 +28,10 @@ def requirements(name: str, extras: tuple[str, ...]) -> list[Requirement]:
 def test_every_package_that_an_installation_brings_is_pinned_within_its_bounds():
   """A package that no pin names would be installed in its newest version. Seen where the lock is
   what is installed: other versions may ask for other packages."""
-  versions = {
-    canonicalize_name(distribution.name): distribution.version
-    for distribution in importlib.metadata.distributions()
-  }
+  # The first on the path is the one that is imported: setuptools has copies of others at its end.
+  versions = {}
+  for distribution in importlib.metadata.distributions():
+    versions.setdefault(canonicalize_name(distribution.name), distribution.version)
   is_locked = all(versions[name] == VERSIONS[name] for name in versions.keys() & VERSIONS.keys())
   if sys.version_info[:2] != (3, 13) or PROJECT not in versions or not is_locked:
     pytest.skip("other versions are installed here")
