@@ -113,6 +113,33 @@ KNOBS = {
   "data.train": Knob(str, "token store to train on, local or gs://", resumable=True),
   "data.validation": Knob(str, "token store to validate on", resumable=True),
   "data.tokenizer": Knob(str, "the stores' tokenizer: gpt2, a .model or a .json", resumable=True),
+  # Fine-tuning. What a checkpoint is, is compared by its SHA-256: it may move.
+  "init_from": Knob(
+    str,
+    "checkpoint to start from: a name, a path, or workdir@step; empty is random weights",
+    resumable=True,
+    added="",
+  ),
+  "adapter.kind": Knob(
+    str, "lora, prompt or prefix: what is trained beside a frozen model", added=""
+  ),
+  "adapter.rank": Knob(int, "of LoRA: columns of its matrices", 1, 2**16, added=8),
+  "adapter.alpha": Knob(
+    float, "of LoRA: its product is scaled by alpha / rank", 0, added=16.0, above_low=True
+  ),
+  "adapter.rslora": Knob(bool, "of LoRA: scale by alpha / sqrt(rank)", added=False),
+  "adapter.targets": Knob(tuple, "of LoRA: the matrices it is added to", added=("c_attn",)),
+  "adapter.dropout": Knob(
+    float, "of LoRA: dropout rate of its input", 0, 1, below_high=True, added=0.0
+  ),
+  "adapter.tokens": Knob(int, "of prompt and prefix: virtual tokens", 1, 2**20, added=20),
+  "adapter.quantize": Knob(str, "of LoRA: int8 for the frozen matrices; empty is none", added=""),
+  "classify.classes": Knob(
+    int, "labels of a head on the last token; 0 is a language model", 0, 2**20, added=0
+  ),
+  "classify.lm_weight": Knob(
+    float, "of the language model's loss beside the labels'", 0, added=0.5
+  ),
   # The mesh; make_mesh says which sizes multiply.
   "mesh.replica": _count("data parallelism across slices; -1 is the rest", -1, True),
   "mesh.data": _count("FSDP: data parallelism with sharded parameters", -1, True),
@@ -130,6 +157,13 @@ KNOBS = {
   "weight_decay": Knob(float, "on matrices only", 0),
   "clip_norm": Knob(float, "largest global norm of the gradient; 0 is no clipping", 0),
   "trainable": Knob(tuple, 'names of what is trained, as ("*",) or ("ln_f.*",)', added=("*",)),
+  "patience": Knob(
+    int,
+    "evaluations without a better one, then the run ends; 0 is never",
+    0,
+    resumable=True,
+    added=0,
+  ),
   "max_skips": _count("updates in a row that may be not finite", resumable=True),
   # What is written, and when. A large number is never.
   "log_every": _count("steps between lines of metrics.jsonl", resumable=True),
