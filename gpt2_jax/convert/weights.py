@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import ml_dtypes
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.convert import names
 from gpt2_jax.files import progress
@@ -163,6 +164,11 @@ def _name_in_layer(stacked_name: str, layer: int) -> str:
   return stacked_name.replace("h.", f"h.{layer}.", 1)
 
 
+@jax.jit
+def _all_gather(x):
+  return jax.sharding.reshard(x, P(*(None,) * x.ndim))
+
+
 def from_model(model: GPT2, tokenizer: Tokenizer | None, source: str = "a model") -> Weights:
   """Weights of a sharded model, gathered to the host a tensor at a time, without padding."""
   if not isinstance(model, GPT2):
@@ -187,7 +193,11 @@ def from_model(model: GPT2, tokenizer: Tokenizer | None, source: str = "a model"
     else:
       leaf = leaves[name]
 
-    # 2. Gather one replica of each shard, then cut the padding off.
+    # 2. Gather one replica of each shard, then cut the padding off. Where other processes hold some
+    #    of them, all take part in an all-gather first.
+    if not leaf.is_fully_addressable:
+      with jax.set_mesh(model.mesh):
+        leaf = _all_gather(leaf).addressable_data(0)
     tensor = np.empty(leaf.shape, leaf.dtype)
     for shard in leaf.addressable_shards:
       if shard.replica_id == 0:

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import grain
 import jax
@@ -20,14 +20,21 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt2_jax.batch import Batch
-from gpt2_jax.data.token_store import TokenStore
+
+if TYPE_CHECKING:
+  from gpt2_jax.data.token_store import TokenStore
 
 
 class BatchSource(Protocol):
-  """What training reads: batches of a step, at random access. `Batches` is one; rows of packed
-  examples would be another."""
+  """What training reads: batches of a step, at random access. `Batches` are windows of a token
+  store, `Examples` rows of packed examples."""
 
   batch_size: int
+
+  @property
+  def n_rows(self) -> int:
+    """Rows (windows) in an epoch."""
+    ...
 
   def prefetch(
     self, first_step: int, last_step: int, steps_per_call: int, sharding: NamedSharding
@@ -43,7 +50,7 @@ class Batches:
   Raises ValueError if the store is shorter than one window.
   """
 
-  store: TokenStore
+  store: "TokenStore"
   n_ctx: int
   batch_size: int
   seed: int
@@ -52,13 +59,13 @@ class Batches:
     count_windows(self.store, self.n_ctx)
 
   @property
-  def n_windows(self) -> int:
+  def n_rows(self) -> int:
     """Windows in an epoch."""
     return count_windows(self.store, self.n_ctx)
 
   @functools.cached_property
   def _order(self) -> grain.MapDataset:
-    return grain.MapDataset.range(self.n_windows).seed(self.seed).shuffle().repeat()
+    return grain.MapDataset.range(self.n_rows).seed(self.seed).shuffle().repeat()
 
   def windows_at(self, step: int) -> np.ndarray:
     """The windows of global batch `step`, [B]."""
@@ -99,7 +106,7 @@ class Batches:
 
 
 def evaluation_batches(
-  store: TokenStore,
+  store: "TokenStore",
   n_ctx: int,
   batch_size: int,
   sharding: NamedSharding,
@@ -135,7 +142,7 @@ def evaluation_batches(
   return _in_background(grain.MapDataset.range(0, n_windows, batch_size).map(batch))
 
 
-def count_windows(store: TokenStore, n_ctx: int) -> int:
+def count_windows(store: "TokenStore", n_ctx: int) -> int:
   """Non-overlapping windows in the store; ValueError if there is none."""
   n_windows = (len(store) - 1) // n_ctx
   if n_windows < 1:

@@ -1,21 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
 """The token stores of a run, and the tokenizer that made them."""
 
+from collections.abc import Iterator
+from typing import Protocol
+
+from jax.sharding import NamedSharding
+
+from gpt2_jax.batch import Batch
+from gpt2_jax.data.batches import BatchSource
 from gpt2_jax.data.token_store import TokenStore
 from gpt2_jax.files import user_path
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer
 
 
+class RowSource(Protocol):
+  """What a run reads: a `TokenStore` of text, or an `ExampleStore` of packed examples."""
+
+  path: str
+  manifest: dict
+
+  @property
+  def fingerprint(self) -> str:
+    """The tokenizer's fingerprint."""
+    ...
+
+  def batches(self, n_ctx: int, batch_size: int, seed: int) -> BatchSource:
+    """What a run trains on: rows in an order of that seed."""
+    ...
+
+  def evaluation_batches(
+    self, n_ctx: int, batch_size: int, sharding: NamedSharding, max_rows: int | None = None
+  ) -> Iterator[Batch]:
+    """All rows in order, or the first `max_rows`; a row that fills up the last batch weighs 0."""
+    ...
+
+  def count_rows(self, n_ctx: int) -> int:
+    """Rows (windows) in an epoch. Raises ValueError if there is none, or they do not fit."""
+    ...
+
+  def sample_prompt(self, length: int) -> list[int]:
+    """At most `length` tokens that a sample during training continues."""
+    ...
+
+
 def open_stores(
-  train: str, validation: str, tokenizer: str, n_vocab: int
-) -> tuple[TokenStore, TokenStore, Tokenizer]:
+  train: str, validation: str, tokenizer: str | Tokenizer, n_vocab: int
+) -> tuple[RowSource, RowSource, Tokenizer]:
   """Opens the training and validation stores, and loads the tokenizer; all are given by path.
 
-  Raises ValueError if they do not belong together, or the model's vocabulary is another.
+  A tokenizer that is loaded is a checkpoint's, whose model may have a padded vocabulary. Raises
+  ValueError if they do not belong together, or the model's vocabulary is another.
   """
-  tokenizer = user_path(tokenizer)
-  vocabulary = load_tokenizer(tokenizer)
-  if vocabulary.vocab_size != n_vocab:
+  if isinstance(tokenizer, str):
+    tokenizer = user_path(tokenizer)
+    vocabulary = load_tokenizer(tokenizer)
+    fits = vocabulary.vocab_size == n_vocab
+  else:
+    vocabulary, tokenizer = tokenizer, "the checkpoint's"
+    fits = vocabulary.vocab_size <= n_vocab
+  if not fits:
     raise ValueError(
       f"the tokenizer {tokenizer} has {vocabulary.vocab_size} tokens, the model {n_vocab}; "
       f"set --config.model.n_vocab={vocabulary.vocab_size}"

@@ -25,11 +25,14 @@ import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tensorstore as ts
+from jax.sharding import NamedSharding
 
+from gpt2_jax.batch import Batch
+from gpt2_jax.data.batches import Batches, count_windows, evaluation_batches
 from gpt2_jax.data.skipped import Skipped
 from gpt2_jax.data.zarr_files import (
   get_json,
@@ -138,6 +141,24 @@ class TokenStore:
         f"{self.path} is damaged: {tensorstore_reason(error)}; check it with --verify"
       ) from error
     return windows
+
+  def batches(self, n_ctx: int, batch_size: int, seed: int) -> Batches:
+    """What a run trains on: windows in an order of that seed."""
+    return Batches(self, n_ctx, batch_size, seed)
+
+  def evaluation_batches(
+    self, n_ctx: int, batch_size: int, sharding: NamedSharding, max_rows: int | None = None
+  ) -> Iterator[Batch]:
+    """All windows in order, or the first `max_rows`, as the function of this name has them."""
+    return evaluation_batches(self, n_ctx, batch_size, sharding, max_rows)
+
+  def count_rows(self, n_ctx: int) -> int:
+    """Windows in an epoch. Raises ValueError if there is none."""
+    return count_windows(self, n_ctx)
+
+  def sample_prompt(self, length: int) -> list[int]:
+    """The first `length` tokens, which a sample during training continues."""
+    return self.read([0], length)[0].tolist()
 
   def verify(self) -> None:
     """Holds all files of the store against each other, and every token against the checksums.

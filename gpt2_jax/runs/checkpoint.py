@@ -24,22 +24,29 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from ml_collections import ConfigDict
 
 import gpt2_jax.distributed as distributed
 from gpt2_jax.compat import get_mesh
 from gpt2_jax.convert import names
 from gpt2_jax.data.zarr_files import tensorstore_reason
 from gpt2_jax.files import first_line, json_sha256, parse_json_object, summarize
-from gpt2_jax.model import GPT2, ModelConfig, check_mesh, name_of
+from gpt2_jax.finetune.init_from import base_sha256, open_origin
+from gpt2_jax.finetune.start import initial_model, trained_names
+from gpt2_jax.finetune.trainable import merge, partition, trainable_mask
+from gpt2_jax.model import ModelConfig, check_mesh, name_of
 from gpt2_jax.runs.metadata import (
+  check_base,
   check_metadata,
   check_same_run,
   check_step,
+  saved_finetuning,
   saved_model_config,
   saved_tokenizer,
 )
 from gpt2_jax.runs.workdir import as_path, cloud_errors, exists, is_remote
 from gpt2_jax.sharding import concrete
+from gpt2_jax.tokenizer import Tokenizer
 
 # What a damaged checkpoint raises: `_damage_as_value_error` makes these of anything else.
 UNREADABLE = (ValueError, OSError)
@@ -558,11 +565,58 @@ def everywhere(what: str):
     raise ValueError(next(filter(None, reasons))) from damage
 
 
-def load(workdir: str, step: str = "latest", dtype: str | None = None):
-  """Loads the model and tokenizer of a run, on the mesh in force.
+@dataclasses.dataclass(frozen=True)
+class SavedModel:
+  """A model in a run's checkpoint: its config and tokenizer are read, its arrays are not."""
 
-  `step` is "latest", "best" or a number. `dtype` computes in another dtype than the run did. Raises
-  FileNotFoundError if there is no such checkpoint.
+  checkpoints: Checkpoints
+  step: int
+  metadata: dict
+  config: ModelConfig
+  tokenizer: Tokenizer | None
+  finetuning: ConfigDict  # its knobs of fine-tuning: `adapter`, `classify`, `init_from`, `trainable`
+
+  @property
+  def is_adapted(self) -> bool:
+    """Whether it has more than a GPT-2's own parameters."""
+    return bool(self.finetuning.adapter.kind or self.finetuning.classify.classes)
+
+  def load(self, dtype: str | None = None):
+    """Loads the model onto the mesh in force; `dtype` computes in another dtype than the run did.
+
+    Of a run with an adapter the base is loaded from where the run started. Raises ValueError or
+    OSError if that is not there, or has other weights.
+    """
+    # 1. The model of its config, on any mesh and for any platform.
+    dtype = dtype or self.config.dtype
+    config = dataclasses.replace(self.config, dtype=dtype, pad_heads=True, attention="auto")
+    check_mesh(config)
+    base = self._load_base(dtype) if self.finetuning.adapter.kind else None
+    build = functools.partial(initial_model, self.finetuning, config)
+    key = jax.random.key(0)
+    model = jax.eval_shape(build, key) if base is None else jax.jit(build, donate_argnums=1)(key, base)
+
+    # 2. Its arrays: all, or those of the adapter.
+    with _readable(self.checkpoints, self.step):
+      if base is None:
+        return self.checkpoints.restore(self.step, model, "model.")
+      trained, frozen = partition(model, trainable_mask(model, trained_names(self.finetuning)))
+      abstract = jax.tree.map(jax.typeof, trained)
+      return merge(self.checkpoints.restore(self.step, abstract, "model."), frozen)
+
+  def _load_base(self, dtype: str):
+    """The model that the run started from. Raises ValueError if its weights are others now."""
+    record = self.metadata["init_from"]
+    origin = open_origin(record["name"])
+    base = origin.load(get_mesh(), dtype)
+    check_base(record, {"name": origin.name, "sha256": base_sha256(base)}, self.checkpoints.path)
+    return base
+
+
+def open_saved(workdir: str, step: str = "latest") -> SavedModel:
+  """Opens the model of a run; `step` is "latest", "best" or a number.
+
+  Raises FileNotFoundError if there is no such checkpoint.
   """
   # 1. Which step?
   if not exists(workdir):
@@ -580,20 +634,32 @@ def load(workdir: str, step: str = "latest", dtype: str | None = None):
       f"there are [{summarize(steps)}], latest and best"
     )
 
-  # 2. The model of its config, on any mesh and for any platform.
+  # 2. What it says of its model.
   with _readable(checkpoints, wanted):
     metadata = checkpoints.metadata(int(wanted))
-    model_config = saved_model_config(metadata)
-    tokenizer = saved_tokenizer(metadata, model_config)
-  model_config = dataclasses.replace(
-    model_config, dtype=dtype or model_config.dtype, pad_heads=True, attention="auto"
-  )
-  check_mesh(model_config)
-  abstract_model = jax.eval_shape(functools.partial(GPT2, model_config), jax.random.key(0))
+    config = saved_model_config(metadata)
+    tokenizer = saved_tokenizer(metadata, config)
+    finetuning = saved_finetuning(metadata)
+  return SavedModel(checkpoints, int(wanted), metadata, config, tokenizer, finetuning)
 
-  # 3. Its arrays.
-  with _readable(checkpoints, wanted):
-    return checkpoints.restore(int(wanted), abstract_model, "model."), tokenizer
+
+def load(workdir: str, step: str = "latest", dtype: str | None = None):
+  """Loads the model and tokenizer of a run, on the mesh in force: see `open_saved`."""
+  saved = open_saved(workdir, step)
+  return saved.load(dtype), saved.tokenizer
+
+
+def newest_metadata(workdir: str) -> dict | None:
+  """The metadata of the newest checkpoint of a workdir that can be read; None if there is none."""
+  has_any = distributed.is_primary() and exists(os.path.join(workdir, "checkpoints"))
+  if not distributed.broadcast("whether there are checkpoints", has_any):
+    return None
+
+  checkpoints = Checkpoints(workdir, create=False)
+  for step in distributed.broadcast("the checkpoints to resume from", checkpoints.steps()):
+    with contextlib.suppress(*UNREADABLE), everywhere(f"the metadata of checkpoint {step}"):
+      return checkpoints.metadata(step)
+  return None
 
 
 @contextlib.contextmanager

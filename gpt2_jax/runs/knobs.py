@@ -192,10 +192,28 @@ def flatten(config: dict, prefix: str = "") -> dict:
   return items
 
 
+def unflatten(values: dict) -> dict:
+  """Groups of knobs from their dotted names: the inverse of `flatten`."""
+  groups = {}
+  for name, value in values.items():
+    *parents, last = name.split(".")
+    group = groups
+    for parent in parents:
+      group = group.setdefault(parent, {})
+    group[last] = value
+  return groups
+
+
 def data_paths(config) -> dict[str, str]:
-  """The knobs of `data`, with ~ expanded. Raises ValueError for an empty path, with its knob."""
+  """The knobs of `data`, with ~ expanded. Raises ValueError for an empty path, with its knob.
+
+  Where a run starts from a checkpoint, the tokenizer may be empty: it is the checkpoint's.
+  """
   paths = {}
   for name, path in config["data"].items():
+    if name == "tokenizer" and not path and config["init_from"]:
+      paths[name] = ""
+      continue
     try:
       paths[name] = user_path(path)
     except ValueError as error:
@@ -221,6 +239,14 @@ def check(config) -> None:
   for name, knob in KNOBS.items():
     if name not in values:
       raise ValueError(f"the config has no {name} ({knob.help}); begin with configs/gpt2.py")
+    is_checkpoints = name.startswith("model.") and values[name] is None
+    if is_checkpoints and values.get("init_from"):
+      continue
+    if is_checkpoints:
+      raise ValueError(
+        f"{name} is None, which is the checkpoint's, and the run starts from none; "
+        f"set --config.init_from, or --config.{name}"
+      )
     problem = knob.problem(values[name])
     if problem:
       value = str(values[name])[:80]

@@ -76,8 +76,10 @@ def check_same_run(metadata: dict, saved: dict, workdir: str):
   `saved`."""
   if saved["config"].keys() == {"model"}:
     raise ValueError(
-      f"{workdir} holds converted weights, and no run that could resume; take another --workdir"
+      f"{workdir} holds weights, and no run that could resume: give it as --config.init_from, "
+      f"and take another --workdir"
     )
+  check_base(saved.get("init_from"), metadata.get("init_from"), workdir)
   differing = knobs.differences(saved["config"], metadata["config"])
   differing += content_differences(saved, metadata)
   if differing:
@@ -88,6 +90,26 @@ def check_same_run(metadata: dict, saved: dict, workdir: str):
       f"{workdir} holds a run with another config ({'; '.join(shown)}); "
       f"set these back, or take another --workdir"
     )
+
+
+def check_base(saved: dict | None, record: dict | None, workdir: str):
+  """Raises ValueError unless a run started from the weights that it is given now.
+
+  The same SHA-256 is the same model, wherever it lies.
+  """
+  if (saved or {}).get("sha256") == (record or {}).get("sha256"):
+    return
+
+  def described(start):
+    if start is None:
+      return "random weights"
+    return f"{start['name'][:120]} (sha256 {start['sha256'][:12]})"
+
+  raise ValueError(
+    f"{workdir} holds a run that started from {described(saved)}, and this one starts from "
+    f"{described(record)}; set --config.init_from to what the run started from, "
+    f"or take another --workdir"
+  )
 
 
 def check_metadata(metadata, step: int):
@@ -107,6 +129,11 @@ def check_metadata(metadata, step: int):
       raise ValueError("its metadata has a tokenizer that is none")
     if type(metadata.get("format", 0)) is not int:
       raise ValueError("its metadata has a format that is no number")
+    record = metadata.get("init_from", {"name": "", "sha256": ""})
+    if not isinstance(record, dict) or not all(
+      isinstance(record.get(key), str) for key in ("name", "sha256")
+    ):
+      raise ValueError("its metadata has an init_from that names no checkpoint")
     knobs.flatten(metadata)
   except RecursionError as error:
     raise ValueError("its metadata is nested too deep") from error
@@ -138,6 +165,27 @@ def saved_model_config(metadata: dict) -> ModelConfig:
   sizes = {name: model[name] for name in MAX_SIZES if name in model}
   others = {name: value for name, value in model.items() if name not in sizes}
   return config_from_sizes(sizes, "its config", **others)
+
+
+def saved_finetuning(metadata: dict) -> ConfigDict:
+  """The knobs in a checkpoint's metadata that say what its model has besides a GPT-2's parameters.
+
+  Runs from before these knobs have none of it. Raises ValueError for values that no run has.
+  """
+  saved = knobs.flatten(metadata["config"])
+  values = {}
+  for name, knob in knobs.KNOBS.items():
+    if name.partition(".")[0] not in ("adapter", "classify", "trainable"):
+      continue
+    value = saved.get(name, knob.added)
+    problem = knob.problem(value)
+    if problem:
+      raise ValueError(f"its config has a {name} of {str(value)[:40]!r} that {problem}")
+    values[name] = tuple(value) if knob.type is tuple else value
+
+  if values["adapter.kind"] and "init_from" not in metadata:
+    raise ValueError("its config has an adapter, and its metadata do not name the base")
+  return ConfigDict(knobs.unflatten(values))
 
 
 def saved_tokenizer(metadata: dict, model_config: ModelConfig) -> Tokenizer | None:

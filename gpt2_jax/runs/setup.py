@@ -12,15 +12,16 @@ from ml_collections import ConfigDict
 
 import gpt2_jax.distributed as distributed
 from gpt2_jax.compat import get_mesh
-from gpt2_jax.data import Batches, TokenStore
-from gpt2_jax.data.batches import BatchSource, count_windows
-from gpt2_jax.data.stores import open_stores
+from gpt2_jax.data.batches import BatchSource
+from gpt2_jax.data.stores import RowSource, open_stores
 from gpt2_jax.files import announce, atomic_write
-from gpt2_jax.model import ModelConfig
+from gpt2_jax.finetune.init_from import Origin
+from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.runs.knobs import data_paths, flatten
 from gpt2_jax.runs.limits import check_disk
 from gpt2_jax.runs.metadata import run_identity, run_metadata
 from gpt2_jax.runs.metrics import Log, Metrics, Profile, best_and_last, plot_losses
+from gpt2_jax.runs.origin import load_base, resolve_tokenizer
 from gpt2_jax.runs.signals import StopSignal
 from gpt2_jax.runs.weights_and_biases import WeightsAndBiases, check_wandb
 from gpt2_jax.runs.workdir import Workdir, exists, is_remote, lock
@@ -35,10 +36,11 @@ class Setup:
   """All that the loop needs: the first state, what it is trained on, and where it is written."""
 
   config: ConfigDict
-  state: object  # the TrainState that was saved; None where nothing was
+  state: object  # the TrainState that was saved, see start.saved_part; None where nothing was
+  base: GPT2 | None  # the model of `init_from`, where the run needs its arrays
   first_step: int
   batches: BatchSource
-  validation: TokenStore
+  validation: RowSource
   tokenizer: Tokenizer
   metadata: dict  # saved with each checkpoint
   checkpoints: object  # of runs.checkpoint, which is imported late
@@ -51,29 +53,40 @@ class Setup:
 
 
 def set_up(
-  config: ConfigDict, model_config: ModelConfig, workdir: str, abstract_state, resources
+  config: ConfigDict,
+  model_config: ModelConfig,
+  workdir: str,
+  abstract_state,
+  resources,
+  origin: Origin | None = None,
 ) -> Setup:
   """Opens the data and the workdir, and resumes from the newest checkpoint if there is one.
 
-  What has to be closed goes onto `resources`, an ExitStack. Raises ValueError or OSError where the
-  input cannot be.
+  `abstract_state` is what a checkpoint holds, `origin` what the run starts from. What has to be
+  closed goes onto `resources`, an ExitStack. Raises ValueError or OSError where the input cannot
+  be.
   """
   check_wandb(config.wandb_project)
 
   # 1. All processes must see the same data.
-  train, validation, tokenizer = open_data(config, model_config)
-  batches = Batches(train, model_config.n_ctx, config.batch_size, config.seed)
+  train, validation, tokenizer = open_data(config, model_config, origin)
+  batches = train.batches(model_config.n_ctx, config.batch_size, config.seed)
   metadata = run_metadata(config, train, validation, tokenizer)
   distributed.check_same("config", {"workdir": workdir} | run_identity(metadata))
 
-  # 2. Resume.
+  # 2. Load what the run starts from, before anything is written.
   check_disk(workdir, abstract_state)
+  base = None
+  if origin is not None:
+    base, metadata["init_from"] = load_base(origin, model_config, metadata, workdir)
+
+  # 3. Resume.
   resources.enter_context(lock(workdir))
   checkpoints = open_checkpoints(workdir, config.keep)
   with announce(f"reading the newest checkpoint of {workdir}"):
     state, first_step = checkpoints.restore_latest(abstract_state, metadata) or (None, 0)
 
-  # 3. Where the run writes. From here on SIGTERM asks for a save: before, it ends at once. Metrics
+  # 4. Where the run writes. From here on SIGTERM asks for a save: before, it ends at once. Metrics
   #    are closed before checkpoints.
   stop = resources.enter_context(StopSignal(get_mesh()))
   folder = resources.enter_context(Workdir(workdir))
@@ -82,10 +95,11 @@ def set_up(
   metrics = open_metrics(config, folder, first_step, writers)
   profile = Profile(folder.path, config.profile_steps, metrics.say)
   writers.callback(profile.end, ())  # where an error ends the loop
-  log_data(metrics, config, batches.n_windows, count_windows(validation, batches.n_ctx))
+  log_data(metrics, config, batches.n_rows, validation.count_rows(model_config.n_ctx))
   return Setup(
     config=config,
     state=state,
+    base=base,
     first_step=first_step,
     batches=batches,
     validation=validation,
@@ -117,21 +131,24 @@ def open_metrics(config: ConfigDict, folder: Workdir, first_step: int, writers) 
   return metrics
 
 
-def open_data(config: ConfigDict, model_config: ModelConfig):
+def open_data(config: ConfigDict, model_config: ModelConfig, origin: Origin | None = None):
   """Opens the training and the validation store, and loads the tokenizer, as `open_stores` does.
 
-  Raises ValueError or OSError where one cannot be.
+  An empty `data.tokenizer` is the checkpoint's. Raises ValueError or OSError where one cannot be,
+  or the tokenizer is not the checkpoint's.
   """
   # TensorStore would try for minutes to reach a bucket that is not there.
   paths = data_paths(config)
   for path in paths.values():
     if is_remote(path):
       exists(path)
+  if origin is not None:
+    paths["tokenizer"] = resolve_tokenizer(origin, paths["tokenizer"])
   train, validation, tokenizer = open_stores(**paths, n_vocab=model_config.n_vocab)
 
-  # Raises where there is no window, which an evaluation would find after hours.
+  # Raises where there is no row, which an evaluation would find after hours.
   for store in (train, validation):
-    count_windows(store, model_config.n_ctx)
+    store.count_rows(model_config.n_ctx)
   return train, validation, tokenizer
 
 

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 import gpt2_jax.distributed as distributed
 from gpt2_jax.batch import Batch
 from gpt2_jax.compat import get_mesh
-from gpt2_jax.data import TokenStore, evaluation_batches
+from gpt2_jax.data.stores import RowSource
 from gpt2_jax.files import announce, progress
 from gpt2_jax.loss import cross_entropy
 from gpt2_jax.model import GPT2
@@ -29,12 +29,10 @@ def evaluation_sums(model: GPT2, batch: Batch, objective):
   return objective(model, batch)
 
 
-def validation_loss(
-  model: GPT2, objective, store: TokenStore, batch_size: int, windows: int
-) -> float:
+def validation_loss(model: GPT2, objective, store: RowSource, batch_size: int, windows: int) -> float:
   """Mean nats a token over the first `windows` windows of the store (0: all), in their order."""
   sharding = NamedSharding(get_mesh(), BATCH)
-  batches = evaluation_batches(store, model.config.n_ctx, batch_size, sharding, windows or None)
+  batches = store.evaluation_batches(model.config.n_ctx, batch_size, sharding, windows or None)
   quiet = None if distributed.is_primary() else True  # None: where stderr is no terminal
   sums = []
   for batch in progress(batches, "evaluation", "batch", disable=quiet):

@@ -87,8 +87,8 @@ def test_rows_are_the_formula_at_any_step_without_a_past(step, low, high):
 
 
 def test_the_last_window_ends_inside_the_store():
-  assert Batches(Tokens(4 * 5 + 1), 4, 1, 0).n_windows == 5
-  assert Batches(Tokens(4 * 5), 4, 1, 0).n_windows == 4
+  assert Batches(Tokens(4 * 5 + 1), 4, 1, 0).n_rows == 5
+  assert Batches(Tokens(4 * 5), 4, 1, 0).n_rows == 4
 
 
 @pytest.mark.parametrize("shape", MESHES)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Provenance of a run: what it starts from, at its start and when it resumes."""
+
+from ml_collections import ConfigDict
+
+from gpt2_jax.compat import get_mesh
+from gpt2_jax.files import announce
+from gpt2_jax.finetune.init_from import Origin, base_sha256, open_origin
+from gpt2_jax.model import ModelConfig
+from gpt2_jax.runs.metadata import (
+  check_base,
+  check_same_run,
+  saved_model_config,
+  saved_tokenizer,
+)
+from gpt2_jax.tokenizer import Tokenizer, load_tokenizer
+
+
+def find_origin(config: ConfigDict, workdir: str) -> Origin | None:
+  """What the run starts from; None for random weights.
+
+  A run that resumes has it from its newest checkpoint, where `init_from` is the same and the
+  checkpoint holds all arrays: what it once started from may be gone. Raises ValueError or OSError
+  for what is no checkpoint.
+  """
+  if not config.init_from:
+    return None
+  with announce(f"opening {config.init_from}"):
+    saved = _newest_metadata(workdir)
+    is_known = saved is not None and "init_from" in saved and not config.adapter.kind
+    if not is_known or saved["config"].get("init_from") != config.init_from:
+      return open_origin(config.init_from)
+
+    model_config = saved_model_config(saved)
+    tokenizer = saved_tokenizer(saved, model_config)
+    return Origin(**saved["init_from"], config=model_config, tokenizer=tokenizer, load=None)
+
+
+def load_base(origin: Origin, model_config: ModelConfig, metadata: dict, workdir: str):
+  """The model of `origin`, and its record for the metadata: its name and SHA-256.
+
+  The model is None where the run resumes from a checkpoint that holds all arrays. Raises ValueError
+  if the workdir holds another run.
+  """
+  if origin.sha256 is not None:
+    return None, {"name": origin.name, "sha256": origin.sha256}
+
+  # A run of another kind is refused before gigabytes are read.
+  saved = _newest_metadata(workdir)
+  if saved is not None:
+    unread = {"name": origin.name, "sha256": "not read yet"}
+    check_same_run(metadata | {"init_from": saved.get("init_from", unread)}, saved, workdir)
+
+  with announce(f"loading {origin.name}, seconds to a minute"):
+    base = origin.load(get_mesh(), model_config.dtype)
+    record = {"name": origin.name, "sha256": base_sha256(base)}
+  if saved is not None:
+    check_base(saved["init_from"], record, workdir)
+  return base, record
+
+
+def resolve_tokenizer(origin: Origin, name_or_path: str) -> Tokenizer:
+  """The checkpoint's tokenizer; `name_or_path` is empty, or another place of the same one.
+
+  Raises ValueError where it is another, and where there is none.
+  """
+  if not name_or_path:
+    if origin.tokenizer is None:
+      raise ValueError(
+        f"the checkpoint {origin.name[:160]} has no tokenizer; set --config.data.tokenizer"
+      )
+    return origin.tokenizer
+
+  tokenizer = load_tokenizer(name_or_path)
+  if origin.tokenizer is not None and tokenizer.fingerprint != origin.tokenizer.fingerprint:
+    raise ValueError(
+      f"data.tokenizer is {name_or_path[:160]} (fingerprint {tokenizer.fingerprint[:12]}), and the "
+      f"checkpoint {origin.name[:160]} has another (fingerprint "
+      f"{origin.tokenizer.fingerprint[:12]}): vocabulary and ids are the checkpoint's; "
+      f"set --config.data.tokenizer=''"
+    )
+  return tokenizer
+
+
+def _newest_metadata(workdir: str) -> dict | None:
+  # Imported here: Orbax takes seconds, and only a run that starts from a checkpoint asks so early.
+  from gpt2_jax.runs.checkpoint import newest_metadata
+
+  return newest_metadata(workdir)
