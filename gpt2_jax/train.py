@@ -15,15 +15,23 @@ from ml_collections import ConfigDict
 from gpt2_jax.batch import Batch
 from gpt2_jax.compat import get_mesh
 from gpt2_jax.files import announce, user_path
+from gpt2_jax.finetune.init_from import resolve_model
+from gpt2_jax.finetune.start import initial_model, restored, saved_part, trained_names
 from gpt2_jax.finetune.trainable import merge, partition, trainable_mask
 from gpt2_jax.loss import NextToken, mean_loss, per_token
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.optimizer import adamw, schedule
 from gpt2_jax.runs import knobs
 from gpt2_jax.runs.limits import check_batch, check_kernel, check_update_fits, out_of_memory
+from gpt2_jax.runs.origin import find_origin
 from gpt2_jax.runs.setup import Setup, finish, set_up
 from gpt2_jax.runs.signals import stop_line
-from gpt2_jax.runs.validation import log_initial_loss, save_if_sound, validate
+from gpt2_jax.runs.validation import (
+  log_initial_loss,
+  out_of_patience,
+  save_if_sound,
+  validate,
+)
 from gpt2_jax.runs.workdir import as_path
 from gpt2_jax.sharding import BATCH, ROWS, make_mesh, platform
 
@@ -40,9 +48,12 @@ class TrainState:
   opt_state: optax.OptState
 
 
-def init_state(key, model_config: ModelConfig, optimizer, trainable=("*",)) -> TrainState:
-  """The state before step 0: random weights, and optimizer state for what is trained."""
-  model = GPT2(model_config, key)
+def init_state(
+  key, model_config: ModelConfig, optimizer, trainable=("*",), model=None
+) -> TrainState:
+  """The state before step 0: random weights or those of `model`, and optimizer state for what is
+  trained."""
+  model = GPT2(model_config, key) if model is None else model
   trained, _ = partition(model, trainable_mask(model, trainable))
   return TrainState(jnp.int32(0), jnp.int32(0), jnp.int32(0), model, optimizer.init(trained))
 
@@ -173,18 +184,20 @@ COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_0
 
 
 def make_step(config: ConfigDict, model_config: ModelConfig, platform: str):
-  """The two functions of a run: `init(key)`, the state before step 0, and the jitted step,
+  """The two functions of a run: `init(key, model)`, the state before step 0, and the jitted step,
   `step(state, batches, objective, signals)`, of `steps_per_call` updates.
 
-  `gpt2-jax plan` compiles the same step. Nothing is computed here but two keys, and no mesh needs
-  to be in force.
+  `model` is the `initial_model`, by default made from the key. `gpt2-jax plan` compiles the same
+  step. Nothing is computed here but two keys, and no mesh needs to be in force.
   """
   rate = schedule(config.learning_rate, config.steps, config.warmup_steps, config.final_lr_fraction)
   optimizer = adamw(rate, config.b1, config.b2, config.weight_decay, config.clip_norm)
-  trainable = tuple(config.trainable)
-  init = functools.partial(
-    init_state, model_config=model_config, optimizer=optimizer, trainable=trainable
-  )
+  trainable = trained_names(config)
+
+  def init(key, model=None):
+    model = initial_model(config, model_config, key) if model is None else model
+    return init_state(key, model_config, optimizer, trainable, model)
+
   step = functools.partial(
     step_with_signals,
     optimizer=optimizer,
@@ -209,11 +222,13 @@ def train_loop(setup: Setup, jitted_step, objective) -> TrainState:
   sharding = NamedSharding(get_mesh(), P(None, *BATCH))
   pending = signals = None  # the call whose metrics are not read yet; the newest call's signals
 
+  # A run that ended for want of patience has no steps left.
+  last_step = step if out_of_patience(setup) else config.steps
   setup.log.start_clock()
-  for batches in setup.batches.prefetch(step, config.steps, config.steps_per_call, sharding):
+  for batches in setup.batches.prefetch(step, last_step, config.steps_per_call, sharding):
     # 1. Dispatch the next call.
     if step == 0:
-      log_initial_loss(metrics, state.model, batches, rows)
+      log_initial_loss(metrics, state.model, batches, rows, is_random=not config.init_from)
     setup.profile.before(step, state)
     with setup.log.compiling():
       state, call_metrics, new_signals = jitted_step(state, batches, objective, stop.signals())
@@ -232,24 +247,48 @@ def train_loop(setup: Setup, jitted_step, objective) -> TrainState:
     # 3. Something needs this state: wait for the call, and evaluate.
     setup.log.read(*pending)
     pending = val_loss = None
+    is_last = False
     if evaluates:
       val_loss = validate(setup, state.model, objective, rows, step)
+      is_last = out_of_patience(setup)
 
     # 4. Save. The metrics go first: who resumes from the checkpoint finds the lines up to it.
     signal_number = stop.received(signals)
     metrics.flush()
     setup.workdir.upload()
     is_best = val_loss is not None and val_loss < setup.checkpoints.best
-    if saves or signal_number or is_best:
+    if saves or signal_number or is_best or is_last:
       is_saved = save_if_sound(setup, step, state, objective, val_loss, bool(signal_number))
 
-    # 5. Stop where a signal asked for it.
+    # 5. Stop where a signal asked for it, or the validation loss has stopped to fall.
     if signal_number:
       metrics.say(stop_line(signal_number, step, is_saved))
+    if signal_number or is_last:
       break
     setup.log.start_clock()
   setup.profile.end(state)
   return state
+
+
+def first_state(setup: Setup, model_config: ModelConfig, init, key, objective) -> Setup:
+  """Adds the state that training begins with: restored, from a checkpoint, or random.
+
+  What starts from a checkpoint is evaluated as such, before there is any optimizer state.
+  """
+  config, state, model = setup.config, setup.state, None
+  if setup.base is not None:
+    with announce("placing the checkpoint's parameters"):
+      build = functools.partial(initial_model, config, model_config)
+      model = jax.jit(build, donate_argnums=1)(key, setup.base)
+    if state is None:
+      validate(setup, model, objective, config.batch_size // config.microbatches, 0)
+
+  if state is not None:
+    state = restored(config, state, model)
+  else:
+    with announce("initializing the parameters"):
+      state = jax.jit(init, donate_argnums=1)(key, model)
+  return dataclasses.replace(setup, state=state, base=None)
 
 
 def run(config: ConfigDict, workdir: str) -> TrainState:
@@ -264,9 +303,12 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     workdir = user_path(workdir)
     as_path(workdir)
     knobs.check(config)
+    objective = NextToken()
     with announce("starting JAX on its devices"):
       mesh = make_mesh(**config.mesh)
     resources.enter_context(jax.set_mesh(mesh))
+    origin = find_origin(config, workdir)
+    config = config if origin is None else resolve_model(config, origin)
     model_config = ModelConfig(**config.model)
     check_batch(config)
     check_kernel(model_config)
@@ -277,13 +319,12 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     resources.enter_context(out_of_memory(config, model_config, abstract_state))
 
     # 2. Open the data and the workdir; resume, or start.
-    setup = set_up(config, model_config, workdir, abstract_state, resources)
+    abstract_saved = saved_part(config, abstract_state)
+    setup = set_up(config, model_config, workdir, abstract_saved, resources, origin)
 
     # 3. Train. The picture is drawn once metrics and checkpoints are closed, whole.
     with setup.writers:
-      if setup.state is None:
-        with announce("initializing the parameters"):
-          setup = dataclasses.replace(setup, state=jax.jit(init)(key))
-      state = train_loop(setup, jitted_step, NextToken())
+      setup = first_state(setup, model_config, init, key, objective)
+      state = train_loop(setup, jitted_step, objective)
     finish(setup, int(state.step))
     return state

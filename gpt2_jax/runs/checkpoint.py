@@ -574,7 +574,9 @@ class SavedModel:
   metadata: dict
   config: ModelConfig
   tokenizer: Tokenizer | None
-  finetuning: ConfigDict  # its knobs of fine-tuning: `adapter`, `classify`, `init_from`, `trainable`
+  finetuning: (
+    ConfigDict  # its knobs of fine-tuning: `adapter`, `classify`, `init_from`, `trainable`
+  )
 
   @property
   def is_adapted(self) -> bool:
@@ -594,7 +596,9 @@ class SavedModel:
     base = self._load_base(dtype) if self.finetuning.adapter.kind else None
     build = functools.partial(initial_model, self.finetuning, config)
     key = jax.random.key(0)
-    model = jax.eval_shape(build, key) if base is None else jax.jit(build, donate_argnums=1)(key, base)
+    model = (
+      jax.eval_shape(build, key) if base is None else jax.jit(build, donate_argnums=1)(key, base)
+    )
 
     # 2. Its arrays: all, or those of the adapter.
     with _readable(self.checkpoints, self.step):

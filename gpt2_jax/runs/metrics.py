@@ -80,6 +80,13 @@ def best_and_last(workdir: str) -> tuple[tuple[int, float], tuple[int, float]] |
   return min(points, key=lambda point: point[1]), points[-1]
 
 
+def evaluations_since_best(workdir: str) -> int:
+  """How many evaluations in a row, up to the newest, were no better than one before them."""
+  lines, _ = read_metrics(pathlib.Path(workdir) / "metrics.jsonl")
+  losses = [value for _, value in _points(lines, "val_loss")]
+  return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+
 def damage(path: pathlib.Path, damaged: list[int]) -> str:
   """One line about damaged lines, for a message."""
   return f"{path}: {len(damaged):,} damaged lines are left out, the first is line {damaged[0]:,}"

@@ -5,6 +5,7 @@ import contextlib
 import math
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 import gpt2_jax.distributed as distributed
@@ -12,9 +13,10 @@ from gpt2_jax.batch import Batch
 from gpt2_jax.compat import get_mesh
 from gpt2_jax.data.stores import RowSource
 from gpt2_jax.files import announce, progress
+from gpt2_jax.finetune.start import saved_part
 from gpt2_jax.loss import cross_entropy
 from gpt2_jax.model import GPT2
-from gpt2_jax.runs.metrics import Metrics
+from gpt2_jax.runs.metrics import Metrics, evaluations_since_best
 from gpt2_jax.runs.samples import log_sample
 from gpt2_jax.runs.setup import Setup
 from gpt2_jax.sharding import BATCH
@@ -29,7 +31,9 @@ def evaluation_sums(model: GPT2, batch: Batch, objective):
   return objective(model, batch)
 
 
-def validation_loss(model: GPT2, objective, store: RowSource, batch_size: int, windows: int) -> float:
+def validation_loss(
+  model: GPT2, objective, store: RowSource, batch_size: int, windows: int
+) -> float:
   """Mean nats a token over the first `windows` windows of the store (0: all), in their order."""
   sharding = NamedSharding(get_mesh(), BATCH)
   batches = store.evaluation_batches(model.config.n_ctx, batch_size, sharding, windows or None)
@@ -76,7 +80,7 @@ def save_if_sound(
   # 2. Save, or say why not.
   if problem is None:
     val_loss = math.inf if val_loss is None else val_loss
-    setup.checkpoints.save(step, state, setup.metadata, val_loss)
+    setup.checkpoints.save(step, saved_part(setup.config, state), setup.metadata, val_loss)
     return True
   line = f"step {step}: not saved, for {problem}; {setup.log.last_good()}"
   if step == setup.config.steps:
@@ -85,26 +89,52 @@ def save_if_sound(
   return False
 
 
+def out_of_patience(setup: Setup) -> bool:
+  """Early stopping: whether the last `patience` evaluations were no better than one before them.
+
+  metrics.jsonl tells, so that a run which resumes counts on. Says so where it is.
+  """
+  patience = setup.config.patience
+  if not patience:
+    return False
+  waited = evaluations_since_best(setup.workdir.path) if distributed.is_primary() else None
+  waited = distributed.broadcast("the evaluations since the best", waited)
+  if waited < patience:
+    return False
+  setup.metrics.say(
+    f"the validation loss has not been better for {waited} evaluations (patience): the run ends; "
+    f"its best checkpoint is kept"
+  )
+  return True
+
+
 @jax.jit
-def initial_loss(model: GPT2, tokens_BT):
-  """Nats a token of tokens [B, T + 1], and the RMS of the residual stream after each layer, [L]."""
-  x_BTD, rms_L, _ = model.hidden(model.embed(tokens_BT[:, :-1]))
-  nats_BT = cross_entropy(model.head(x_BTD), tokens_BT[:, 1:], model.config.n_vocab)
-  return nats_BT.mean(), rms_L
+def initial_loss(model: GPT2, batch: Batch):
+  """Nats a token of a batch, and the RMS of the residual stream after each layer, [L]."""
+  x_BTD = model.embed(batch.tokens_BT[:, :-1], batch.positions_BT)
+  x_BTD, rms_L, _ = model.hidden(x_BTD, attend=model.self_attend(batch.segments_BT))
+  nats_BT = cross_entropy(model.head(x_BTD), batch.tokens_BT[:, 1:], model.config.n_vocab)
+  if batch.weights_BT is None:
+    return nats_BT.mean(), rms_L
+  total = jnp.maximum(batch.weights_BT.sum(), 1e-9)
+  return (nats_BT * batch.weights_BT).sum() / total, rms_L
 
 
-def log_initial_loss(metrics: Metrics, model: GPT2, batches: Batch, rows: int):
+def log_initial_loss(metrics: Metrics, model: GPT2, batches: Batch, rows: int, is_random: bool):
   """The first line of a run: is the loss near ln V, and does the residual stream grow gently?
 
-  It is the loss of the first `rows` rows of the first step, for they fit at once.
+  It is the loss of the first `rows` rows of the first step, for they fit at once. Weights of a
+  checkpoint are to be better than random ones.
   """
-  tokens_BT = jax.lax.slice_in_dim(batches.tokens_BT[0], 0, rows)
+  batch = jax.tree.map(lambda x: jax.lax.slice_in_dim(x[0], 0, rows), batches)
   with announce("compiling the forward pass, seconds"):
-    loss, rms_L = jax.device_get(initial_loss(model, tokens_BT))
+    loss, rms_L = jax.device_get(initial_loss(model, batch))
   expected = math.log(model.config.n_vocab)
   verdict = "as it should be"
-  if abs(loss - expected) >= 0.5:
+  if is_random and abs(loss - expected) >= 0.5:
     verdict = "expected near ln V: look at data and initialization"
+  elif not is_random and not loss < expected:
+    verdict = "a trained checkpoint is expected below ln V: is it this data's?"
 
   scales = " ".join(f"{rms:.2f}" for rms in rms_L)
   metrics.say(
