@@ -11,8 +11,8 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import grain
 import jax
@@ -21,8 +21,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt2_jax.batch import Batch
 
-if TYPE_CHECKING:
-  from gpt2_jax.data.token_store import TokenStore
+
+class TokenSequence(Protocol):
+  """One long sequence of tokens, read at random. `TokenStore` is one."""
+
+  path: str
+
+  def __len__(self) -> int: ...
+
+  def read(self, starts_N: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
+    """Tokens [start, start + length) for each start, int32 [N, length]."""
+    ...
 
 
 class BatchSource(Protocol):
@@ -50,7 +59,7 @@ class Batches:
   Raises ValueError if the store is shorter than one window.
   """
 
-  store: "TokenStore"
+  store: TokenSequence
   n_ctx: int
   batch_size: int
   seed: int
@@ -106,7 +115,7 @@ class Batches:
 
 
 def evaluation_batches(
-  store: "TokenStore",
+  store: TokenSequence,
   n_ctx: int,
   batch_size: int,
   sharding: NamedSharding,
@@ -142,7 +151,7 @@ def evaluation_batches(
   return _in_background(grain.MapDataset.range(0, n_windows, batch_size).map(batch))
 
 
-def count_windows(store: "TokenStore", n_ctx: int) -> int:
+def count_windows(store: TokenSequence, n_ctx: int) -> int:
   """Non-overlapping windows in the store; ValueError if there is none."""
   n_windows = (len(store) - 1) // n_ctx
   if n_windows < 1:

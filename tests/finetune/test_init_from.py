@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tuning's start: any checkpoint becomes step 0 of a run, and what it came from is recorded."""
+"""Fine-tuning: any checkpoint is step 0 of a run, and what the run came from is recorded."""
 
 import dataclasses
 import functools
