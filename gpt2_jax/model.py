@@ -45,10 +45,10 @@ def check_mesh(config: ModelConfig) -> None:
 def name_of(path) -> str:
   """A leaf's name as OpenAI wrote it: `h.attn.c_attn.w`.
 
-  What holds the array (an nnx.Param, a `Dense`) is left out of the name.
+  What holds the array (an nnx.Param, a `Dense`, the base of a LoRA) is left out of the name.
   """
   names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
-  return ".".join(name for name in names if name not in ("value", "array"))
+  return ".".join(name for name in names if name not in ("value", "array", "base"))
 
 
 def dropout(x, rate: float, key):

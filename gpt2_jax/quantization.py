@@ -72,11 +72,13 @@ def quantize(model: GPT2) -> GPT2:
   on a model that is quantized already.
   """
   with jax.set_mesh(model.mesh):
-    return _quantize(model)
+    return quantize_on_mesh(model)
 
 
 @jax.jit
-def _quantize(model: GPT2) -> GPT2:
+def quantize_on_mesh(model: GPT2) -> GPT2:
+  """`quantize` with the model's mesh in force, also inside of `jax.jit` and `jax.eval_shape`."""
+
   def is_weight(node) -> bool:
     return isinstance(node, Dense | Int8)
 
