@@ -19,6 +19,16 @@ from gpt2_jax.model import split_or_none
 from gpt2_jax.sharding import AXES, BATCH, axis_size
 
 
+def last_hidden(model, batch: Batch, key=None):
+  """The hidden states that predict, [B, T, D], and the context of the weights after them."""
+  k_embd, k_h = split_or_none(key, 2)
+  k_weights = None if key is None else jax.random.fold_in(key, 2)
+  context = Context(k_weights, batch.extras.get("adapter_B"))
+  x_BTD = model.embed(batch.tokens_BT[:, :-1], batch.positions_BT, k_embd, context)
+  x_BTD = model.hidden(x_BTD, k_h, model.self_attend(batch.segments_BT), context)[0]
+  return x_BTD, context
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class NextToken:
@@ -26,12 +36,7 @@ class NextToken:
 
   def __call__(self, model, batch: Batch, key=None) -> dict:
     """Sums over the batch: "nats" times the loss mask `batch.weights_BT`, and "tokens", its sum."""
-    k_embd, k_h = split_or_none(key, 2)
-    k_weights = None if key is None else jax.random.fold_in(key, 2)
-    context = Context(k_weights, batch.extras.get("adapter_B"))
-    x_BTD = model.embed(batch.tokens_BT[:, :-1], batch.positions_BT, k_embd, context)
-    x_BTD = model.hidden(x_BTD, k_h, model.self_attend(batch.segments_BT), context)[0]
-
+    x_BTD, context = last_hidden(model, batch, key)
     labels_BT = batch.tokens_BT[:, 1:]
     nats_BT = cross_entropy(model.head(x_BTD, context), labels_BT, model.config.n_vocab)
 
