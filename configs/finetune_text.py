@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tuning on plain text, such as one author's: the model then writes like it.
 
-  gpt2-jax tokenize --files=input.txt --characters=:90% --out=data/text/train
-  gpt2-jax tokenize --files=input.txt --characters=90%: --out=data/text/validation
-  gpt2-jax train --config=finetune_text:lora --workdir=runs/text --config.init_from=gpt2
+gpt2-jax tokenize --files=input.txt --characters=:90% --out=data/text/train
+gpt2-jax tokenize --files=input.txt --characters=90%: --out=data/text/validation
+gpt2-jax train --config=finetune_text:lora --workdir=runs/text --config.init_from=gpt2
 """
 
 from ml_collections import ConfigDict

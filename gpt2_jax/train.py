@@ -15,10 +15,11 @@ from ml_collections import ConfigDict
 from gpt2_jax.batch import Batch
 from gpt2_jax.compat import get_mesh
 from gpt2_jax.files import announce, user_path
+from gpt2_jax.finetune.classify import make_objective
 from gpt2_jax.finetune.init_from import resolve_model
-from gpt2_jax.finetune.start import initial_model, restored, saved_part, trained_names
+from gpt2_jax.finetune.start import build_on, initial_model, restored, saved_part, trained_names
 from gpt2_jax.finetune.trainable import merge, partition, trainable_mask
-from gpt2_jax.loss import NextToken, mean_loss, per_token
+from gpt2_jax.loss import mean_loss, per_token
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.optimizer import adamw, schedule
 from gpt2_jax.runs import knobs
@@ -278,8 +279,7 @@ def first_state(setup: Setup, model_config: ModelConfig, init, key, objective) -
   config, state, model = setup.config, setup.state, None
   if setup.base is not None:
     with announce("placing the checkpoint's parameters"):
-      build = functools.partial(initial_model, config, model_config)
-      model = jax.jit(build, donate_argnums=1)(key, setup.base)
+      model = build_on(config, model_config, key, setup.base)
     if state is None:
       validate(setup, model, objective, config.batch_size // config.microbatches, 0)
 
@@ -303,7 +303,7 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     workdir = user_path(workdir)
     as_path(workdir)
     knobs.check(config)
-    objective = NextToken()
+    objective = make_objective(config)
     with announce("starting JAX on its devices"):
       mesh = make_mesh(**config.mesh)
     resources.enter_context(jax.set_mesh(mesh))

@@ -6,10 +6,13 @@ It is the one place where a run's model is built, and can be traced without arra
 
 import dataclasses
 import functools
+import warnings
 
 import jax
 from ml_collections import ConfigDict
 
+from gpt2_jax.finetune.adapter import TRAINED_NAMES, add_adapter
+from gpt2_jax.finetune.classify import add_head
 from gpt2_jax.finetune.trainable import merge, partition, trainable_mask
 from gpt2_jax.model import GPT2, ModelConfig, name_of
 
@@ -19,14 +22,19 @@ def initial_model(config: ConfigDict, model_config: ModelConfig, key, base: GPT2
   with `config.classify`, an adapter with `config.adapter`."""
   model = GPT2(model_config, key) if base is None else reconfigure(base, model_config)
   if config.classify.classes:
-    from gpt2_jax.finetune.classify import add_head
-
     model = add_head(model, config.classify.classes, jax.random.fold_in(key, 1))
   if config.adapter.kind:
-    from gpt2_jax.finetune.adapter import add_adapter
-
     model = add_adapter(model, config.adapter, jax.random.fold_in(key, 2))
   return model
+
+
+def build_on(config: ConfigDict, model_config: ModelConfig, key, base: GPT2) -> GPT2:
+  """The `initial_model` on the mesh in force, made of the arrays of `base`, which is gone then."""
+  build = jax.jit(functools.partial(initial_model, config, model_config), donate_argnums=1)
+  with warnings.catch_warnings():
+    # What is cut or becomes int8 is an array of its own.
+    warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+    return build(key, base)
 
 
 def reconfigure(model: GPT2, model_config: ModelConfig) -> GPT2:
@@ -56,8 +64,6 @@ def trained_names(config: ConfigDict) -> tuple[str, ...]:
   trainable = tuple(config.trainable)
   if not config.adapter.kind:
     return trainable
-  from gpt2_jax.finetune.adapter import TRAINED_NAMES
-
   head = ("classifier",) if config.classify.classes else ()
   besides = () if trainable == ("*",) else trainable
   return (*TRAINED_NAMES[config.adapter.kind], *head, *besides)

@@ -32,7 +32,7 @@ from gpt2_jax.convert import names
 from gpt2_jax.data.zarr_files import tensorstore_reason
 from gpt2_jax.files import first_line, json_sha256, parse_json_object, summarize
 from gpt2_jax.finetune.init_from import base_sha256, open_origin
-from gpt2_jax.finetune.start import initial_model, trained_names
+from gpt2_jax.finetune.start import build_on, initial_model, trained_names
 from gpt2_jax.finetune.trainable import merge, partition, trainable_mask
 from gpt2_jax.model import ModelConfig, check_mesh, name_of
 from gpt2_jax.runs.metadata import (
@@ -594,11 +594,12 @@ class SavedModel:
     config = dataclasses.replace(self.config, dtype=dtype, pad_heads=True, attention="auto")
     check_mesh(config)
     base = self._load_base(dtype) if self.finetuning.adapter.kind else None
-    build = functools.partial(initial_model, self.finetuning, config)
     key = jax.random.key(0)
-    model = (
-      jax.eval_shape(build, key) if base is None else jax.jit(build, donate_argnums=1)(key, base)
-    )
+    if base is None:
+      build = functools.partial(initial_model, self.finetuning, config)
+      model = jax.eval_shape(build, key)
+    else:
+      model = build_on(self.finetuning, config, key, base)
 
     # 2. Its arrays: all, or those of the adapter.
     with _readable(self.checkpoints, self.step):

@@ -24,6 +24,11 @@ def find_origin(config: ConfigDict, workdir: str) -> Origin | None:
   for what is no checkpoint.
   """
   if not config.init_from:
+    if config.adapter.kind:
+      raise ValueError(
+        f"adapter.kind is {config.adapter.kind[:40]!r}, which is trained beside a frozen "
+        f"checkpoint, and the run starts from none; set --config.init_from"
+      )
     return None
   with announce(f"opening {config.init_from}"):
     saved = _newest_metadata(workdir)
