@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizes a corpus into a token store; can train a tokenizer on the same text first.
+"""Tokenizes a corpus into a token store; can train a tokenizer on the same text first. Packs
+examples for fine-tuning into rows.
 
   gpt2-jax tokenize --files='books/**/*.txt' --out=/data/books
   gpt2-jax tokenize --tfds_name=lm1b --text_key=text --out=gs://bucket/lm1b
   gpt2-jax tokenize --files=input.txt --characters=:90% \\
     --train_tokenizer=characters --tokenizer=characters.json --out=/data/train
+  gpt2-jax tokenize --examples=chats.jsonl --template=dialogpt --n_ctx=1024 --out=/data/chats
   gpt2-jax tokenize --verify=/data/books
+
+An example is a JSON object: {"text": ...}, {"prompt": ..., "completion": ...} or {"messages":
+[{"role": ..., "content": ...}, ...]}, any of them with a "label".
 
 A job that was killed resumes when the same command is run again; of a store that was damaged, it
 writes the damaged parts again. Records that are no text are skipped and counted; --strict stops at
@@ -28,12 +33,31 @@ from gpt2_jax.files import atomic_write, local_path, user_path
 
 if TYPE_CHECKING:
   from gpt2_jax.data import TokenStore
+  from gpt2_jax.data.examples import ExampleStore
 
 _FILES = flags.DEFINE_string(
   "files", None, "Corpus of local files: globs with commas between them; ** crosses folders."
 )
 _TFDS_NAME = flags.DEFINE_string(
   "tfds_name", None, "Corpus of TFDS instead: name, name/config or name/config:version."
+)
+_EXAMPLES = flags.DEFINE_string(
+  "examples", None, "Examples for fine-tuning instead: .jsonl or .json files, as for --files."
+)
+_TEMPLATE = flags.DEFINE_string(
+  "template",
+  None,
+  "Markers of the examples' roles: plain (default), tldr, dialogpt, chat, chatml, or a .json file; "
+  "with --tfds_name, its records are examples.",
+)
+_LOSS = flags.DEFINE_enum(
+  "loss",
+  None,
+  ["responses", "all"],
+  "Tokens of the examples that are scored: of responses alone (default), or all.",
+)
+_N_CTX = flags.DEFINE_integer(
+  "n_ctx", None, "Length of the rows that examples are packed into (default: 1024).", lower_bound=2
 )
 _SPLIT = flags.DEFINE_string(
   "split", "train", "Split of the corpus, in TFDS's syntax: train, train[:90%], test."
@@ -84,6 +108,8 @@ def tokenize() -> str:
 
   # 1. Look at all flags, before hours are spent on any of them.
   out, tokenizer_path = _check_flags()
+  if _are_examples():
+    return pack(out, tokenizer_path)
 
   # 2. Open the corpus.
   options = (_SPLIT.value, _TEXT_KEY.value, _DATA_DIR.value)
@@ -114,13 +140,65 @@ def tokenize() -> str:
   return _describe(store)
 
 
+def pack(out: str, tokenizer_path: str) -> str:
+  """Packs the examples that the flags name. Returns a line that describes their store."""
+  from gpt2_jax.data import corpus
+  from gpt2_jax.data.pack_examples import encode_examples
+  from gpt2_jax.data.templates import ExampleEncoder, load_template
+  from gpt2_jax.tokenizer import load_tokenizer
+
+  # 1. What the template asks of the tokenizer is known before the examples are read.
+  template = load_template(_TEMPLATE.value or "plain")
+  encoder = ExampleEncoder(template, load_tokenizer(tokenizer_path), _LOSS.value or "responses")
+  _ = encoder.special_ids
+
+  # 2. Open the examples: without a key, a document is a whole record.
+  options = (_SPLIT.value, None, _DATA_DIR.value)
+  if _EXAMPLES.value:
+    documents = corpus.file_documents(_EXAMPLES.value, *options, strict=_STRICT.value)
+  else:
+    documents = corpus.tfds_documents(_TFDS_NAME.value, *options)
+
+  # 3. Encode and pack them.
+  store = encode_examples(
+    documents,
+    encoder,
+    out,
+    documents.source,
+    _N_CTX.value or 1024,
+    _PROCESSES.value,
+    strict=_STRICT.value,
+    skipped=documents.skipped,
+  )
+  return _describe(store)
+
+
+def _are_examples() -> bool:
+  return bool(_EXAMPLES.value or _TEMPLATE.value)
+
+
+def _check_example_flags() -> None:
+  """Raises ValueError for flags of examples without any, and for flags that they do not have."""
+  if not _are_examples():
+    for flag in (_LOSS, _N_CTX):
+      if flag.value is not None:
+        raise ValueError(f"--{flag.name} is for examples: give --examples, or --template")
+    return
+  if _FILES.value:
+    raise ValueError("--files are documents of text, and have no --template; give --examples")
+  if _TRAIN.value or _CHARACTERS.value:
+    flag = _TRAIN if _TRAIN.value else _CHARACTERS
+    raise ValueError(f"--{flag.name} is for text, not for examples; run it with --files first")
+
+
 def _check_flags() -> tuple[str, str]:
   """The paths of the store and the tokenizer. Raises ValueError for what cannot go well."""
   from gpt2_jax.data import corpus
   from gpt2_jax.tokenizer import load_tokenizer
 
-  if not _OUT.value or bool(_FILES.value) == bool(_TFDS_NAME.value):
-    raise ValueError("give --out and one of --files and --tfds_name")
+  if not _OUT.value or sum(map(bool, (_FILES.value, _EXAMPLES.value, _TFDS_NAME.value))) != 1:
+    raise ValueError("give --out and one of --files and --tfds_name, or of --examples")
+  _check_example_flags()
   if _CHARACTERS.value:
     corpus.parse_bounds(_CHARACTERS.value)
   out = user_path(_OUT.value)
@@ -169,19 +247,34 @@ def _train_tokenizer(texts: Iterable[str], kind: str) -> bytes:
 
 def verify_store(path: str) -> str:
   """Checks a token store against its checksums. Raises ValueError if it is damaged."""
-  from gpt2_jax.data import TokenStore
+  from gpt2_jax.data.stores import open_store
 
-  store = TokenStore.open(user_path(path))
+  store = open_store(path)
   store.verify()
   return f"{_describe(store)}; every checksum is right"
 
 
 def _describe(store: TokenStore) -> str:
+  from gpt2_jax.data.examples import ExampleStore
+
   counts = store.manifest
+  if isinstance(store, ExampleStore):
+    return _describe_examples(store)
   bytes_per_token = counts["bytes"] / counts["tokens"]
   return (
     f"{store.path}: {counts['tokens']:,} tokens of {counts['documents']:,} documents, "
     f"{bytes_per_token:.2f} bytes a token, vocabulary {store.tokenizer.vocab_size:,}{store.skipped}"
+  )
+
+
+def _describe_examples(store: ExampleStore) -> str:
+  counts = store.manifest
+  labels = f", labels 0 to {store.n_classes - 1}" if store.n_classes else ""
+  return (
+    f"{store.path}: {counts['examples']:,} examples in {counts['rows']:,} rows of {store.n_ctx:,}, "
+    f"{counts['example_tokens']:,} tokens of which {counts['scored']:,} are scored, padding "
+    f"{store.padding:.1%}; {counts['cut']:,} examples were longer than a row and lost "
+    f"{counts['cut_tokens']:,} tokens{labels}{store.skipped}"
   )
 
 

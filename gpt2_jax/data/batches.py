@@ -65,7 +65,8 @@ class Batches:
   seed: int
 
   def __post_init__(self):
-    count_windows(self.store, self.n_ctx)
+    # Raises ValueError if there is none.
+    _ = self.n_rows
 
   @property
   def n_rows(self) -> int:
@@ -99,14 +100,14 @@ class Batches:
 
     def call(step: int) -> Batch:
       steps = range(step, min(step + steps_per_call, last_step))
-      return Batch(self._assemble(steps, sharding))
+      return self._assemble(steps, sharding)
 
-    return _in_background(grain.MapDataset.range(first_step, last_step, steps_per_call).map(call))
+    return in_background(grain.MapDataset.range(first_step, last_step, steps_per_call).map(call))
 
-  def _assemble(self, steps: range, sharding: NamedSharding) -> jax.Array:
+  def _assemble(self, steps: range, sharding: NamedSharding) -> Batch:
     shape = (len(steps), self.batch_size, self.n_ctx + 1)
     windows = np.stack([self.windows_at(step) for step in steps])
-    return _from_rows(shape, sharding, 1, lambda low, high: self._read(windows[:, low:high]))
+    return Batch(from_rows(shape, sharding, 1, lambda low, high: self._read(windows[:, low:high])))
 
   def _read(self, windows: np.ndarray) -> np.ndarray:
     length = self.n_ctx + 1
@@ -144,11 +145,11 @@ def evaluation_batches(
   def batch(first: int) -> Batch:
     read, weights = (functools.partial(rows, first) for rows in (read_tokens, weigh))
     return Batch(
-      _from_rows((batch_size, n_ctx + 1), sharding, 0, read),
-      _from_rows((batch_size, n_ctx), row_sharding, 0, weights),
+      from_rows((batch_size, n_ctx + 1), sharding, 0, read),
+      from_rows((batch_size, n_ctx), row_sharding, 0, weights),
     )
 
-  return _in_background(grain.MapDataset.range(0, n_windows, batch_size).map(batch))
+  return in_background(grain.MapDataset.range(0, n_windows, batch_size).map(batch))
 
 
 def count_windows(store: TokenSequence, n_ctx: int) -> int:
@@ -180,7 +181,7 @@ def batch_sha256(tokens: np.ndarray | jax.Array) -> str:
   return hashlib.sha256(np.asarray(tokens, np.int32).tobytes()).hexdigest()[:16]
 
 
-def _from_rows(
+def from_rows(
   shape: tuple[int, ...], sharding: NamedSharding, axis: int, read: Callable
 ) -> jax.Array:
   """A global array; each process calls read(low, high) once for the rows of `axis` that its devices
@@ -194,7 +195,7 @@ def _from_rows(
   return jax.make_array_from_callback(shape, sharding, shard)
 
 
-def _in_background(calls: grain.MapDataset) -> Iterator:
+def in_background(calls: grain.MapDataset) -> Iterator:
   """The elements in order, two of them ahead; an exception comes where its element would have
   come."""
   ahead = iter(calls.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)))

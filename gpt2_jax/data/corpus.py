@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gpt2_jax.data.example_records import plain_record, write_record
 from gpt2_jax.data.import_tfds import import_tfds
 from gpt2_jax.data.skipped import BadRecord, Skipped
 from gpt2_jax.files import first_line, user_path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 class Documents(Sequence):
   """The documents of a corpus, random access: `len(documents)`, `documents[i] -> str`.
 
+  Where `text_key` is None, a document is a whole record, as `write_record` writes it.
   They are one split of a prepared dataset; `source` says in JSON which, and `former_source` what an
   older version said of the same text. `skipped` are records that are no documents, of all splits.
   Raises ValueError for a split that does not exist or is empty, or a key that is no text, and
@@ -39,7 +41,7 @@ class Documents(Sequence):
 
   folder: str
   split: str
-  text_key: str
+  text_key: str | None
   source: dict = dataclasses.field(repr=False)
   skipped: Skipped = Skipped()
   former_source: dict | None = dataclasses.field(default=None, repr=False)
@@ -56,7 +58,7 @@ class Documents(Sequence):
       ) from error
     features = builder.info.features
     text_keys = sorted(key for key in features if isinstance(features[key], tfds.features.Text))
-    if self.text_key not in text_keys:
+    if self.text_key is not None and self.text_key not in text_keys:
       raise ValueError(
         f"{builder.info.full_name} has no text under {self.text_key!r}; "
         f"--text_key is one of {', '.join(text_keys) or 'none'}"
@@ -81,7 +83,10 @@ class Documents(Sequence):
     # The range turns negative indices into positive ones, and raises IndexError.
     place = range(len(self))[i]
     try:
-      return self._records[place][self.text_key].decode("utf-8")
+      record = self._records[place]
+      if self.text_key is None:
+        return write_record(plain_record(record), f"record {place:,} of {self.source['name']}")
+      return record[self.text_key].decode("utf-8")
     except UnicodeDecodeError as error:
       raise BadRecord(
         f"document {place:,} of {self.folder} is not UTF-8 at byte {error.start:,}"
@@ -95,12 +100,13 @@ class Documents(Sequence):
 
 
 def tfds_documents(
-  tfds_name: str, split: str, text_key: str, data_dir: str | None = None
+  tfds_name: str, split: str, text_key: str | None, data_dir: str | None = None
 ) -> Documents:
   """Opens a TFDS dataset ("lm1b", "wiki40b/en:1.3.0") that was prepared as ArrayRecord.
 
-  It is looked for in `data_dir`. Raises ValueError for an unknown name, FileNotFoundError for an
-  unprepared dataset, and as `Documents` does.
+  It is looked for in `data_dir`. Without a `text_key`, documents are whole records. Raises
+  ValueError for an unknown name, FileNotFoundError for an unprepared dataset, and as `Documents`
+  does.
   """
   builder = _open_builder(tfds_name, data_dir)
   source = {"kind": "tfds", "name": builder.info.full_name, "split": split, "text_key": text_key}
@@ -118,19 +124,20 @@ def tfds_records(tfds_name: str, split: str, data_dir: str | None = None) -> Seq
 def file_documents(
   patterns: str,
   split: str = "train",
-  text_key: str = "text",
+  text_key: str | None = "text",
   data_dir: str | None = None,
   strict: bool = False,
 ) -> Documents:
   """Opens local files as a TFDS dataset, prepared in `data_dir` once for each content.
 
   `patterns` are globs with commas between them; ** crosses folders. Each line of a .jsonl file is a
-  document, with its text under `text_key`. Any other file is one document. A file that is found by
-  several names is read once. Documents and lines that are not UTF-8, or have no text, are skipped
-  and counted on stderr, unless `strict`: a model would learn the U+FFFD in their place. Empty
-  documents are dropped. TFDS shuffles documents by a hash of their names, so a slice of the split
-  ("train[:90%]") is a sample. Raises FileNotFoundError if nothing matches, ValueError if there is
-  no text, and as `Documents` does.
+  document, with its text under `text_key`. Any other file is one document. Without a `text_key`, a
+  document is a whole record: a line of a .jsonl file, or an item of the list in a .json file. A
+  file that is found by several names is read once. Documents and lines that are not UTF-8, or have
+  no text, are skipped and counted on stderr, unless `strict`: a model would learn the U+FFFD in
+  their place. Empty documents are dropped. TFDS shuffles documents by a hash of their names, so a
+  slice of the split ("train[:90%]") is a sample. Raises FileNotFoundError if nothing matches,
+  ValueError if there is no text, and as `Documents` does.
   """
   from gpt2_jax.data.local_files import prepare_local_files
 

@@ -17,11 +17,13 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 
+from gpt2_jax.data.example_records import write_record
 from gpt2_jax.data.import_tfds import import_tfds
 from gpt2_jax.data.skipped import BadRecord, Skipped
 from gpt2_jax.files import (
   file_lock,
   first_line,
+  parse_json,
   parse_json_object,
   progress,
   sha256,
@@ -50,16 +52,19 @@ class PreparedFiles:
 
 
 def prepare_local_files(
-  patterns: str, text_key: str, data_dir: str | None, strict: bool
+  patterns: str, text_key: str | None, data_dir: str | None, strict: bool
 ) -> PreparedFiles:
   """Prepares the files that match globs. Errors are those of `file_documents`."""
   names = _expand_globs(patterns)
   paths = _read_once(names)
+  if text_key is None:
+    _check_record_files(paths)
   files = _read_and_hash(paths, strict)
 
   # The content names the folder: a changed file is another dataset, an unchanged one is there. The
   # number is the version of how files become documents.
-  fingerprint = sha256(f"2\n{text_key}\n{files.digest}".encode())
+  kind = "examples 1" if text_key is None else f"2\n{text_key}"
+  fingerprint = sha256(f"{kind}\n{files.digest}".encode())
   data_dir = user_path(data_dir or tfds.core.constants.DATA_DIR)
   folder = os.path.join(data_dir, "local_files", fingerprint[:16])
   builder = _prepare(folder, files.paths, text_key, strict)
@@ -72,7 +77,7 @@ def prepare_local_files(
 
   # An older version read each name, and no line that is skipped now.
   former = None
-  if files.former_digest and len(paths) == len(names) and not lines.count:
+  if text_key is not None and files.former_digest and len(paths) == len(names) and not lines.count:
     former = sha256(f"{text_key}\n{files.former_digest}".encode())
   return PreparedFiles(str(builder.data_path), fingerprint, former, skipped)
 
@@ -84,7 +89,7 @@ class LocalFiles(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   # Nothing is downloaded. Without this, TFDS looks for checksums in the folder of this module.
   url_infos = None
 
-  def __init__(self, paths: Sequence[str], text_key: str, strict: bool, **kwargs):
+  def __init__(self, paths: Sequence[str], text_key: str | None, strict: bool, **kwargs):
     self._paths = paths
     self._text_key = text_key
     self._strict = strict
@@ -104,7 +109,11 @@ class LocalFiles(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     folder = _common_folder(self._paths)
     for path in progress(self._paths, "preparing", " files", disable=False):
       name = os.path.relpath(path, folder)
-      for number, text in _read_records(path, name, self._text_key):
+      if self._text_key is None and not _is_jsonl(path):
+        records = _read_list(path, name)
+      else:
+        records = _read_records(path, name, self._text_key)
+      for number, text in records:
         if isinstance(text, BadRecord):
           if self._strict:
             raise BadRecord(f"{text}; without --strict it is skipped")
@@ -121,7 +130,7 @@ class LocalFiles(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     self.info.metadata["skipped"] = skipped.to_json()
 
 
-def _prepare(folder: str, paths: list[str], text_key: str, strict: bool) -> LocalFiles:
+def _prepare(folder: str, paths: list[str], text_key: str | None, strict: bool) -> LocalFiles:
   """Writes the dataset to disk, unless it is there, and opens it. Raises ValueError if it cannot.
 
   Of two processes that prepare one corpus, one waits for the other.
@@ -184,7 +193,9 @@ def _download_and_prepare(builder: LocalFiles) -> None:
     tfds.enable_progress_bar()
 
 
-def _read_records(path: str, name: str, text_key: str) -> Iterator[tuple[int, str | BadRecord]]:
+def _read_records(
+  path: str, name: str, text_key: str | None
+) -> Iterator[tuple[int, str | BadRecord]]:
   """The texts of a file, numbered; for a line that holds none, why not, as `name`:line.
 
   The number makes the key of a document unique in its file.
@@ -207,8 +218,34 @@ def _read_records(path: str, name: str, text_key: str) -> Iterator[tuple[int, st
       number += 1
 
 
-def _json_text(line: bytes, text_key: str, place: str) -> str:
-  """The text of a line of JSON. `place` names the line in errors."""
+def _read_list(path: str, name: str) -> Iterator[tuple[int, str | BadRecord]]:
+  """The records of a file that is one JSON list; for an item that is no record, why not."""
+  with open(path, "rb") as file:
+    records = parse_json(file.read().decode("utf-8-sig"), path)
+  if not isinstance(records, list):
+    raise ValueError(f"{path} is no list of examples; write one JSON object a line into a .jsonl")
+  for number, record in enumerate(records):
+    place = f"{name}, item {number + 1}"
+    try:
+      if not isinstance(record, dict):
+        raise BadRecord(f"{place} is a {type(record).__name__}, not an object of names and values")
+      yield number, write_record(record, place)
+    except BadRecord as error:
+      yield number, error
+
+
+def _check_record_files(paths: Sequence[str]) -> None:
+  """Raises ValueError for a file that holds no records."""
+  for path in paths:
+    if not path.lower().endswith((".jsonl", ".json")):
+      raise ValueError(
+        f"{path} holds no examples: they are lines of a .jsonl file, or a list in a .json file; "
+        "text is tokenized with --files"
+      )
+
+
+def _json_text(line: bytes, text_key: str | None, place: str) -> str:
+  """The text of a line of JSON, or all of it as a record. `place` names the line in errors."""
   try:
     # Some editors begin a file with a byte order mark.
     record = parse_json_object(line.decode("utf-8-sig"), place)
@@ -217,6 +254,8 @@ def _json_text(line: bytes, text_key: str, place: str) -> str:
   except ValueError as error:
     raise BadRecord(str(error)) from error
 
+  if text_key is None:
+    return write_record(record, place)
   text = record.get(text_key)
   if not isinstance(text, str):
     keys = summarize(record, limit=5, each=30) or "no key"

@@ -8,7 +8,9 @@ from jax.sharding import NamedSharding
 
 from gpt2_jax.batch import Batch
 from gpt2_jax.data.batches import BatchSource
+from gpt2_jax.data.examples import ExampleStore
 from gpt2_jax.data.token_store import TokenStore
+from gpt2_jax.data.zarr_files import get_json
 from gpt2_jax.files import user_path
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer
 
@@ -43,6 +45,13 @@ class RowSource(Protocol):
     ...
 
 
+def open_store(path: str) -> TokenStore | ExampleStore:
+  """Opens a store of text or of examples, as its manifest says; errors are `TokenStore.open`'s."""
+  manifest = get_json(user_path(path), "manifest.json") or {}
+  kind = ExampleStore if manifest.get("format") == ExampleStore.FORMAT else TokenStore
+  return kind.open(path)
+
+
 def open_stores(
   train: str, validation: str, tokenizer: str | Tokenizer, n_vocab: int
 ) -> tuple[RowSource, RowSource, Tokenizer]:
@@ -67,7 +76,7 @@ def open_stores(
   # The manifest tells the tokenizer's fingerprint: ids of another one mean other text.
   stores = []
   for path in (train, validation):
-    store = TokenStore.open(path)
+    store = open_store(path)
     if store.fingerprint != vocabulary.fingerprint:
       raise ValueError(
         f"{path} was made with another tokenizer (fingerprint {store.fingerprint[:12]}, "

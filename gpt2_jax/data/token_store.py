@@ -26,6 +26,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import ClassVar, Self
 
 import numpy as np
 import tensorstore as ts
@@ -62,8 +63,12 @@ class TokenStore:
   manifest: dict = dataclasses.field(repr=False)
   _parts: list[ts.TensorStore] = dataclasses.field(repr=False)
 
+  # The version of the layout, and the counts of the parts that the manifest adds up.
+  FORMAT: ClassVar[int | str] = FORMAT
+  TOTALS: ClassVar[tuple[str, ...]] = ("tokens", "bytes")
+
   @classmethod
-  def open(cls, path: str) -> "TokenStore":
+  def open(cls, path: str) -> Self:
     """Opens a store by its manifest.
 
     Raises FileNotFoundError for no store or a half-written one, ValueError for an unreadable one.
@@ -74,16 +79,20 @@ class TokenStore:
       raise FileNotFoundError(_what_is_missing(path))
 
     # A layout of another version may look alike and mean something else.
-    if manifest.get("format") != FORMAT:
+    if manifest.get("format") != cls.FORMAT:
       raise ValueError(
-        f"{path}: format {str(manifest.get('format'))[:40]}, this version reads {FORMAT}; "
+        f"{path}: format {str(manifest.get('format'))[:40]}, this version reads {cls.FORMAT}; "
         "tokenize again"
       )
 
-    check_manifest(manifest, f"{path}/manifest.json")
+    cls.check_manifest(manifest, f"{path}/manifest.json")
+    return cls(path, manifest, *cls.open_parts(path, manifest))
+
+  @staticmethod
+  def open_parts(path: str, manifest: dict) -> tuple[list[ts.TensorStore], ...]:
+    """The arrays of a store by its manifest. Raises ValueError if one is gone or damaged."""
     lengths = {name: entry["tokens"] for name, entry in manifest["parts"].items()}
-    parts = open_arrays(path, lengths, manifest["dtype"], CACHE_BYTES)
-    return cls(path, manifest, parts)
+    return (open_arrays(path, lengths, manifest["dtype"], CACHE_BYTES),)
 
   def __len__(self) -> int:
     return self.manifest["tokens"]
@@ -122,6 +131,12 @@ class TokenStore:
 
     Raises ValueError if a window leaves the store, or a chunk is damaged or gone.
     """
+    return self.read_array(self._tokens, starts_N, length, np.int32)
+
+  def read_array(
+    self, array: ts.TensorStore, starts_N: Sequence[int] | np.ndarray, length: int, dtype: type
+  ) -> np.ndarray:
+    """`read` for any array of the store that is as long as its tokens."""
     starts_N = np.asarray(starts_N, np.int64)
     if starts_N.size and not 0 <= starts_N.min() <= starts_N.max() <= len(self) - length:
       raise ValueError(
@@ -130,9 +145,9 @@ class TokenStore:
       )
 
     # All reads are started before the first is waited for: TensorStore reads them in parallel.
-    reading = [self._tokens[start : start + length].read() for start in starts_N.tolist()]
+    reading = [array[start : start + length].read() for start in starts_N.tolist()]
 
-    windows = np.empty((len(reading), length), np.int32)
+    windows = np.empty((len(reading), length), dtype)
     try:
       for window, tokens in zip(windows, reading, strict=True):
         window[:] = tokens.result()
@@ -186,12 +201,67 @@ class TokenStore:
     if np.dtype(self.manifest["dtype"]) != token_dtype(vocab_size):
       raise ValueError(f"{self.path}: {self.manifest['dtype']} for {vocab_size:,} ids; {REPAIR}")
 
-    damaged = damaged_parts(self.path, entries, self.manifest["dtype"])
+    damaged = self.damaged_parts(self.path, entries, self.manifest["dtype"])
     if damaged:
       raise ValueError(
         f"{self.path}: {len(damaged)} of {len(entries)} parts are damaged "
         f"({summarize(damaged)}); {REPAIR}"
       )
+
+  @classmethod
+  def check_manifest(cls, manifest: dict, place: str) -> None:
+    """Raises ValueError unless a manifest is whole in itself: its parts make up its totals."""
+    # 1. Everything is there, and of its type.
+    for key in (*cls.TOTALS, "documents", "documents_per_part"):
+      if not _is_count(manifest.get(key)):
+        raise ValueError(f"{place}: {key} is {str(manifest.get(key))[:40]!r}, no count; {REPAIR}")
+    kinds = {"parts": dict, "source": dict, "tokenizer": dict, "tokenizer_fingerprint": str}
+    for key, kind in kinds.items():
+      if not isinstance(manifest.get(key), kind):
+        raise ValueError(f"{place} has no {key}; {REPAIR}")
+    if manifest.get("dtype") not in ("uint16", "uint32"):
+      raise ValueError(f"{place}: dtype {str(manifest.get('dtype'))[:40]!r} is no id's; {REPAIR}")
+
+    # 2. The parts are those of that many documents. Their names are made and never taken from the
+    # file, where they could lead out of the folder.
+    parts = manifest["parts"]
+    n_parts = count_parts(manifest)
+    if len(parts) != n_parts or list(parts) != list(map(part_name, range(n_parts))):
+      raise ValueError(
+        f"{place}: {len(parts):,} parts ({summarize(parts, 2, 40)}) where "
+        f"{manifest['documents']:,} documents make {n_parts:,} from part-00000 on; {REPAIR}"
+      )
+    for index, name in enumerate(parts):
+      if not cls.is_entry(parts[name], manifest, index):
+        raise ValueError(f"{place}: the counts of {name} are damaged; {REPAIR}")
+
+    Skipped.from_json(manifest.get("skipped"))
+
+    # 3. They make up the totals.
+    for key in cls.TOTALS:
+      total = sum(entry[key] for entry in parts.values())
+      if manifest[key] != total:
+        raise ValueError(
+          f"{place} says {manifest[key]:,} {key}, and its parts have {total:,}; {REPAIR}"
+        )
+
+  @classmethod
+  def is_entry(cls, entry: object, job: dict, index: int) -> bool:
+    """Whether this is what is said of part `index` of a job."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
+      return False
+    if not all(_is_count(entry.get(key)) for key in cls.TOTALS):
+      return False
+    try:
+      Skipped.from_json(entry.get("skipped"))
+    except ValueError:
+      return False
+    return entry.get("documents") == len(documents_of_part(job, index))
+
+  @staticmethod
+  def damaged_parts(path: str, entries: dict[str, dict], dtype: str) -> list[str]:
+    """The parts whose tokens are not those that `entries` count and hash. Reads all tokens."""
+    return damaged_arrays(path, entries, dtype)
 
 
 def part_name(index: int) -> str:
@@ -204,8 +274,8 @@ def token_dtype(vocab_size: int) -> np.dtype:
   return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def damaged_parts(path: str, entries: dict[str, dict], dtype: str) -> list[str]:
-  """The parts whose tokens are not those that `entries` count and hash. Reads all tokens."""
+def damaged_arrays(path: str, entries: dict[str, dict], dtype: str) -> list[str]:
+  """The arrays that do not hold the "tokens" that `entries` count and hash. Reads all of them."""
 
   def is_damaged(item: tuple[str, dict]) -> bool:
     name, entry = item
@@ -225,43 +295,6 @@ def damaged_parts(path: str, entries: dict[str, dict], dtype: str) -> list[str]:
     return list(itertools.compress(entries, results))
 
 
-def check_manifest(manifest: dict, place: str) -> None:
-  """Raises ValueError unless a manifest is whole in itself: its parts make up its totals."""
-  # 1. Everything is there, and of its type.
-  for key in ("tokens", "bytes", "documents", "documents_per_part"):
-    if not _is_count(manifest.get(key)):
-      raise ValueError(f"{place}: {key} is {str(manifest.get(key))[:40]!r}, no count; {REPAIR}")
-  kinds = {"parts": dict, "source": dict, "tokenizer": dict, "tokenizer_fingerprint": str}
-  for key, kind in kinds.items():
-    if not isinstance(manifest.get(key), kind):
-      raise ValueError(f"{place} has no {key}; {REPAIR}")
-  if manifest.get("dtype") not in ("uint16", "uint32"):
-    raise ValueError(f"{place}: dtype {str(manifest.get('dtype'))[:40]!r} is no id's; {REPAIR}")
-
-  # 2. The parts are those of that many documents. Their names are made and never taken from the
-  # file, where they could lead out of the folder.
-  parts = manifest["parts"]
-  n_parts = count_parts(manifest)
-  if len(parts) != n_parts or list(parts) != list(map(part_name, range(n_parts))):
-    raise ValueError(
-      f"{place}: {len(parts):,} parts ({summarize(parts, 2, 40)}) where "
-      f"{manifest['documents']:,} documents make {n_parts:,} from part-00000 on; {REPAIR}"
-    )
-  for index, name in enumerate(parts):
-    if not is_entry(parts[name], len(documents_of_part(manifest, index))):
-      raise ValueError(f"{place}: the counts of {name} are damaged; {REPAIR}")
-
-  Skipped.from_json(manifest.get("skipped"))
-
-  # 3. They make up the totals.
-  for key in ("tokens", "bytes"):
-    total = sum(entry[key] for entry in parts.values())
-    if manifest[key] != total:
-      raise ValueError(
-        f"{place} says {manifest[key]:,} {key}, and its parts have {total:,}; {REPAIR}"
-      )
-
-
 def count_parts(job: dict) -> int:
   """The number of parts of a job."""
   return math.ceil(job["documents"] / max(1, job["documents_per_part"]))
@@ -271,19 +304,6 @@ def documents_of_part(job: dict, index: int) -> range:
   """The documents of a part: all parts have the same number, but for the last one."""
   first = index * job["documents_per_part"]
   return range(first, min(first + job["documents_per_part"], job["documents"]))
-
-
-def is_entry(entry: object, documents: int) -> bool:
-  """Whether this is what is said of a part with that many documents."""
-  if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
-    return False
-  if not (_is_count(entry.get("tokens")) and _is_count(entry.get("bytes"))):
-    return False
-  try:
-    Skipped.from_json(entry.get("skipped"))
-  except ValueError:
-    return False
-  return entry.get("documents") == documents
 
 
 def _is_count(value: object) -> bool:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from typing import ClassVar
 
 import numpy as np
 import tqdm
@@ -26,9 +27,7 @@ from gpt2_jax.data.token_store import (
   FORMAT,
   TokenStore,
   count_parts,
-  damaged_parts,
   documents_of_part,
-  is_entry,
   part_name,
   token_dtype,
 )
@@ -61,8 +60,6 @@ def encode_corpus(
   # for a part has to fit into the memory of its worker.
   path = user_path(path)
   skipped = skipped or Skipped()
-  if strict and skipped.count:
-    raise BadRecord(f"{skipped.first}; without --strict it is skipped")
   per_part = documents_per_part or min(16384, max(1, math.ceil(len(documents) / 64)))
   job = {
     "format": FORMAT,
@@ -71,16 +68,27 @@ def encode_corpus(
     "documents": len(documents),
     "documents_per_part": per_part,
   }
-  writer = _PartWriter(documents, tokenizer, path, job, strict)
+  writer = PartWriter(documents, tokenizer, path, job, strict)
+  return write_store(writer, processes or os.cpu_count(), skipped, former_source)
 
-  # Another job's folder is refused, and a complete store left as it is, before anything is written.
-  _same_job(path, job, former_source)
-  store = _complete_store(path, job, former_source)
+
+def write_store(
+  writer: "PartWriter", processes: int, skipped: Skipped, former_source: dict | None
+) -> TokenStore:
+  """Writes the store of a job, or what is missing or damaged of it; errors are `encode_corpus`'s.
+
+  Another job's folder is refused, and a complete store left as it is, before anything is written.
+  """
+  path = writer.path
+  if writer.strict and skipped.count:
+    raise BadRecord(f"{skipped.first}; without --strict it is skipped")
+  _same_job(path, writer.job, former_source)
+  store = _complete_store(writer, former_source)
   if store is None:
     with _lock(path):
-      _write_store(writer, processes or os.cpu_count(), skipped, former_source)
-    store = TokenStore.open(path)
-  if strict and store.skipped.count:
+      _write_missing(writer, processes, skipped, former_source)
+    store = writer.store.open(path)
+  if writer.strict and store.skipped.count:
     raise ValueError(f"{path} was written without --strict{store.skipped}; choose another --out")
   return store
 
@@ -93,10 +101,10 @@ def _lock(path: str) -> contextlib.AbstractContextManager:
   return file_lock(pathlib.Path(path, "lock"), busy)
 
 
-def _complete_store(path: str, job: dict, former_source: dict | None) -> TokenStore | None:
+def _complete_store(writer: "PartWriter", former_source: dict | None) -> TokenStore | None:
   """The store of that job, with every token checked; None if it is not complete, or damaged."""
   try:
-    store = TokenStore.open(path)
+    store = writer.store.open(writer.path)
     store.verify()
   except FileNotFoundError:
     return None
@@ -104,14 +112,14 @@ def _complete_store(path: str, job: dict, former_source: dict | None) -> TokenSt
     print(f"{first_line(error)}: this is done now", file=sys.stderr)
     return None
 
-  if not _is_same_job(store.manifest, job, former_source):
+  if not _is_same_job(store.manifest, writer.job, former_source):
     return None
-  print(f"{path} is complete already, and every checksum is right", file=sys.stderr)
+  print(f"{writer.path} is complete already, and every checksum is right", file=sys.stderr)
   return store
 
 
-def _write_store(
-  writer: "_PartWriter", processes: int, skipped: Skipped, former_source: dict | None
+def _write_missing(
+  writer: "PartWriter", processes: int, skipped: Skipped, former_source: dict | None
 ) -> None:
   """Writes what is missing or damaged, and the manifest last. Nobody else writes this store."""
   # 1. The job. Of two processes that start one at this moment, one writes it, and both compare.
@@ -135,7 +143,7 @@ def _write_store(
   for index, entry in _progress(entries, parts, job["documents"]):
     parts[part_name(index)] = entry
 
-  totals = {key: sum(entry[key] for entry in parts.values()) for key in ("tokens", "bytes")}
+  totals = {key: sum(entry[key] for entry in parts.values()) for key in writer.store.TOTALS}
   for entry in parts.values():
     skipped += Skipped.from_json(entry.get("skipped"))
   if not totals["tokens"]:
@@ -144,16 +152,16 @@ def _write_store(
   put_json(path, "manifest.json", job | totals | contents | {"skipped": skipped.to_json()})
 
 
-def _whole_parts(writer: "_PartWriter") -> dict[str, dict | None]:
+def _whole_parts(writer: "PartWriter") -> dict[str, dict | None]:
   """What is said of each part; None for those that are not there, or whose tokens are others."""
   parts = {}
   for index, name in enumerate(writer.names):
     entry = _read_or_none(writer.path, f"{name}.json")
-    is_whole = is_entry(entry, len(documents_of_part(writer.job, index)))
+    is_whole = writer.store.is_entry(entry, writer.job, index)
     parts[name] = entry if is_whole else None
 
   written = {name: entry for name, entry in parts.items() if entry is not None}
-  for name in damaged_parts(writer.path, written, writer.dtype.name):
+  for name in writer.store.damaged_parts(writer.path, written, writer.dtype.name):
     parts[name] = None
   return parts
 
@@ -167,8 +175,11 @@ def _read_or_none(path: str, name: str) -> dict | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _PartWriter:
+class PartWriter:
   """Tokenizes and writes any part of a store. Each worker process gets a copy."""
+
+  # What it writes.
+  store: ClassVar[type[TokenStore]] = TokenStore
 
   documents: Sequence[str]
   tokenizer: Tokenizer
@@ -275,10 +286,10 @@ class _PartWriter:
 
 
 # The writer of a worker process: a pool sends it once, at the start, and not with every part.
-_worker_writer: _PartWriter | None = None
+_worker_writer: PartWriter | None = None
 
 
-def _start_worker(writer: _PartWriter) -> None:
+def _start_worker(writer: PartWriter) -> None:
   """Initializes a worker process, which ignores Ctrl-C, and ends when its parent ends."""
   global _worker_writer
   _worker_writer = writer

@@ -77,7 +77,7 @@ def _check_metadata(array: ts.TensorStore, length: int, dtype: str) -> None:
       f"an array of {array.dtype.name} {list(array.shape)} where {dtype} [{length}] was written"
     )
   (codec,) = array.spec().to_json()["metadata"]["codecs"]
-  if codec["name"] != "sharding_indexed" or codec["configuration"]["codecs"] != CODECS:
+  if codec["name"] != "sharding_indexed" or codec["configuration"]["codecs"] != _codecs(dtype):
     raise ValueError("its zarr.json names other codecs than were written")
 
 
@@ -176,7 +176,7 @@ def _shards(n_tokens: int) -> Iterator[slice]:
 
 def _zarr_metadata(n_tokens: int, dtype: np.dtype) -> dict:
   """Metadata of zarr3: chunks of plain little-endian tokens with a crc32c, in shards."""
-  sharding = {"chunk_shape": [CHUNK], "codecs": CODECS, "index_codecs": CODECS}
+  sharding = {"chunk_shape": [CHUNK], "codecs": _codecs(dtype.name), "index_codecs": CODECS}
 
   # A short array gets one shard of its own length, in complete chunks.
   n_chunks = max(1, math.ceil(n_tokens / CHUNK))
@@ -187,6 +187,11 @@ def _zarr_metadata(n_tokens: int, dtype: np.dtype) -> dict:
     "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard]}},
     "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
   }
+
+
+def _codecs(dtype: str) -> list[dict]:
+  """How chunks of that type are written. A single byte has no order."""
+  return [{"name": "bytes"}, *CODECS[1:]] if dtype == "uint8" else CODECS
 
 
 def _spec(path: str, name: str) -> dict:

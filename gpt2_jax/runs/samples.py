@@ -22,7 +22,7 @@ def sample_continuation(setup: Setup, model: GPT2) -> tuple[str, str]:
   n_ctx = model.config.n_ctx
   length = max(1, min(PROMPT_TOKENS, n_ctx // 4))
   prompt = setup.validation.sample_prompt(length)
-  n_new = min(setup.config.sample_tokens, n_ctx - length)
+  n_new = min(setup.config.sample_tokens, n_ctx - len(prompt))
 
   (completion,) = generate(model, [prompt], n_new, temperature=0.8, top_k=40, seed=0)
   decode = setup.tokenizer.decode

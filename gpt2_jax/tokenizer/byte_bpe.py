@@ -48,6 +48,9 @@ class Gpt2Bpe:
     ids = range(self.vocab_size)
     return hash_byte_vocabulary(map(self._encoding.decode_single_token_bytes, ids))
 
+  def special_id(self, token: str) -> int | None:
+    return self.eot if token == EOT else None
+
   def encode(self, text: str, allow_eot: bool = False) -> list[int]:
     # tiktoken would put U+FFFD in place of a lone surrogate, without a word.
     check_unicode(text)

@@ -53,6 +53,9 @@ class Characters:
       )
     return ids.tolist()
 
+  def special_id(self, token: str) -> int | None:
+    return None
+
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
     return list(map(self.encode, texts))
 

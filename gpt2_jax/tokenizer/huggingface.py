@@ -111,6 +111,9 @@ class HuggingFace:
         tokens.append(token.encode())
     return hash_byte_vocabulary(tokens)
 
+  def special_id(self, token: str) -> int | None:
+    return self.eot if token == EOT else self._tokenizer.token_to_id(token)
+
   def encode(self, text: str, allow_eot: bool = False) -> list[int]:
     if allow_eot and self.eot is not None:
       return join_ids([self.eot], map(self.encode, text.split(EOT)))

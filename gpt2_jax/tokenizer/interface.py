@@ -34,6 +34,9 @@ class Tokenizer(Protocol):
   def encode(self, text: str, allow_eot: bool = False) -> list[int]:
     """The ids of a text. Raises ValueError for a text that is no Unicode (`check_unicode`)."""
 
+  def special_id(self, token: str) -> int | None:
+    """The id of a special token by how it is written; None if there is no such one."""
+
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
     """The ids of each text."""
 

@@ -65,6 +65,12 @@ class SentencePiece:
   def fingerprint(self) -> str:
     return hash_vocabulary("sentencepiece", self.proto)
 
+  def special_id(self, token: str) -> int | None:
+    piece = self._processor.piece_to_id(token)
+    if self._processor.id_to_piece(piece) == token:
+      return piece
+    return self.eot if token == EOT else None
+
   def encode(self, text: str, allow_eot: bool = False) -> list[int]:
     check_unicode(text)
     if allow_eot and self.eot is not None:
