@@ -12,8 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_jax.kernels.choose import choose_attention
-from gpt2_jax.kernels.chunked_attention import causal_mask, chunked_attention, chunks, einsum
-from gpt2_jax.sharding import HEADS, HIDDEN
+from gpt2_jax.kernels.chunked_attention import (
+  causal_mask,
+  chunked_attention,
+  chunks,
+  einsum,
+  segment_mask,
+)
+from gpt2_jax.sharding import BATCH, HEADS, HIDDEN
 
 
 def split_heads(c_BTC, K: int):
@@ -48,28 +54,30 @@ def self_attention(c_BTC, K: int, kernel: str = "auto", dropout=None, segments_B
 
   `kernel` is one of `kernels.choose.KERNELS`. "fused" (ours) and "splash" (JAX's) are for TPUs and
   are interpreted elsewhere, "cudnn" is for NVIDIA GPUs and bfloat16. `dropout` (see
-  `causal_attention`) and segments are only in "chunked", which then runs whatever is asked for.
+  `causal_attention`) is only in "chunked", which then runs whatever is asked for. With
+  `segments_BT`, the segment of each token of packed rows, a token sees its own segment only.
   """
-  visible = None if segments_BT is None else same_segment(segments_BT)
-  if dropout or visible:
+  if dropout:
     kernel = "chunked"
   kernel = choose_attention(kernel, c_BTC.shape[1], K, c_BTC.dtype)
+  if segments_BT is not None:
+    segments_BT = jax.sharding.reshard(segments_BT, BATCH).astype(jnp.int32)
 
   # Pallas takes a second to import, so only those import it who use it.
   if kernel == "fused":
     from gpt2_jax.kernels.tpu_attention import fused_attention
 
-    return fused_attention(c_BTC, K)
+    return fused_attention(c_BTC, K, segments_BT)
   q_BTHK, k_BTHK, v_BTHK = split_heads(c_BTC, K)
   if kernel == "splash":
     from gpt2_jax.kernels.tpu_attention import splash_attention
 
-    return merge_heads(splash_attention(q_BTHK, k_BTHK, v_BTHK))
+    return merge_heads(splash_attention(q_BTHK, k_BTHK, v_BTHK, segments_BT))
   if kernel == "cudnn":
     from gpt2_jax.kernels.gpu_attention import cudnn_attention
 
-    return merge_heads(cudnn_attention(q_BTHK, k_BTHK, v_BTHK))
-  return merge_heads(causal_attention(q_BTHK, k_BTHK, v_BTHK, dropout, visible))
+    return merge_heads(cudnn_attention(q_BTHK, k_BTHK, v_BTHK, segments_BT))
+  return merge_heads(causal_attention(q_BTHK, k_BTHK, v_BTHK, dropout, segments_BT=segments_BT))
 
 
 def masked_attention(q_BTHK, k_BSHK, v_BSHK, mask, dropout=None):
@@ -81,22 +89,24 @@ def masked_attention(q_BTHK, k_BSHK, v_BSHK, mask, dropout=None):
   return einsum("bhts,bshk->bthk", p_BHTS.astype(v_BSHK.dtype), v_BSHK).astype(q_BTHK.dtype)
 
 
-def causal_attention(q_BTHK, k_BTHK, v_BTHK, dropout=None, visible=None):
+def causal_attention(q_BTHK, k_BTHK, v_BTHK, dropout=None, visible=None, segments_BT=None):
   """Each position attends to itself and what came before, [B, T, H, K].
 
   Queries go in chunks: most of what the mask would hide is never computed, and no square of scores
   is kept for the backward pass. `dropout(p_BHTS, start)` drops probabilities of the chunk whose
   first query is `start`. `visible(start, stop)` narrows the causal mask: which of the keys
-  [0, stop) the queries [start, stop) may see, [B, T, S].
+  [0, stop) the queries [start, stop) may see, [B, T, S]; `segments_BT` to a token's own segment.
   """
   if dropout is None and visible is None:
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
-    return jnp.swapaxes(chunked_attention(q, k, v), 1, 2)
+    return jnp.swapaxes(chunked_attention(q, k, v, segments_BT), 1, 2)
 
   def attend_chunk(start, stop, q, k, v):
     mask = causal_mask(start, stop)
     if visible:
       mask = mask & visible(start, stop)[:, None]
+    if segments_BT is not None:
+      mask = mask & segment_mask(segments_BT, start, stop)
     drops = dropout and functools.partial(dropout, start=start)
     return masked_attention(q, k, v, mask, drops)
 
@@ -105,15 +115,6 @@ def causal_attention(q_BTHK, k_BTHK, v_BTHK, dropout=None, visible=None):
     chunk = jax.checkpoint(functools.partial(attend_chunk, start, stop))
     outputs.append(chunk(q_BTHK[:, start:stop], k_BTHK[:, :stop], v_BTHK[:, :stop]))
   return jnp.concatenate(outputs, axis=1)
-
-
-def same_segment(segments_BT):
-  """`visible` for packed rows: a token sees its own segment only."""
-
-  def visible(start: int, stop: int):
-    return segments_BT[:, start:stop, None] == segments_BT[:, None, :stop]
-
-  return visible
 
 
 def cached_attention(q_BTHK, k_BHSK, v_BHSK, mask_BTS):

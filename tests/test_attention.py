@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt2_jax.attention import causal_attention, masked_attention, same_segment, self_attention
+from gpt2_jax.attention import causal_attention, masked_attention, self_attention
 from gpt2_jax.kernels.chunked_attention import QUERIES
 from gpt2_jax.sharding import HIDDEN
 
@@ -70,15 +70,15 @@ def test_packed_segments_attend_as_if_each_stood_alone(length):
   arguments = [jnp.float32(x) for x in qkv(length)]
 
   def packed(q, k, v):
-    return causal_attention(q, k, v, visible=same_segment(segments_BT))
+    return causal_attention(q, k, v, segments_BT=segments_BT)
 
   def apart(q, k, v):
     spans = [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
     return jnp.concatenate([causal_attention(q[:, s], k[:, s], v[:, s]) for s in spans], axis=1)
 
-  np.testing.assert_allclose(jax.jit(packed)(*arguments), apart(*arguments), atol=5e-6)
+  np.testing.assert_allclose(jax.jit(packed)(*arguments), jax.jit(apart)(*arguments), atol=5e-6)
   gradients = [
-    jax.grad(lambda *x, form=form: (form(*x) * weight).sum(), (0, 1, 2))(*arguments)
+    jax.jit(jax.grad(lambda *x, form=form: (form(*x) * weight).sum(), (0, 1, 2)))(*arguments)
     for form in (packed, apart)
   ]
   for ours, theirs in zip(*gradients, strict=True):
@@ -142,6 +142,29 @@ def test_the_kernels_of_a_tpu_are_plain_attention(kernel, sizes, heads, length, 
       np.testing.assert_allclose(
         ours, plain, atol=1e-2 * np.abs(plain).max() if dtype == "bfloat16" else 1e-5
       )
+
+
+@pytest.mark.parametrize("kernel", ["fused", "splash"])
+def test_the_kernels_of_a_tpu_attend_by_segments(kernel, mesh, put):
+  """Values and gradients against the chunked form. Segments cross chunks of queries, one has one
+  token, and a number comes again."""
+  length, width = 300, 3 * 64
+  with mesh(1, 1, 1):
+    rng = np.random.default_rng(0)
+    c_BTC = put(rng.normal(size=(2, length, 3 * width)).astype(np.float32), HIDDEN)
+    weight = put(rng.normal(size=(2, length, width)).astype(np.float32), HIDDEN)
+    segments_BT = np.sort(rng.integers(0, 4, (2, length)))
+    segments_BT[:, 10], segments_BT[:, -2:] = 9, 0
+
+    def both(kernel):
+      def attention(c):
+        return self_attention(c, 64, kernel, segments_BT=segments_BT)
+
+      gradient = jax.jit(jax.grad(lambda c: (attention(c) * weight).sum()))
+      return jax.jit(attention)(c_BTC), gradient(c_BTC)
+
+    for ours, theirs in zip(both(kernel), both("chunked"), strict=True):
+      np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", ["fused", "splash"])

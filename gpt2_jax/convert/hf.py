@@ -37,7 +37,7 @@ SHARD = "2GB"  # a shard is held in memory while it is written
 
 
 @dataclasses.dataclass(frozen=True)
-class _StoredTensor:
+class StoredTensor:
   """A tensor in a file: its shape is known, its values are loaded by `read`."""
 
   shape: tuple[int, ...]
@@ -120,11 +120,11 @@ def _model_config(payload: dict, path: pathlib.Path) -> ModelConfig:
   return config
 
 
-def _open_tensors(path: pathlib.Path) -> dict[str, _StoredTensor]:
+def _open_tensors(path: pathlib.Path) -> dict[str, StoredTensor]:
   """Every tensor of a folder by the file's own names, safetensors before pickled weights."""
   for stem, open_file in (
-    ("model.safetensors", _open_safetensors),
-    ("pytorch_model.bin", _open_torch),
+    ("model.safetensors", open_safetensors),
+    ("pytorch_model.bin", open_torch),
   ):
     if (path / stem).is_file():
       return open_file(path / stem)
@@ -138,7 +138,7 @@ def _open_tensors(path: pathlib.Path) -> dict[str, _StoredTensor]:
   )
 
 
-def _open_shards(index: pathlib.Path, open_file: Callable) -> dict[str, _StoredTensor]:
+def _open_shards(index: pathlib.Path, open_file: Callable) -> dict[str, StoredTensor]:
   """Every tensor of the shards of an index, which have to hold what it says, and nothing else.
 
   Raises ValueError for a path out of the folder, too.
@@ -172,7 +172,7 @@ def _open_shards(index: pathlib.Path, open_file: Callable) -> dict[str, _StoredT
   # 3. The sum of their sizes. That of pickled shards is another: two names may share a tensor.
   metadata = payload.get("metadata")
   stated = metadata.get("total_size") if isinstance(metadata, dict) else None
-  if open_file is _open_safetensors and stated is not None:
+  if open_file is open_safetensors and stated is not None:
     actual = sum(_data_size(index.with_name(shard)) for shard in set(weight_map.values()))
     if stated != actual:
       raise ValueError(
@@ -188,7 +188,8 @@ def _data_size(path: pathlib.Path) -> int:
     return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
-def _open_safetensors(path: pathlib.Path) -> dict[str, _StoredTensor]:
+def open_safetensors(path: pathlib.Path) -> dict[str, StoredTensor]:
+  """Every tensor of a safetensors file. Raises ValueError for what is damaged or no floats."""
   # Imported here: `import gpt2_jax` should not load what only this format needs.
   from safetensors import SafetensorError, safe_open
 
@@ -199,7 +200,7 @@ def _open_safetensors(path: pathlib.Path) -> dict[str, _StoredTensor]:
       for name in file.keys():  # noqa: SIM118
         stored = file.get_slice(name)
         dtype, shape = stored.get_dtype(), tuple(stored.get_shape())
-        tensors[name] = _StoredTensor(shape, functools.partial(_read_safetensor, path, name))
+        tensors[name] = StoredTensor(shape, functools.partial(_read_safetensor, path, name))
 
         # Old files have the causal mask, too, in any dtype.
         if dtype not in FLOATS and not names.CAUSAL_MASK.match(name.removeprefix("transformer.")):
@@ -228,14 +229,15 @@ def _read_safetensor(path: pathlib.Path, name: str) -> np.ndarray:
     ) from error
 
 
-def _open_torch(path: pathlib.Path) -> dict[str, _StoredTensor]:
+def open_torch(path: pathlib.Path) -> dict[str, StoredTensor]:
+  """Every tensor of a torch file, of which nothing is run (safe_load)."""
   check_there(path)
   tensors = read_torch(path)
   check_tensors(tensors, path)
 
   stored = {}
   for name, tensor in tensors.items():
-    stored[name] = _StoredTensor(tuple(tensor.shape), functools.partial(_to_numpy, tensor))
+    stored[name] = StoredTensor(tuple(tensor.shape), functools.partial(_to_numpy, tensor))
   return stored
 
 

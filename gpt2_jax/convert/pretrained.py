@@ -21,11 +21,13 @@ from gpt2_jax.convert.weights import (
   count_nonfinite,
   from_model,
   to_model,
+  weights_sha256,
 )
 from gpt2_jax.files import (
   announce,
   atomic_write,
   check_writable,
+  first_line,
   local_path,
   remove_stale,
   summarize,
@@ -46,6 +48,7 @@ def load_pretrained(
   quantize: str | None = None,
   revision: str | None = None,
   step: str = "latest",
+  adapter: str | None = None,
 ) -> tuple[GPT2, Tokenizer | None]:
   """Loads the model and tokenizer of a checkpoint of any format onto a mesh.
 
@@ -59,6 +62,8 @@ def load_pretrained(
   `mesh` is by default the one in force, or one over all devices. `dtype` is that of activations
   and matmul operands; parameters are float32, unless `quantize="int8"` makes the matrices int8.
 
+  `adapter` is a folder with a LoRA adapter of peft's, which must be one of this base.
+
   Raises ValueError, OSError or ImportError, in one line, for what is no whole GPT-2.
   """
   if quantize not in (None, "int8"):
@@ -66,19 +71,61 @@ def load_pretrained(
   dtype = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
   mesh = mesh or _default_mesh()
 
+  # The adapter is read first: what is wrong with it is told before anything is loaded.
+  adapter = None if adapter is None else _read_adapter(adapter)
   path = resolve_checkpoint(name_or_path, revision)
   with announce(f"loading {path}, seconds to a minute"):
     if is_workdir(path):
       with jax.set_mesh(mesh):
         model, tokenizer = _load_workdir(path, dtype, step)
+      if adapter:
+        weights = from_model(model, tokenizer, f"{path} (Orbax)")
+        model = _load_base(weights, adapter, mesh, dtype, model)
     elif step != "latest":
       raise ValueError(f"{path} is no workdir of a run, and has no step {step!r}")
     else:
-      weights = detect_format(path).read(path)
-      model, tokenizer = to_model(weights, mesh, dtype), weights.tokenizer
+      weights = detect_format(path, bool(adapter)).read(path)
+      model, tokenizer = _load_base(weights, adapter, mesh, dtype), weights.tokenizer
     if quantize:
       model = quantization.quantize(model)
+    if adapter:
+      model = _attach(model, adapter)
   return model, tokenizer
+
+
+def _read_adapter(path: str):
+  # Imported here: fine-tuning is not needed to load a model.
+  from gpt2_jax.finetune.peft import read_adapter
+
+  return read_adapter(path)
+
+
+def _load_base(weights: Weights, adapter, mesh, dtype: str, model: GPT2 | None = None) -> GPT2:
+  """Loads weights as the base of an adapter (None: there is none), which has to be one of them.
+
+  A `model` that holds them already is returned, if the adapter leaves it as it is.
+  """
+  if adapter:
+    _check_base(weights, adapter)
+    if adapter.saved:
+      weights, model = adapter.replace_saved(weights), None
+  return to_model(weights, mesh, dtype) if model is None else model
+
+
+def _check_base(weights: Weights, adapter) -> None:
+  """Raises ValueError unless the adapter belongs to these weights."""
+  from gpt2_jax.finetune.peft import check_base
+
+  # All weights are read for their SHA-256: only where the adapter says whose it is.
+  base_sha256 = weights_sha256(weights) if adapter.base_sha256 else None
+  check_base(adapter, weights.config, weights.source, base_sha256)
+
+
+def _attach(model: GPT2, adapter) -> GPT2:
+  """The model with the adapter, and with the adapter's classification head if it has one."""
+  from gpt2_jax.finetune.peft import attach
+
+  return attach(model, adapter)
 
 
 def _default_mesh() -> jax.sharding.Mesh:
@@ -128,18 +175,57 @@ def is_workdir(path: pathlib.Path) -> bool:
 def _load_workdir(
   path: pathlib.Path, dtype: str, step: str = "latest"
 ) -> tuple[GPT2, Tokenizer | None]:
-  """Loads a checkpoint of a run onto the mesh in force."""
+  """Loads a checkpoint of a run onto the mesh in force; of a run with an adapter also its base."""
   # Imported here: `import gpt2_jax` should not load Orbax, which only a workdir needs.
-  from gpt2_jax.runs import checkpoint
+  from gpt2_jax.runs.checkpoint import open_saved
 
-  return checkpoint.load(str(path), step, dtype)
+  saved = open_saved(str(path), step)
+  base = _recorded_base(saved, path, dtype) if saved.base else None
+  return saved.load(dtype, base), saved.tokenizer
 
 
-def detect_format(path: pathlib.Path):
+def _recorded_base(saved, path: pathlib.Path, dtype: str) -> GPT2:
+  """The model beside which a run trained its adapter. Raises ValueError if it is not there, or has
+  other weights now."""
+  name, sha256 = saved.base["name"], saved.base["sha256"]
+  place, step = split_step(name)
+  try:
+    base, _ = load_pretrained(place, get_mesh(), dtype, step=step or "latest")
+  except (ValueError, OSError) as error:
+    raise ValueError(
+      f"{path} holds an adapter for {name}, which cannot be loaded ({first_line(error, 160)}); "
+      f"put it there, or resume the run with --config.init_from=PLACE"
+    ) from error
+
+  found = weights_sha256(from_model(base, None))
+  if found != sha256:
+    raise ValueError(
+      f"{path} holds an adapter for {name} with sha256 {sha256[:12]}, and its weights have "
+      f"{found[:12]} now; put the old ones there, or resume the run with --config.init_from=PLACE"
+    )
+  return base
+
+
+def split_step(name: str) -> tuple[str, str]:
+  """(place, step) of `workdir@step`; the step is empty where there is none."""
+  place, at, step = name.rpartition("@")
+  # An @ may also be part of a path.
+  if not at or (not is_remote(name) and os.path.exists(user_path(name))):
+    return name, ""
+  return place, step
+
+
+def detect_format(path: pathlib.Path, has_adapter: bool = False):
   """Detects a checkpoint's format by its content; returns the module that reads it.
 
-  Raises ValueError if it is none of the four.
+  Raises ValueError if it is none of the four, or if an adapter lies there that would be dropped:
+  with `has_adapter`, one was given.
   """
+  if (path / "adapter_config.json").is_file() and not has_adapter:
+    raise ValueError(
+      f"{path} holds an adapter of peft's (adapter_config.json); give its base as the model, and "
+      f"it as the adapter: --adapter={path}"
+    )
   if (path / "config.json").is_file():
     return hf
   if (path / "hparams.json").is_file() or any(path.glob("*.index")):
@@ -163,18 +249,35 @@ def detect_format(path: pathlib.Path):
   )
 
 
-def open_weights(name_or_path: str, revision: str | None = None) -> Weights:
+def open_weights(
+  name_or_path: str, revision: str | None = None, adapter: str | None = None, merge: bool = False
+) -> Weights:
   """Opens the weights of a checkpoint of any format in canonical form, without a model.
 
-  Those of a run are loaded onto one device first.
+  Those of a run are loaded onto one device first; `merge` merges an adapter that the run trained.
+  `adapter` is a folder of peft's, and is merged. Without them a model with an adapter is refused.
   """
+  # 1. The weights.
+  adapter = None if adapter is None else _read_adapter(adapter)
   path = resolve_checkpoint(name_or_path, revision)
-  if not is_workdir(path):
-    return detect_format(path).read(path)
+  if is_workdir(path):
+    with jax.set_mesh(_one_device()):
+      model, tokenizer = _load_workdir(path, "float32")
+    weights = from_model(_merged(model) if merge else model, tokenizer, f"{path} (Orbax)")
+  else:
+    weights = detect_format(path, bool(adapter)).read(path)
 
-  with jax.set_mesh(_one_device()):
-    model, tokenizer = _load_workdir(path, "float32")
-  return from_model(model, tokenizer, f"{path} (Orbax)")
+  # 2. The adapter, merged as they are read.
+  if adapter:
+    _check_base(weights, adapter)
+    weights = adapter.merge_into(weights)
+  return weights
+
+
+def _merged(model: GPT2) -> GPT2:
+  from gpt2_jax.finetune.lora import merge_lora
+
+  return merge_lora(model)
 
 
 def _one_device() -> jax.sharding.Mesh:

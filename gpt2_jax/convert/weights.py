@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import hashlib
+import re
 from collections.abc import Callable
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.convert import names
-from gpt2_jax.files import progress
+from gpt2_jax.files import progress, summarize
 from gpt2_jax.model import GPT2, ModelConfig, check_mesh, name_of
 from gpt2_jax.sharding import concrete
 from gpt2_jax.tokenizer import Tokenizer
@@ -169,6 +170,22 @@ def _all_gather(x):
   return jax.sharding.reshard(x, P(*(None,) * x.ndim))
 
 
+def _check_plain(leaves: dict, shapes: dict) -> None:
+  """Raises ValueError for parameters that a GPT-2 has not: none is dropped without a word."""
+  plain = {re.sub(r"^h\.\d+\.", "h.", name) for name in shapes}
+  others = [name for name in leaves if name not in plain]
+  if any(".lora_" in name for name in others):
+    raise ValueError(
+      "the model has a LoRA adapter, which a whole model's formats have no place for; merge it "
+      "(merge_lora, or gpt2-jax convert --merge), or write it alone (write_adapter, --format=peft)"
+    )
+  if others:
+    raise ValueError(
+      f"the model has parameters that GPT-2's formats have no place for, and nothing is dropped: "
+      f"{summarize(others, 4)}"
+    )
+
+
 def from_model(model: GPT2, tokenizer: Tokenizer | None, source: str = "a model") -> Weights:
   """Weights of a sharded model, gathered to the host a tensor at a time, without padding."""
   if not isinstance(model, GPT2):
@@ -181,6 +198,7 @@ def from_model(model: GPT2, tokenizer: Tokenizer | None, source: str = "a model"
   # Int8 holds two leaves for each matrix, under other names.
   if "wte" not in leaves:
     raise ValueError("an int8 model is not written; load it without quantize, and write that")
+  _check_plain(leaves, shapes)
 
   def read(name: str) -> np.ndarray:
     # 1. The leaf, or the slice of a stacked one, under the model's own mesh: another may be in

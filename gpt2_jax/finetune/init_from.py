@@ -12,7 +12,12 @@ from collections.abc import Callable
 import jax
 from ml_collections import ConfigDict
 
-from gpt2_jax.convert.pretrained import detect_format, is_workdir, resolve_checkpoint
+from gpt2_jax.convert.pretrained import (
+  detect_format,
+  is_workdir,
+  resolve_checkpoint,
+  split_step,
+)
 from gpt2_jax.convert.weights import from_model, to_model, weights_sha256
 from gpt2_jax.files import user_path
 from gpt2_jax.model import GPT2, ModelConfig
@@ -62,15 +67,6 @@ def open_origin(init_from: str) -> Origin:
     return to_model(weights, mesh, dtype)
 
   return Origin(name, weights.config, weights.tokenizer, load)
-
-
-def split_step(name: str) -> tuple[str, str]:
-  """(place, step) of `workdir@step`; the step is empty where there is none."""
-  place, at, step = name.rpartition("@")
-  # An @ may also be part of a path.
-  if not at or (not is_remote(name) and os.path.exists(user_path(name))):
-    return name, ""
-  return place, step
 
 
 def _open_workdir(init_from: str, workdir: str, step: str) -> Origin:

@@ -31,12 +31,10 @@ from gpt2_jax.compat import get_mesh
 from gpt2_jax.convert import names
 from gpt2_jax.data.zarr_files import tensorstore_reason
 from gpt2_jax.files import first_line, json_sha256, parse_json_object, summarize
-from gpt2_jax.finetune.init_from import base_sha256, open_origin
 from gpt2_jax.finetune.start import build_on, initial_model, trained_names
 from gpt2_jax.finetune.trainable import merge, partition, trainable_mask
 from gpt2_jax.model import ModelConfig, check_mesh, name_of
 from gpt2_jax.runs.metadata import (
-  check_base,
   check_metadata,
   check_same_run,
   check_step,
@@ -583,17 +581,22 @@ class SavedModel:
     """Whether it has more than a GPT-2's own parameters."""
     return bool(self.finetuning.adapter.kind or self.finetuning.classify.classes)
 
-  def load(self, dtype: str | None = None):
+  @property
+  def base(self) -> dict | None:
+    """Name and SHA-256 of the model beside which an adapter was trained; None without an adapter:
+    then the checkpoint has all arrays."""
+    return self.metadata["init_from"] if self.finetuning.adapter.kind else None
+
+  def load(self, dtype: str | None = None, base=None):
     """Loads the model onto the mesh in force; `dtype` computes in another dtype than the run did.
 
-    Of a run with an adapter the base is loaded from where the run started. Raises ValueError or
-    OSError if that is not there, or has other weights.
+    `base` is the model that `self.base` names, whose arrays are taken. Raises ValueError for a
+    checkpoint that is damaged.
     """
     # 1. The model of its config, on any mesh and for any platform.
     dtype = dtype or self.config.dtype
     config = dataclasses.replace(self.config, dtype=dtype, pad_heads=True, attention="auto")
     check_mesh(config)
-    base = self._load_base(dtype) if self.finetuning.adapter.kind else None
     key = jax.random.key(0)
     if base is None:
       build = functools.partial(initial_model, self.finetuning, config)
@@ -608,14 +611,6 @@ class SavedModel:
       trained, frozen = partition(model, trainable_mask(model, trained_names(self.finetuning)))
       abstract = jax.tree.map(jax.typeof, trained)
       return merge(self.checkpoints.restore(self.step, abstract, "model."), frozen)
-
-  def _load_base(self, dtype: str):
-    """The model that the run started from. Raises ValueError if its weights are others now."""
-    record = self.metadata["init_from"]
-    origin = open_origin(record["name"])
-    base = origin.load(get_mesh(), dtype)
-    check_base(record, {"name": origin.name, "sha256": base_sha256(base)}, self.checkpoints.path)
-    return base
 
 
 def open_saved(workdir: str, step: str = "latest") -> SavedModel:
@@ -649,7 +644,8 @@ def open_saved(workdir: str, step: str = "latest") -> SavedModel:
 
 
 def load(workdir: str, step: str = "latest", dtype: str | None = None):
-  """Loads the model and tokenizer of a run, on the mesh in force: see `open_saved`."""
+  """Loads the model and tokenizer of a run whose checkpoints have all arrays, see `open_saved`, on
+  the mesh in force."""
   saved = open_saved(workdir, step)
   return saved.load(dtype), saved.tokenizer
 
