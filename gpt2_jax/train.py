@@ -219,17 +219,14 @@ def train_loop(setup: Setup, jitted_step, objective) -> TrainState:
   """Runs the steps from `setup.first_step` on, until the last one or a signal."""
   config, metrics, stop = setup.config, setup.metrics, setup.stop
   state, step = setup.state, setup.first_step
-  rows = config.batch_size // config.microbatches  # what fits at once
   sharding = NamedSharding(get_mesh(), P(None, *BATCH))
   pending = signals = None  # the call whose metrics are not read yet; the newest call's signals
 
-  # A run that ended for want of patience has no steps left.
   last_step = step if out_of_patience(setup) else config.steps
   setup.log.start_clock()
   for batches in setup.batches.prefetch(step, last_step, config.steps_per_call, sharding):
     # 1. Dispatch the next call.
-    if step == 0:
-      log_initial_loss(metrics, state.model, batches, rows, is_random=not config.init_from)
+    log_initial_loss(setup, state.model, batches, step)
     setup.profile.before(step, state)
     with setup.log.compiling():
       state, call_metrics, new_signals = jitted_step(state, batches, objective, stop.signals())
@@ -248,10 +245,9 @@ def train_loop(setup: Setup, jitted_step, objective) -> TrainState:
     # 3. Something needs this state: wait for the call, and evaluate.
     setup.log.read(*pending)
     pending = val_loss = None
-    is_last = False
     if evaluates:
-      val_loss = validate(setup, state.model, objective, rows, step)
-      is_last = out_of_patience(setup)
+      val_loss = validate(setup, state.model, objective, step)
+    is_last = evaluates and out_of_patience(setup)
 
     # 4. Save. The metrics go first: who resumes from the checkpoint finds the lines up to it.
     signal_number = stop.received(signals)
@@ -261,7 +257,7 @@ def train_loop(setup: Setup, jitted_step, objective) -> TrainState:
     if saves or signal_number or is_best or is_last:
       is_saved = save_if_sound(setup, step, state, objective, val_loss, bool(signal_number))
 
-    # 5. Stop where a signal asked for it, or the validation loss has stopped to fall.
+    # 5. Stop where a signal or the validation loss asks for it.
     if signal_number:
       metrics.say(stop_line(signal_number, step, is_saved))
     if signal_number or is_last:
@@ -281,7 +277,7 @@ def first_state(setup: Setup, model_config: ModelConfig, init, key, objective) -
     with announce("placing the checkpoint's parameters"):
       model = build_on(config, model_config, key, setup.base)
     if state is None:
-      validate(setup, model, objective, config.batch_size // config.microbatches, 0)
+      validate(setup, model, objective, 0)
 
   if state is not None:
     state = restored(config, state, model)

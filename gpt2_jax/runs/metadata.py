@@ -79,7 +79,7 @@ def check_same_run(metadata: dict, saved: dict, workdir: str):
       f"{workdir} holds weights, and no run that could resume: give it as --config.init_from, "
       f"and take another --workdir"
     )
-  check_base(saved.get("init_from"), metadata.get("init_from"), workdir)
+  check_same_start(saved.get("init_from"), metadata.get("init_from"), workdir)
   differing = knobs.differences(saved["config"], metadata["config"])
   differing += content_differences(saved, metadata)
   if differing:
@@ -92,7 +92,7 @@ def check_same_run(metadata: dict, saved: dict, workdir: str):
     )
 
 
-def check_base(saved: dict | None, record: dict | None, workdir: str):
+def check_same_start(saved: dict | None, record: dict | None, workdir: str):
   """Raises ValueError unless a run started from the weights that it is given now.
 
   The same SHA-256 is the same model, wherever it lies.

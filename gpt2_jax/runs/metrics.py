@@ -369,11 +369,16 @@ def plot_losses(workdir: str) -> str:
     means = _running_mean(losses, window)
     axes.plot(steps, means, color="tab:blue", label=f"training, last {means[-1]:.3f}")
 
-  # 2. The validation loss.
+  # 2. The validation loss. Where it rises while the other falls, the run overfits: the best is
+  #    marked.
   points = _points(lines, "val_loss")
   if points:
     label = f"validation, last {points[-1][1]:.3f}"
     axes.plot(*zip(*points, strict=True), "o-", color="tab:orange", markersize=4, label=label)
+    step, best = min(points, key=lambda point: point[1])
+    style = {"markersize": 10, "markerfacecolor": "none", "markeredgewidth": 1.5}
+    label = f"best validation {best:.3f}, step {step:,}"
+    axes.plot([step], [best], "o", color="tab:red", label=label, **style)
   if axes.lines:
     axes.legend(frameon=False)
 

@@ -8,8 +8,8 @@ from gpt2_jax.files import announce
 from gpt2_jax.finetune.init_from import Origin, base_sha256, open_origin
 from gpt2_jax.model import ModelConfig
 from gpt2_jax.runs.metadata import (
-  check_base,
   check_same_run,
+  check_same_start,
   saved_model_config,
   saved_tokenizer,
 )
@@ -41,14 +41,16 @@ def find_origin(config: ConfigDict, workdir: str) -> Origin | None:
     return Origin(**saved["init_from"], config=model_config, tokenizer=tokenizer, load=None)
 
 
-def load_base(origin: Origin, model_config: ModelConfig, metadata: dict, workdir: str):
-  """The model of `origin`, and its record for the metadata: its name and SHA-256.
+def load_base(origin: Origin | None, model_config: ModelConfig, metadata: dict, workdir: str):
+  """The model of `origin`, and the metadata with its record: its name and SHA-256.
 
-  The model is None where the run resumes from a checkpoint that holds all arrays. Raises ValueError
-  if the workdir holds another run.
+  The model is None for random weights, and where the run resumes from a checkpoint that holds all
+  arrays. Raises ValueError if the workdir holds another run.
   """
+  if origin is None:
+    return None, metadata
   if origin.sha256 is not None:
-    return None, {"name": origin.name, "sha256": origin.sha256}
+    return None, metadata | {"init_from": {"name": origin.name, "sha256": origin.sha256}}
 
   # A run of another kind is refused before gigabytes are read.
   saved = _newest_metadata(workdir)
@@ -60,8 +62,8 @@ def load_base(origin: Origin, model_config: ModelConfig, metadata: dict, workdir
     base = origin.load(get_mesh(), model_config.dtype)
     record = {"name": origin.name, "sha256": base_sha256(base)}
   if saved is not None:
-    check_base(saved["init_from"], record, workdir)
-  return base, record
+    check_same_start(saved["init_from"], record, workdir)
+  return base, metadata | {"init_from": record}
 
 
 def resolve_tokenizer(origin: Origin, name_or_path: str) -> Tokenizer:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 import gpt2_jax.distributed as distributed
 from gpt2_jax.compat import get_mesh
 from gpt2_jax.data.batches import BatchSource
+from gpt2_jax.data.examples import ExampleStore
 from gpt2_jax.data.stores import RowSource, open_stores
 from gpt2_jax.files import announce, atomic_write
 from gpt2_jax.finetune.init_from import Origin
@@ -29,6 +30,10 @@ from gpt2_jax.tokenizer import Tokenizer
 
 # The config of the run as it was last started, for people and scripts; checkpoints have their own.
 CONFIG_FILE = "train_config.json"
+
+# A set of fewer batches, seen more often than this, is overfitted easily: the run says so.
+FEW_BATCHES = 50
+MANY_EPOCHS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +81,7 @@ def set_up(
 
   # 2. Load what the run starts from, before anything is written.
   check_disk(workdir, abstract_state)
-  base = None
-  if origin is not None:
-    base, metadata["init_from"] = load_base(origin, model_config, metadata, workdir)
+  base, metadata = load_base(origin, model_config, metadata, workdir)
 
   # 3. Resume.
   resources.enter_context(lock(workdir))
@@ -86,15 +89,9 @@ def set_up(
   with announce(f"reading the newest checkpoint of {workdir}"):
     state, first_step = checkpoints.restore_latest(abstract_state, metadata) or (None, 0)
 
-  # 4. Where the run writes. From here on SIGTERM asks for a save: before, it ends at once. Metrics
-  #    are closed before checkpoints.
-  stop = resources.enter_context(StopSignal(get_mesh()))
-  folder = resources.enter_context(Workdir(workdir))
-  writers = resources.enter_context(contextlib.ExitStack())
-  writers.callback(checkpoints.close)
-  metrics = open_metrics(config, folder, first_step, writers)
-  profile = Profile(folder.path, config.profile_steps, metrics.say)
-  writers.callback(profile.end, ())  # where an error ends the loop
+  # 4. Where the run writes.
+  outputs = open_outputs(config, workdir, checkpoints, first_step, resources)
+  metrics = outputs["metrics"]
   log_data(metrics, config, batches.n_rows, validation.count_rows(model_config.n_ctx))
   return Setup(
     config=config,
@@ -106,13 +103,30 @@ def set_up(
     tokenizer=tokenizer,
     metadata=metadata,
     checkpoints=checkpoints,
-    workdir=folder,
-    metrics=metrics,
     log=Log(metrics, config, model_config, checkpoints),
-    profile=profile,
-    stop=stop,
-    writers=writers,
+    **outputs,
   )
+
+
+def open_outputs(config: ConfigDict, workdir: str, checkpoints, first_step: int, resources) -> dict:
+  """What a run writes to, as the fields of Setup. From here on SIGTERM asks for a save: before, it
+  ends at once."""
+  stop = resources.enter_context(StopSignal(get_mesh()))
+  folder = resources.enter_context(Workdir(workdir))
+
+  # Metrics are closed before checkpoints.
+  writers = resources.enter_context(contextlib.ExitStack())
+  writers.callback(checkpoints.close)
+  metrics = open_metrics(config, folder, first_step, writers)
+  profile = Profile(folder.path, config.profile_steps, metrics.say)
+  writers.callback(profile.end, ())  # where an error ends the loop
+  return {
+    "stop": stop,
+    "workdir": folder,
+    "writers": writers,
+    "metrics": metrics,
+    "profile": profile,
+  }
 
 
 def open_checkpoints(workdir: str, keep: int):
@@ -149,7 +163,23 @@ def open_data(config: ConfigDict, model_config: ModelConfig, origin: Origin | No
   # Raises where there is no row, which an evaluation would find after hours.
   for store in (train, validation):
     store.count_rows(model_config.n_ctx)
+    check_labels(store, config.classify.classes)
   return train, validation, tokenizer
+
+
+def check_labels(store: RowSource, classes: int):
+  """Raises ValueError unless a store has labels for a head of `classes`, and no label beyond."""
+  labels = store.n_classes if isinstance(store, ExampleStore) else 0
+  if classes and not labels:
+    raise ValueError(
+      f"classify.classes is {classes}, and {store.path} has no labels; give examples with a label "
+      f"(gpt2-jax tokenize --examples), or set --config.classify.classes=0"
+    )
+  if labels > classes > 0:
+    raise ValueError(
+      f"{store.path} has labels up to {labels - 1}, and classify.classes is {classes}; "
+      f"set --config.classify.classes={labels}"
+    )
 
 
 def show_config(metrics: Metrics, folder: Workdir, first_step: int, config: ConfigDict):
@@ -230,4 +260,10 @@ def log_data(metrics: Metrics, config: ConfigDict, windows: int, validation_wind
   if config.batch_size > windows:
     metrics.say(
       f"a batch of {config.batch_size:,} holds every one of {windows:,} windows more than once"
+    )
+  elif windows < FEW_BATCHES * config.batch_size and epochs > MANY_EPOCHS:
+    metrics.say(
+      f"the training set is {windows / config.batch_size:,.1f} batches, and each is seen "
+      f"{epochs:,.0f} times: it may be learned by heart; loss.png shows whether it is, and "
+      f"--config.patience (here {config.patience}) ends a run whose validation loss does not fall"
     )

@@ -16,7 +16,7 @@ from gpt2_jax.files import announce, progress
 from gpt2_jax.finetune.start import saved_part
 from gpt2_jax.loss import cross_entropy
 from gpt2_jax.model import GPT2
-from gpt2_jax.runs.metrics import Metrics, evaluations_since_best
+from gpt2_jax.runs.metrics import evaluations_since_best
 from gpt2_jax.runs.samples import log_sample
 from gpt2_jax.runs.setup import Setup
 from gpt2_jax.sharding import BATCH
@@ -47,8 +47,10 @@ def validation_loss(
   return sum(float(s["nats"]) for s in sums) / sum(float(s["tokens"]) for s in sums)
 
 
-def validate(setup: Setup, model: GPT2, objective, rows: int, step: int) -> float:
-  """The validation loss of a run at `step`, in batches of `rows`; it is logged, with a sample."""
+def validate(setup: Setup, model: GPT2, objective, step: int) -> float:
+  """The validation loss of a run at `step`, in batches of a microbatch's rows; it is logged, with a
+  sample."""
+  rows = setup.config.batch_size // setup.config.microbatches  # what fits at once
   val_loss = validation_loss(model, objective, setup.validation, rows, setup.config.eval_windows)
   setup.metrics.write(step, val_loss=val_loss)
   setup.metrics.say(f"step {step}: validation {val_loss:.4f} nats a token")
@@ -120,12 +122,17 @@ def initial_loss(model: GPT2, batch: Batch):
   return (nats_BT * batch.weights_BT).sum() / total, rms_L
 
 
-def log_initial_loss(metrics: Metrics, model: GPT2, batches: Batch, rows: int, is_random: bool):
-  """The first line of a run: is the loss near ln V, and does the residual stream grow gently?
+def log_initial_loss(setup: Setup, model: GPT2, batches: Batch, step: int):
+  """The first line of a run, at step 0: is the loss near ln V, and does the residual stream grow
+  gently?
 
-  It is the loss of the first `rows` rows of the first step, for they fit at once. Weights of a
-  checkpoint are to be better than random ones.
+  It is the loss of the first microbatch of the first step. Weights of a checkpoint are to be better
+  than random ones.
   """
+  if step:
+    return
+  is_random = not setup.config.init_from
+  rows = setup.config.batch_size // setup.config.microbatches
   batch = jax.tree.map(lambda x: jax.lax.slice_in_dim(x[0], 0, rows), batches)
   with announce("compiling the forward pass, seconds"):
     loss, rms_L = jax.device_get(initial_loss(model, batch))
@@ -137,6 +144,6 @@ def log_initial_loss(metrics: Metrics, model: GPT2, batches: Batch, rows: int, i
     verdict = "a trained checkpoint is expected below ln V: is it this data's?"
 
   scales = " ".join(f"{rms:.2f}" for rms in rms_L)
-  metrics.say(
+  setup.metrics.say(
     f"health: loss {loss:.3f}, ln V {expected:.3f} ({verdict}); residual RMS by layer: {scales}"
   )
