@@ -61,11 +61,13 @@ _OUT = flags.DEFINE_string("out", None, "A folder for plan.json and plan.png.")
 
 
 def main() -> None:
+  from gpt2_jax.finetune.init_from import resolve_planned
   from gpt2_jax.plan import report
 
   # 1. A compilation takes minutes: what can be known is said before.
   config = _CONFIG.value
   knobs.check(config)
+  config = resolve_planned(config)
   topology = chips.parse_topology(_TOPOLOGY.value, _SLICES.value)
   for flag in (_TOKENS, _PRICE):
     if flag.value is not None and not 0 < flag.value < math.inf:

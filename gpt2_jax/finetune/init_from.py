@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 from ml_collections import ConfigDict
 
+from gpt2_jax.convert.hub import PUBLISHED
 from gpt2_jax.convert.pretrained import (
   detect_format,
   is_workdir,
@@ -22,6 +23,7 @@ from gpt2_jax.convert.weights import from_model, to_model, weights_sha256
 from gpt2_jax.files import user_path
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.runs.workdir import is_remote
+from gpt2_jax.sizes import model_config
 from gpt2_jax.tokenizer import Tokenizer
 
 # What a model is: no run can change it. The context may be shorter.
@@ -42,7 +44,7 @@ class Origin:
   name: str
   config: ModelConfig
   tokenizer: Tokenizer | None
-  load: Callable[[jax.sharding.Mesh, str], GPT2]
+  load: Callable[[jax.sharding.Mesh, str], GPT2] | None
   sha256: str | None = None
 
 
@@ -92,6 +94,19 @@ def _open_workdir(init_from: str, workdir: str, step: str) -> Origin:
 def base_sha256(model: GPT2) -> str:
   """The SHA-256 of a loaded model's weights, on every process; see `weights_sha256`."""
   return weights_sha256(from_model(model, None))
+
+
+def resolve_planned(config: ConfigDict) -> ConfigDict:
+  """The config of a run that is planned and not started: see `resolve_model`.
+
+  Of a published name nothing is downloaded. Raises ValueError or OSError for what is no checkpoint.
+  """
+  if None not in config.model.values():
+    return config
+  name = config.init_from
+  if name in PUBLISHED:
+    return resolve_model(config, Origin(name, model_config(name), None, load=None))
+  return resolve_model(config, open_origin(name))
 
 
 def resolve_model(config: ConfigDict, origin: Origin) -> ConfigDict:

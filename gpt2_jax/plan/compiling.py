@@ -29,6 +29,8 @@ from gpt2_jax import train
 from gpt2_jax.batch import Batch
 from gpt2_jax.chips import Topology
 from gpt2_jax.files import announce, first_line
+from gpt2_jax.finetune.start import trained_names
+from gpt2_jax.finetune.trainable import merge, partition, trainable_mask
 from gpt2_jax.loss import NextToken, mean_loss
 from gpt2_jax.model import ModelConfig, check_mesh
 from gpt2_jax.plan import program
@@ -142,7 +144,8 @@ def compile_step(config: ConfigDict, topology: Topology) -> Compiled:
     )
     every_device = NamedSharding(mesh, P(mesh.axis_names))
     signals = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=every_device)
-    kept = _kept_for_backward(state.model, config, mesh)
+    trained, frozen = partition(state.model, trainable_mask(state.model, trained_names(config)))
+    kept = _kept_for_backward(trained, frozen, config, mesh)
 
     # 3. Compile.
     start = time.perf_counter()
@@ -192,7 +195,7 @@ def _kernels(parsed: program.Program) -> dict[str, int]:
   return cycles
 
 
-def _kept_for_backward(model, config: ConfigDict, mesh: Mesh) -> float:
+def _kept_for_backward(trained, frozen, config: ConfigDict, mesh: Mesh) -> float:
   """Bytes of activations that a chip keeps for the backward pass of one microbatch.
 
   They are the residuals of `jax.vjp` that are not parameters, so what JAX asks for. The compiler
@@ -203,12 +206,17 @@ def _kept_for_backward(model, config: ConfigDict, mesh: Mesh) -> float:
     jnp.int32,
     sharding=NamedSharding(mesh, BATCH),
   )
-  _, pullback = jax.eval_shape(
-    lambda m, t: jax.vjp(lambda m: mean_loss(NextToken(), m, Batch(t))[0], m), model, tokens_BT
-  )
+
+  def loss_and_pullback(trained, frozen, tokens_BT):
+    def loss(trained):
+      return mean_loss(NextToken(), merge(trained, frozen), Batch(tokens_BT))[0]
+
+    return jax.vjp(loss, trained)
+
+  _, pullback = jax.eval_shape(loss_and_pullback, trained, frozen, tokens_BT)
 
   # A residual has no name: one that has the shape and type of a parameter is taken for it.
-  parameters = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(model)]
+  parameters = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((trained, frozen))]
   activations = []
   for residual in jax.tree.leaves(pullback):
     if (residual.shape, residual.dtype) not in parameters:

@@ -143,11 +143,13 @@ def _hbm_bytes(
     config.batch_size // (replica * data) * model_config.n_ctx
   )  # that a chip holds of a batch
 
-  # 18 bytes a parameter: itself, two moments and the gradient in float32, a copy in bfloat16. Six
-  # bytes a logit of one microbatch, and six an entry of the embedding, gathered over `data`.
+  # 18 bytes a parameter: itself, two moments and the gradient in float32, a copy in bfloat16; a
+  # frozen one has neither moments nor a gradient, and an adapter is small. Six bytes a logit of one
+  # microbatch, and six an entry of the embedding, gathered over `data`.
+  of_parameter = 6 if config.adapter.kind else 18
   not_split, split = KEPT[remat]
   kept = 2 * D * L * (split / model + not_split) + 6 * V / model
-  state = 18 * (layers + embedding) / (data * model)
+  state = of_parameter * (layers + embedding) / (data * model)
   return state + tokens / microbatches * kept + 6 * embedding / model
 
 

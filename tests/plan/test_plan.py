@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs import gpt2
+from configs import finetune, gpt2
 from gpt2_jax.chips import GIB, parse_topology
+from gpt2_jax.finetune.init_from import resolve_planned
 from gpt2_jax.kernels import KERNELS as ATTENTION
 from gpt2_jax.plan import report, search
 from gpt2_jax.plan.compiling import Compiled, DoesNotFit, compile_step, open_topology
@@ -203,3 +204,19 @@ def test_a_search_offers_only_what_divides_and_is_estimated_to_fit():
   assert config.mesh.data == -1, "the config that was given stays as it was"
   with pytest.raises(ValueError, match="no mesh of v5e:1x1 holds this model"):
     search.candidates(config, parse_topology("v5e:1x1"))
+
+
+def test_lora_needs_optimizer_state_for_itself_alone():
+  """Its base is one float32 copy; a published name's architecture is known without its files."""
+  config = config_for((1, 4, 1))
+  config.adapter.kind = "lora"
+  compiled = compile_step(config, parse_topology("v5e:2x2"))
+  parameters, moments = compiled.hbm["parameters"], compiled.hbm["optimizer state"]
+  adapter = 8 * LAYERS * 4 * WIDTH * 4  # rank 8, 4 D inputs and outputs of c_attn, float32
+  assert parameters == pytest.approx(PARAMETERS + POSITIONS, rel=0.03)  # 4 bytes on 4 chips
+  assert 2 * adapter / 4 < moments < 2 * adapter * 1.01
+  assert all(n >= 0 for n in compiled.hbm.values())
+
+  config = finetune.get_config("lora")
+  config.init_from = "gpt2-xl"
+  assert resolve_planned(config).model.n_layer == 48

@@ -10,6 +10,7 @@ import pytest
 from configs import gpt2
 from gpt2_jax import train
 from gpt2_jax.compat import get_mesh
+from gpt2_jax.loss import NextToken
 from gpt2_jax.model import ModelConfig
 from gpt2_jax.runs import limits
 from gpt2_jax.sharding import concrete, platform
@@ -60,9 +61,7 @@ def test_the_estimate_is_below_what_the_compiler_needs(mesh):
     tokens_BT = jax.ShapeDtypeStruct((1, 64, 17), jnp.int32)
     signals = jax.ShapeDtypeStruct((1,), jnp.int32)
     memory = (
-      step.lower(state, train.Batch(tokens_BT), train.NextToken(), signals)
-      .compile()
-      .memory_analysis()
+      step.lower(state, train.Batch(tokens_BT), NextToken(), signals).compile().memory_analysis()
     )
   needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
   assert needed / 10 < sum(needs.values()) <= needed
