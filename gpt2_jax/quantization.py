@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Int8 weights for inference: a quarter of float32's memory, and of the bytes read for a token."""
+"""Int8 weights: a quarter of float32's memory, and of the bytes read for a token.
+
+They are for inference, and a frozen base for what is trained beside them, such as LoRA.
+"""
 
 import dataclasses
 import functools
@@ -10,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.kernels.cpu import flatten_batch, unflatten_batch
 from gpt2_jax.kernels.int8 import matmul_int8, quantize_rows
-from gpt2_jax.linear import NO_CONTEXT, Context, Dense, embedding_lookup
+from gpt2_jax.linear import NO_CONTEXT, Context, Dense, embedding_lookup, matmul_forms
 from gpt2_jax.model import GPT2
 from gpt2_jax.sharding import BATCH, ROWS, unshard
 
@@ -18,9 +21,10 @@ from gpt2_jax.sharding import BATCH, ROWS, unshard
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8:
-  """A weight to infer with: int8 [..., O, I] and a float32 scale a row, the values being q * scale.
+  """A frozen weight: int8 [..., O, I] and a float32 scale a row, the values being q * scale.
 
-  It takes the place of a `Dense`, and outputs are always its rows. It has no gradient.
+  It takes the place of a `Dense`, and outputs are always its rows. Gradients pass through it to x
+  and the bias; it has none itself.
   """
 
   q_OI: jax.Array
@@ -30,8 +34,8 @@ class Int8:
     return jax.tree.map(lambda x: x[index], self)
 
   def matmul(self, x_BTI, bias_O, gathered: P, context: Context = NO_CONTEXT, out_dtype=None):
-    """`x @ (q * scale).T + bias`, see `Dense.matmul`. Its gradient is a TypeError."""
-    return _matmul(x_BTI, self, bias_O, out_dtype)
+    """`x @ (q * scale).T + bias`, see `Dense.matmul`."""
+    return _matmul(x_BTI, self, bias_O, x_BTI.dtype, out_dtype or x_BTI.dtype)
 
   def lookup(self, ids_BT, context: Context = NO_CONTEXT):
     """Embedding lookup: rows of the table, [B, T, D], float32."""
@@ -39,22 +43,34 @@ class Int8:
     return embedding_lookup(self.q_OI, ids_BT) * scale_BT[..., None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _matmul(x_BTI, w: Int8, bias_O, out_dtype):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _matmul(x_BTI, w: Int8, bias_O, x_dtype, out_dtype):
   q_OI = unshard(w.q_OI)
   out_spec = P(ROWS, jax.typeof(q_OI).sharding.spec[0])
   y_RO = matmul_int8(flatten_batch(x_BTI), q_OI, out_spec) * w.scale_O
   y_RO = y_RO if bias_O is None else y_RO + bias_O
-  return unflatten_batch(y_RO.astype(out_dtype or x_BTI.dtype), x_BTI)
+  return unflatten_batch(y_RO.astype(out_dtype), x_BTI)
 
 
-def _no_gradient(x_BTI, w: Int8, bias_O, out_dtype):
-  raise TypeError(
-    "an int8 model has no gradient; train the float32 model and quantize what comes out"
-  )
+def _matmul_forward(x_BTI, w: Int8, bias_O, x_dtype, out_dtype):
+  return _matmul(x_BTI, w, bias_O, x_dtype, out_dtype), (w, bias_O)
 
 
-_matmul.defvjp(_no_gradient, _no_gradient)
+def _matmul_backward(x_dtype, out_dtype, saved, dy_BTO):
+  """dx = dy @ (q * scale), with operands in x's dtype; nothing of x is kept for it."""
+  matmul_rows, _, bias_gradient = matmul_forms()
+  w, bias_O = saved
+  dy_BTO = dy_BTO.astype(x_dtype)
+  scaled_BTO = (dy_BTO * w.scale_O).astype(x_dtype)
+
+  q_OI = unshard(w.q_OI)
+  inputs = jax.typeof(q_OI).sharding.spec[1]
+  dx_BTI = matmul_rows(scaled_BTO, q_OI.astype(x_dtype), 0, inputs).astype(x_dtype)
+  db_O = None if bias_O is None else bias_gradient(dy_BTO)
+  return dx_BTI, None, db_O
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def int8(weight: Dense) -> Int8:

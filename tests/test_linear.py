@@ -267,10 +267,25 @@ def test_accelerators_convert_int8_behind_a_barrier(platform, mesh, put):
   assert "optimization_barrier" in text and "xi32" not in text
 
 
-def test_int8_has_no_gradient(mesh, put):
-  with mesh(1, 1, 1):
-    w = int8(table(put(np.ones((OUT, IN), np.float32), P(None, None))))
-    with pytest.raises(TypeError, match="an int8 model has no gradient; train the float32 model"):
-      jax.grad(lambda x: w.matmul(x, None, P(None, None)).sum())(
-        put(np.ones((1, 2, IN), np.float32), RESIDUAL)
-      )
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize("spec", [P("data", "model"), P("model", "data")], ids=str)
+def test_gradients_pass_through_int8(sizes, spec, mesh, put):
+  """To x and the bias, as through the rounded weight; the int8 weight has none."""
+  rng = np.random.default_rng(0)
+  x, dy = (rng.normal(size=(4, 3, n)).astype(np.float32) for n in (IN, OUT))
+  with mesh(*sizes):
+    gathered = P(*(None if name == "data" else name for name in spec))
+    rows = P(("replica", "data"), None, gathered[0])
+    w = int8(table(put(rng.normal(size=(OUT, IN)), P(spec[1], spec[0]))))
+    bias = put(rng.normal(size=OUT).astype(np.float32), P(gathered[1]))
+    for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)):
+
+      def total(x, bias):
+        return (w.matmul(x, bias, gathered, out_dtype=jnp.float32) * dy).sum()
+
+      dx, db = jax.jit(jax.grad(total, (0, 1)))(put(x, rows).astype(dtype), bias)
+      expected = dy.astype(np.float64) @ dequantized(w)
+      assert dx.dtype == dtype and db.dtype == jnp.float32
+      scale = np.abs(expected).max()
+      np.testing.assert_allclose(np.float64(dx), expected, atol=tolerance * scale)
+      np.testing.assert_allclose(db, dy.sum((0, 1)), atol=tolerance * 10)

@@ -5,11 +5,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from gpt2_jax import train
+from gpt2_jax.batch import Batch
 from gpt2_jax.decoding import for_inference, generate
-from gpt2_jax.model import ModelConfig
+from gpt2_jax.finetune.lora import LoRA, block_linears, copied, matrix_layout
+from gpt2_jax.finetune.trainable import partition, trainable_mask
+from gpt2_jax.loss import NextToken
+from gpt2_jax.model import ModelConfig, name_of
 from gpt2_jax.quantization import Int8, quantize
+from gpt2_jax.sharding import BATCH
 
 # 5 heads, which a model axis of 2 pads to 6; the vocabulary is padded to 128
 TINY = ModelConfig(
@@ -111,5 +118,43 @@ def test_quantizing_twice_and_training_are_refused(mesh, weights, place, tokens)
     model = quantize(place(TINY, weights))
     with pytest.raises(ValueError, match="quantized already; give the float32 one"):
       quantize(model)
+    for patterns in (("*",), ("scale_O",)):
+      with pytest.raises(ValueError, match="an int8 model has no gradient; train an adapter"):
+        trainable_mask(model, patterns)
     with pytest.raises(TypeError, match="int8"):
       jax.grad(lambda model: model(tokens(1, 4, 97)).max())(model)
+
+
+def test_lora_over_int8_has_the_gradients_of_lora_over_the_rounded_weights(
+  mesh, weights, place, put, tokens
+):
+  """Through every layer and the head; what is frozen has no gradient."""
+
+  # With b = 0, as it begins, a would have no gradient.
+  def with_lora(model):
+    rng = np.random.default_rng(3)
+    model = copied(model)
+    for linear in block_linears(model.h).values():
+      (I, O), _ = matrix_layout(linear.w[...])  # noqa: E741
+      a, b = (rng.normal(size=(TINY.n_layer, *shape)) for shape in ((I, 2), (2, O)))
+      linear.w = nnx.Param(
+        LoRA(linear.w[...], jnp.float32(a), jnp.float32(b), jnp.full(TINY.n_layer, 0.05))
+      )
+    return model
+
+  @jax.jit
+  def gradients(model, batch):
+    trained, frozen = partition(model, trainable_mask(model, ("lora_a", "lora_b")))
+    return train.gradients(NextToken(), trained, frozen, batch, 1)[1]
+
+  with mesh(1, 1, 1):
+    batch = Batch(put(tokens(4, 13, 97), BATCH))
+    exact = {name: rounded(name, array) for name, array in weights.items()}
+    ours = gradients(with_lora(quantize(place(TINY, weights))), batch)
+    theirs = gradients(with_lora(place(TINY, exact)), batch)
+  assert len(jax.tree.leaves(ours)) == len(jax.tree.leaves(theirs)) == 8
+  leaves = jax.tree_util.tree_leaves_with_path(ours)
+  for (path, gradient), expected in zip(leaves, jax.tree.leaves(theirs), strict=True):
+    np.testing.assert_allclose(
+      gradient, expected, atol=1e-5 * np.abs(expected).max(), rtol=0, err_msg=name_of(path)
+    )

@@ -2,6 +2,8 @@
 """Converts GPT-2 checkpoints between all formats, and checks the parity of two checkpoints.
 
 gpt2-jax convert --from=gpt2 --to=out/gpt2 --format=hf             # or orbax, nanogpt, llmc
+gpt2-jax convert --from=gpt2 --adapter=adapters/mine --to=out/merged      # peft's LoRA, merged
+gpt2-jax convert --from=runs/lora --to=adapters/mine --format=peft        # what a run trained
 gpt2-jax convert --verify=out/gpt2 --against=gpt2 --oracle=transformers --text=book.txt
 gpt2-jax convert --verify=models/124M --logits=expected_logits.npz # or recorded logits
 
@@ -36,7 +38,11 @@ _FROM = flags.DEFINE_string("from", None, "The checkpoint to convert: a name or 
 _TO = flags.DEFINE_string(
   "to", None, "The folder (llmc: the file; orbax: or gs://) to write; it must not exist."
 )
-_FORMAT = flags.DEFINE_enum("format", "hf", FORMATS, "The format to write.")
+_FORMAT = flags.DEFINE_enum(
+  "format", "hf", (*FORMATS, "peft"), "The format to write; peft is a run's adapter alone."
+)
+_ADAPTER = flags.DEFINE_string("adapter", None, "A folder of peft's with a LoRA adapter to merge.")
+_MERGE = flags.DEFINE_bool("merge", False, "Merge the LoRA adapter that the run of --from trained.")
 _DTYPE = flags.DEFINE_enum(
   "dtype", "float32", ["float32", "float16", "bfloat16"], "The dtype of the weights to write."
 )
@@ -61,7 +67,7 @@ _TOLERANCE = flags.DEFINE_float(
 _OUT = flags.DEFINE_string("out", "parity.json", "Where the result goes; it must not exist.")
 
 # Of a flag of the other half of this script, nothing would be heard.
-_ONLY_FROM = (_TO, _FORMAT, _DTYPE, _OTHER_GELU, _REVISION)
+_ONLY_FROM = (_TO, _FORMAT, _ADAPTER, _MERGE, _DTYPE, _OTHER_GELU, _REVISION)
 _ONLY_VERIFY = (_AGAINST, _ORACLE, _LOGITS, _TEXT, _TOLERANCE, _OUT)
 
 
@@ -75,6 +81,8 @@ def convert() -> None:
   # 1. Refuse what can be told before the weights are read.
   if not _TO.value:
     raise ValueError("--from wants a --to: the folder or file to write")
+  if _FORMAT.value == "peft":
+    return _write_adapter()
   to = pretrained.check_target(_TO.value, _FORMAT.value, _DTYPE.value)
   if not is_remote(to):
     # Absolute, since as a name, gpt2 would be the Hub's.
@@ -82,7 +90,7 @@ def convert() -> None:
     check_writable(pathlib.Path(to))
 
   # 2. Write.
-  weights = pretrained.open_weights(_FROM.value, _REVISION.value)
+  weights = pretrained.open_weights(_FROM.value, _REVISION.value, _ADAPTER.value, _MERGE.value)
   pretrained.write(weights, to, _FORMAT.value, _DTYPE.value, _OTHER_GELU.value)
 
   # 3. Read back from disk: what is announced as written has been read.
@@ -106,6 +114,21 @@ def convert() -> None:
     print(
       "its tokenizer lies beside the weights in this project's own form, which others do not read"
     )
+
+
+def _write_adapter() -> None:
+  """Writes the adapter that the run of --from trained as a folder of peft's, and reads it back."""
+  from gpt2_jax.convert import pretrained
+  from gpt2_jax.convert.peft_files import read_adapter
+
+  unused = (_ADAPTER, _MERGE, _DTYPE, _OTHER_GELU, _REVISION)
+  if names := [f"--{flag.name}" for flag in unused if flag.present]:
+    raise ValueError(f"{', '.join(names)} is nothing to --format=peft; leave it out")
+  base = pretrained.save_adapter(_FROM.value, _TO.value)
+  adapter = read_adapter(os.path.abspath(local_path(_TO.value)))
+  print(f"{_FROM.value} -> {_TO.value} (peft)")
+  print(f"{len(adapter.lora)} matrices beside those of {base['name']}, read back")
+  print(f"the base's weights sha256 {base['sha256']}")
 
 
 def _verify() -> None:

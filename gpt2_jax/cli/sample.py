@@ -27,6 +27,9 @@ _MODEL = flags.DEFINE_string(
 _STEP = flags.DEFINE_string(
   "step", "latest", "Of a workdir: latest, best (least validation loss), or a step."
 )
+_ADAPTER = flags.DEFINE_string(
+  "adapter", None, "A folder of peft's with a LoRA adapter of the model."
+)
 _REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit of the Hub's repository.")
 _PROMPT = flags.DEFINE_multi_string(
   "prompt", [], "A text to continue; may be repeated. Default: <|endoftext|>."
@@ -80,6 +83,7 @@ def main() -> None:
     revision=_REVISION.value,
     quantize=_QUANTIZE.value,
     step=_STEP.value,
+    adapter=_ADAPTER.value,
   )
   if tokenizer is None:
     raise ValueError(f"{_MODEL.value} has no tokenizer; put its files beside the checkpoint")

@@ -95,7 +95,7 @@ def load_pretrained(
 
 def _read_adapter(path: str):
   # Imported here: fine-tuning is not needed to load a model.
-  from gpt2_jax.finetune.peft import read_adapter
+  from gpt2_jax.convert.peft_files import read_adapter
 
   return read_adapter(path)
 
@@ -300,6 +300,32 @@ def save_pretrained(
   written as they are, and told on stderr.
   """
   write(from_model(model, tokenizer), path, form, dtype, other_gelu)
+
+
+def save_adapter(workdir: str, path: str) -> dict:
+  """Saves the adapter that a run trained as a folder of peft's; returns name and SHA-256 of the
+  base.
+
+  Raises ValueError for a checkpoint without an adapter, FileExistsError if `path` is there.
+  """
+  # Imported here: Orbax takes seconds, and `import gpt2_jax` should not load it.
+  from gpt2_jax.convert.peft_files import check_adapter_target
+  from gpt2_jax.finetune.peft import write_adapter
+  from gpt2_jax.finetune.start import trained_names
+  from gpt2_jax.runs.checkpoint import open_saved
+
+  check_adapter_target(path)
+  folder = resolve_checkpoint(workdir)
+  saved = open_saved(str(folder)) if is_workdir(folder) else None
+  if saved is None or not saved.base:
+    raise ValueError(f"{folder} is no run that trained an adapter; there is none to write")
+
+  with jax.set_mesh(_one_device()):
+    model, _ = _load_workdir(folder, "float32")
+  # peft asks the Hub, where a size has one name.
+  name = hub.PUBLISHED.get(saved.base["name"], saved.base["name"])
+  write_adapter(model, path, name, saved.base["sha256"], trained_names(saved.finetuning))
+  return saved.base
 
 
 def write(

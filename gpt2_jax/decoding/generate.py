@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt2_jax.decoding.adapters import adapter_numbers
 from gpt2_jax.decoding.generation_config import Completion, Generation, make_generation
 from gpt2_jax.decoding.kv_cache import (
   InferenceModel,
@@ -35,6 +36,7 @@ from gpt2_jax.decoding.kv_cache import (
 from gpt2_jax.decoding.prompts import BUCKET, check_prompts, check_room, pad_prompts, shard_rows
 from gpt2_jax.decoding.samplers import Greedy, History, Sample
 from gpt2_jax.files import announce
+from gpt2_jax.linear import NO_CONTEXT, Context
 from gpt2_jax.model import GPT2
 from gpt2_jax.sharding import ROWS, axis_size, padded
 
@@ -58,6 +60,7 @@ class State(NamedTuple):
   slot: jax.Array  # of the caches, for the next token
   mask_BS: jax.Array  # slots that hold tokens of the row
   caches: list
+  context: Context = NO_CONTEXT  # the adapter of each row
 
 
 def generate(
@@ -67,6 +70,7 @@ def generate(
   sampler: Greedy | Sample | None = None,
   *,
   generation: Generation | None = None,
+  adapters: int | Sequence[int] | None = None,
   **options,
 ) -> list[Completion]:
   """Generates completions of prompts of tokens; all samples of the first prompt come first.
@@ -74,7 +78,8 @@ def generate(
   It is greedy decoding, as with transformers' `generate`, unless a sampler or one of its options is
   given: `generate(model, ids, 50, temperature=0.8, top_k=40)` draws. Options are the fields of
   `Generation` (seed, samples, eot, window, logprobs) and the keywords of `make_sampler`; or give a
-  `generation` as a whole, whose own sampler counts.
+  `generation` as a whole, whose own sampler counts. Of a model with a bank of adapters
+  (`stack_adapters`), `adapters` are the number of one for each prompt, or one for all.
 
   Draws depend on the seed, and on which prompt and which sample a row is: to go on from a
   completion, take another seed. Raises ValueError on an empty prompt, on tokens outside the
@@ -87,7 +92,7 @@ def generate(
   decoder = for_inference(model)
   generation = check_generation(decoder, prompts, generation)
   with announce("compiling the decoder, about a minute for a large model"):
-    state = start(decoder, prompts, generation)
+    state = start(decoder, prompts, generation, adapters=adapters)
     state = advance(decoder, state, generation.n_new, generation)
   return completions(state)[: len(prompts) * generation.samples]
 
@@ -123,12 +128,15 @@ def start(
   generation: Generation,
   numbers: Sequence[int] | None = None,
   shape: tuple[int, int] = (0, 0),
+  adapters: int | Sequence[int] | None = None,
 ) -> State:
   """Prefills the KV cache: the State before the first new token, of a checked `generation`.
 
   `numbers` are those by which the rows draw, in place of 0, 1 and so on. `shape` makes room for at
   least that many rows and tokens of a prompt: batches of any prompts then share what is compiled.
+  `adapters` are as of `generate`; raises ValueError for those that the model does not have.
   """
+  adapters = adapter_numbers(decoder, adapters, len(prompts))
   with jax.set_mesh(decoder.mesh):
     # 1. Round all sizes up, so that few shapes are compiled.
     longest = max(shape[1], *map(len, prompts))
@@ -147,7 +155,13 @@ def start(
     if numbers is not None:
       row_B[: len(rows)] = numbers
 
-    arrays = shard_rows(decoder, tokens_BW, prompt_start_B, row_B, done_B)
+    # 4. The adapter of each row: all samples of a prompt go through its own.
+    adapter_B = None
+    if adapters is not None:
+      adapter_B = np.zeros(B, np.int32)
+      adapter_B[: len(rows)] = np.repeat(adapters, generation.samples)
+
+    arrays = shard_rows(decoder, tokens_BW, prompt_start_B, row_B, done_B, adapter_B)
     return _start(
       decoder,
       *arrays,
@@ -198,6 +212,7 @@ def _start(
   prompt_start_B,
   row_B,
   done_B,
+  adapter_B,
   key,
   prompt_end: int,
   samples: int,
@@ -214,8 +229,9 @@ def _start(
   # 2. Prefill. With a window the slots are a ring, and the first step writes slot 0.
   slot = jnp.int32(T if window is None else 0)
   lengths_B = prompt_end - prompt_start_B
+  context = Context(adapter_B=adapter_B)
   mask_BS, caches = _prefill_remembered(
-    decoder, tokens_BW, prompt_start_B, lengths_B, slot, (T, S), window
+    decoder, tokens_BW, prompt_start_B, lengths_B, slot, (T, S), window, context
   )
 
   # 3. A random key for each sample of each prompt.
@@ -235,11 +251,12 @@ def _start(
     slot=slot,
     mask_BS=mask_BS,
     caches=caches,
+    context=context,
   )
 
 
 def _prefill_remembered(
-  decoder, tokens_BW, prompt_start_B, length_B, slot, sizes: tuple[int, int], window
+  decoder, tokens_BW, prompt_start_B, length_B, slot, sizes: tuple[int, int], window, context
 ):
   """Prefills caches of S slots with what rows of these lengths remember; their mask, and them.
 
@@ -261,8 +278,8 @@ def _prefill_remembered(
   gap_BT = jnp.where(jnp.arange(T) < keep, 0, forgotten_B[:, None])
   column_BT = prompt_start_B[:, None] + jnp.arange(T) + gap_BT
   column_BT = jnp.minimum(column_BT, tokens_BW.shape[1] - 1)
-  context_BT = jnp.take_along_axis(tokens_BW, column_BT, axis=1)
-  caches = prefill(decoder, context_BT, S)[1]
+  remembered_BT = jnp.take_along_axis(tokens_BW, column_BT, axis=1)
+  caches = prefill(decoder, remembered_BT, S, context)[1]
 
   # 3. Turn the ring, so that each row's tokens end just before `slot`.
   position_BS = jnp.arange(S) + jnp.zeros_like(held_B1)
@@ -302,7 +319,14 @@ def _slide(decoder: InferenceModel, state: State, window) -> State:
     # `window.stride` slots are free again, so at most this many tokens are left to read.
     sizes = (n_ctx - window.stride, state.mask_BS.shape[1])
     fresh = _prefill_remembered(
-      decoder, state.tokens_BW, state.prompt_start_B, length_B, state.slot, sizes, window
+      decoder,
+      state.tokens_BW,
+      state.prompt_start_B,
+      length_B,
+      state.slot,
+      sizes,
+      window,
+      state.context,
     )
 
     def of_full_rows(new, old):
@@ -331,8 +355,9 @@ def _step(decoder: InferenceModel, state: State, eot, sampler, window) -> State:
     mask_BS[:, None],
     state.caches,
     cache_write(state.slot),
+    state.context,
   )
-  logits_BV = logits(decoder, x_B1D)[:, 0]
+  logits_BV = logits(decoder, x_B1D, state.context)[:, 0]
 
   # 2. Sample. A key is of the row and the step, so portions of any size draw the same.
   keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.n)

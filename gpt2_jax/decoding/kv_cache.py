@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_jax.attention import by_heads, cached_attention, causal_attention
-from gpt2_jax.linear import Linear
+from gpt2_jax.linear import NO_CONTEXT, Context, Linear
 from gpt2_jax.model import GPT2, Block
 from gpt2_jax.sharding import RESIDUAL, unshard
 
@@ -45,14 +45,18 @@ def for_inference(model: GPT2 | InferenceModel) -> InferenceModel:
 
 @jax.jit
 def _ready(model: GPT2) -> InferenceModel:
-  # Matrices only: biases, LayerNorms and the scales of int8 stay float32.
+  # Matrices only, those of adapters too: biases, LayerNorms and scales stay float32.
   def cast(node):
     if not isinstance(node, Linear):
       return node
     dtype = model.config.dtype
-    return jax.tree.map(
-      lambda x: unshard(x if x.dtype == jnp.int8 else x.astype(dtype)) if x.ndim == 3 else x, node
-    )
+
+    def cast_array(x):
+      if x.ndim < 3:
+        return x
+      return unshard(x if x.dtype == jnp.int8 else x.astype(dtype))
+
+    return jax.tree.map(cast_array, node)
 
   model = jax.tree.map(cast, model, is_leaf=lambda node: isinstance(node, Linear))
   blocks = [jax.tree.map(lambda x, i=i: x[i], model.h) for i in range(model.config.n_layer)]
@@ -61,10 +65,11 @@ def _ready(model: GPT2) -> InferenceModel:
   return InferenceModel(model, blocks)
 
 
-def prefill(decoder: InferenceModel, tokens_BT, size: int):
+def prefill(decoder: InferenceModel, tokens_BT, size: int, context: Context = NO_CONTEXT):
   """Prefills the KV cache: the forward pass over prompts that fills it.
 
   Returns the normed output at every position, and for each layer keys and values [B, H, size, K].
+  `context` has the adapter of each row, if the model has a bank of them.
   """
 
   def attention(q, k, v):
@@ -73,9 +78,9 @@ def prefill(decoder: InferenceModel, tokens_BT, size: int):
     return causal_attention(q, k, v), memory
 
   attend = by_heads(attention, decoder.model.config.head_size)
-  x_BTD, caches = decoder.model.embed(tokens_BT), []
+  x_BTD, caches = decoder.model.embed(tokens_BT, context=context), []
   for block in decoder.blocks:
-    x_BTD, memory = block(x_BTD, attend)
+    x_BTD, memory = block(x_BTD, attend, context=context)
     caches.append(memory)
   return decoder.model.ln_f(x_BTD), caches
 
@@ -104,13 +109,21 @@ def cache_write(slot):
   )
 
 
-def decode(decoder: InferenceModel, tokens_BT, positions_BT, mask_BTS, caches, write):
+def decode(
+  decoder: InferenceModel,
+  tokens_BT,
+  positions_BT,
+  mask_BTS,
+  caches,
+  write,
+  context: Context = NO_CONTEXT,
+):
   """Decoding: the normed output [B, T, D] for T more tokens a row, and the caches with them.
 
   `write` puts keys or values [B, H, T, K] into a cache; `mask_BTS` says which of its slots each
   token reads, its own among them.
   """
-  x_BTD = decoder.model.embed(tokens_BT, positions_BT)
+  x_BTD = decoder.model.embed(tokens_BT, positions_BT, context=context)
   after = []
   for block, cache in zip(decoder.blocks, caches, strict=True):
 
@@ -120,7 +133,8 @@ def decode(decoder: InferenceModel, tokens_BT, positions_BT, mask_BTS, caches, w
       )
       return cached_attention(q, *memory, mask_BTS), memory
 
-    x_BTD, memory = block(x_BTD, by_heads(attention, decoder.model.config.head_size))
+    attend = by_heads(attention, decoder.model.config.head_size)
+    x_BTD, memory = block(x_BTD, attend, context=context)
     after.append(memory)
   return decoder.model.ln_f(x_BTD), after
 
@@ -168,9 +182,9 @@ def last_token(x_BTD, lengths_B):
   return jnp.take_along_axis(x_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)
 
 
-def logits(decoder: InferenceModel, x_BTD):
+def logits(decoder: InferenceModel, x_BTD, context: Context = NO_CONTEXT):
   """The logits [B, T, V], float32, all-gathered over `model`, without the vocabulary's padding."""
-  logits_BTV = jax.sharding.reshard(decoder.model.head(x_BTD), RESIDUAL)
+  logits_BTV = jax.sharding.reshard(decoder.model.head(x_BTD, context), RESIDUAL)
   return logits_BTV[..., : decoder.model.config.n_vocab]
 
 

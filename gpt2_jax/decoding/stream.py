@@ -29,6 +29,7 @@ def complete(
   sampler: Greedy | Sample | None = None,
   *,
   generation: Generation | None = None,
+  adapters: int | Sequence[int] | None = None,
   **options,
 ) -> str | list[str]:
   """Generates the text after a prompt: `complete(model, tokenizer, "Dear", temperature=0.8)`.
@@ -36,7 +37,9 @@ def complete(
   A text, or for several prompts or samples a list, all samples of the first prompt first. Tokens
   are drawn at temperature 1 unless options say otherwise: `greedy=True`, `temperature`, `top_k`,
   `top_p` and the other keywords of `make_sampler`, or a `sampler`. More options are the fields of
-  `Generation` (seed, samples, stop, window); or give a `generation` as a whole.
+  `Generation` (seed, samples, stop, window); or give a `generation` as a whole. Of a model with a
+  bank of adapters (`stack_adapters`), `adapters` are the number of one for each prompt, or one for
+  all.
 
   A text has at most `n_new` tokens (128, or as many as the context has room for). It ends before
   `<|endoftext|>` and before the first `stop` string. An empty prompt stands for `<|endoftext|>`.
@@ -48,7 +51,8 @@ def complete(
   # Without stop strings nothing has to be looked at on the way: one call of the device.
   texts = [""] * (len(prompts) * generation.samples)
   with announce("generating; a new size is compiled first, about a minute for a large model"):
-    chunks = _text_chunks(model, tokenizer, prompts, generation, in_one_call=not generation.stop)
+    in_one_call = not generation.stop
+    chunks = _text_chunks(model, tokenizer, prompts, generation, in_one_call, adapters)
     for row, chunk, _ in chunks:
       texts[row] += chunk
 
@@ -64,6 +68,7 @@ def stream(
   sampler: Greedy | Sample | None = None,
   *,
   generation: Generation | None = None,
+  adapters: int | None = None,
   **options,
 ) -> Iterator[str]:
   """Streams the text of `complete`, with the same options, in chunks as soon as they are certain.
@@ -71,12 +76,16 @@ def stream(
   No character is split, and no chunk holds the beginning of a stop string.
   """
   generation = make_generation(generation, n_new, sampler, options, default=Sample())
-  chunks = stream_counted(model, tokenizer, prompt, generation)
+  chunks = stream_counted(model, tokenizer, prompt, generation, adapters)
   return (chunk for chunk, _ in chunks if chunk)
 
 
 def stream_counted(
-  model: GPT2 | InferenceModel, tokenizer: Tokenizer, prompt: str, generation: Generation
+  model: GPT2 | InferenceModel,
+  tokenizer: Tokenizer,
+  prompt: str,
+  generation: Generation,
+  adapters: int | None = None,
 ) -> Iterator[tuple[str, int]]:
   """Streams one text for those who measure tokens/s: pairs of a chunk and the tokens it took.
 
@@ -84,7 +93,7 @@ def stream_counted(
   """
   if generation.samples != 1:
     raise ValueError(f"stream gives one text, not {generation.samples} samples; call stream_rows")
-  chunks = _text_chunks(model, tokenizer, [prompt], generation, in_one_call=False)
+  chunks = _text_chunks(model, tokenizer, [prompt], generation, False, adapters)
   return ((chunk, n_tokens) for _, chunk, n_tokens in chunks)
 
 
@@ -96,16 +105,17 @@ def stream_rows(
   sampler: Greedy | Sample | None = None,
   *,
   generation: Generation | None = None,
+  adapters: int | Sequence[int] | None = None,
   **options,
 ) -> Iterator[tuple[int, str]]:
   """Streams a batch of texts: pairs of a row, in the order of `complete`, and its next chunk."""
   generation = make_generation(generation, n_new, sampler, options, default=Sample())
-  chunks = _text_chunks(model, tokenizer, prompts, generation, in_one_call=False)
+  chunks = _text_chunks(model, tokenizer, prompts, generation, False, adapters)
   return ((row, chunk) for row, chunk, _ in chunks if chunk)
 
 
 def _text_chunks(
-  model, tokenizer, prompts, generation: Generation, in_one_call: bool
+  model, tokenizer, prompts, generation: Generation, in_one_call: bool, adapters
 ) -> Iterator[tuple[int, str, int]]:
   """Reads the prompts now, and computes rows' chunks and their tokens when they are asked for."""
   # 1. Whatever is wrong is an error here, and not at the first chunk.
@@ -125,7 +135,7 @@ def _text_chunks(
   generation = check_generation(decoder, ids, generation)
   if generation.eot is None:
     generation = dataclasses.replace(generation, eot=tokenizer.eot)
-  state = start(decoder, ids, generation)
+  state = start(decoder, ids, generation, adapters=adapters)
 
   # 3. Each row turns its tokens into text, and looks for stop strings in it.
   live = {}

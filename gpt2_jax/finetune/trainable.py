@@ -15,7 +15,7 @@ def trainable_mask(model, patterns: tuple[str, ...]):
   """A tree like `model`, True where a pattern matches a parameter's name, or one part of it.
 
   ("*",) trains all, ("h.*", "ln_f.*") all but the embeddings, ("b",) the biases. Raises ValueError
-  for a pattern that matches nothing.
+  for a pattern that matches nothing, and where an int8 weight would be trained.
   """
 
   def matches(name: str, pattern: str) -> bool:
@@ -29,6 +29,14 @@ def trainable_mask(model, patterns: tuple[str, ...]):
         f'h.attn.c_attn.w, and ("*",) is all'
       )
   mask = [any(matches(name, pattern) for pattern in patterns) for name in names]
+
+  # An int8 weight passes gradients on and has none: it would stay as it is, without a word.
+  for name, is_trained in zip(names, mask, strict=True):
+    if is_trained and name.endswith((".q_OI", ".scale_O")):
+      raise ValueError(
+        f"trainable has {name}, and an int8 model has no gradient; train an adapter "
+        f"(--config.adapter.kind=lora), or the float32 model and quantize what comes out"
+      )
   return jax.tree.unflatten(jax.tree.structure(model), mask)
 
 

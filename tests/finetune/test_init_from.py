@@ -13,7 +13,7 @@ import pytest
 
 from configs import gpt2
 from gpt2_jax import train
-from gpt2_jax.convert.pretrained import load_pretrained
+from gpt2_jax.convert.pretrained import load_pretrained, open_weights, save_adapter
 from gpt2_jax.convert.weights import from_model, weights_sha256
 from gpt2_jax.data import TokenStore, encode_corpus
 from gpt2_jax.evaluate.runner import run as evaluate_task
@@ -21,6 +21,7 @@ from gpt2_jax.evaluate.runner import totals
 from gpt2_jax.evaluate.scorers import Scorer
 from gpt2_jax.evaluate.tasks import perplexity
 from gpt2_jax.finetune.init_from import base_sha256, open_origin
+from gpt2_jax.finetune.lora import merge_lora
 from gpt2_jax.loss import NextToken
 from gpt2_jax.model import ModelConfig, name_of
 from gpt2_jax.runs.checkpoint import Checkpoints
@@ -236,6 +237,28 @@ def test_a_checkpoint_of_lora_holds_what_is_trained(lora, checkpoints, evaluated
     parts = [x for x in adapted if x.replace(".base", "") == name]
     assert len(parts) == 1 and np.array_equal(adapted[parts[0]], leaf), name
   assert any(adapted[name].any() for name in adapted if name.endswith("lora_b"))
+
+
+def test_what_lora_trained_is_written_for_peft_or_merged(lora, checkpoints, tmp_path):
+  """And never dropped: without a word for either, nothing is written."""
+  workdir, _ = lora
+  model, _ = load_pretrained(str(workdir))
+  record = save_adapter(str(workdir), str(tmp_path / "adapter"))
+  assert record["sha256"] == weights_sha256(open_weights(checkpoints("hf")))
+
+  # Its base in any format takes it.
+  again, _ = load_pretrained(checkpoints("llmc"), adapter=str(tmp_path / "adapter"))
+  expected = leaves(model)
+  for name, leaf in leaves(again).items():
+    np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+  merged, here = open_weights(str(workdir), merge=True), from_model(merge_lora(model), None)
+  for name in ("wte", "h.0.attn.c_attn.w", "h.1.mlp.c_proj.w", "h.1.mlp.c_fc.w"):
+    np.testing.assert_allclose(merged.read(name), here.read(name), atol=1e-6, err_msg=name)
+  with pytest.raises(ValueError, match="merge it"):
+    open_weights(str(workdir))
+  with pytest.raises(ValueError, match="no run that trained an adapter"):
+    save_adapter(checkpoints("hf"), str(tmp_path / "none"))
+  assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("form, sizes", [("hf", (1, 2, 1)), ("llmc", (1, 1, 2))])

@@ -14,6 +14,7 @@ from gpt2_jax.convert import names
 from gpt2_jax.convert.pretrained import load_pretrained, open_weights, save_pretrained
 from gpt2_jax.convert.weights import from_model, weights_sha256
 from gpt2_jax.finetune.adapter import adapter_arrays
+from gpt2_jax.finetune.classify import label_log_probs
 from gpt2_jax.finetune.lora import LoraSettings, add_lora, merge_lora
 from gpt2_jax.finetune.peft import read_adapter, write_adapter
 from gpt2_jax.model import name_of
@@ -235,6 +236,37 @@ def test_nothing_drops_an_adapter_without_a_word(ours, base_folder, tmp_path):
     with pytest.raises(ValueError, match="merge it"):
       save_pretrained(model, None, tmp_path / form, form)
     assert not (tmp_path / form).exists()
+
+
+def test_a_classifier_s_adapter_and_head_go_both_ways(base_folder, randomized, tokens_NT, tmp_path):
+  """transformers' classifier over the last token, with peft's LoRA: its `score` is our head."""
+  transformers = pytest.importorskip("transformers")
+  theirs = transformers.GPT2ForSequenceClassification.from_pretrained(
+    base_folder, num_labels=3, pad_token_id=0
+  )
+  config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["c_attn"], fan_in_fan_out=True)
+  theirs = randomized(peft.get_peft_model(theirs, config)).eval()
+  theirs.save_pretrained(tmp_path / "theirs")
+
+  model, _ = load_pretrained(str(base_folder), one_device(), adapter=str(tmp_path / "theirs"))
+  expected = their_logits(theirs, tokens_NT[:, :8] % 60 + 1)
+  rows = (tokens_NT[:, :8] % 60 + 1).tolist()
+  found = label_log_probs(model, rows, batch_size=2)
+  np.testing.assert_allclose(found, jax.nn.log_softmax(expected), atol=1e-5)
+
+  write_adapter(model, tmp_path / "ours", "base")
+  ours, original = (
+    load_file(tmp_path / x / "adapter_model.safetensors") for x in ("ours", "theirs")
+  )
+  assert ours.keys() == original.keys()
+  for name, tensor in original.items():
+    np.testing.assert_array_equal(ours[name], tensor, err_msg=name)
+  with pytest.raises(ValueError, match="classification head"):
+    open_weights(str(base_folder), adapter=str(tmp_path / "theirs"))
+  with pytest.raises(ValueError, match="merge it"):
+    from_model(model, None)
+  with pytest.raises(ValueError, match="classifier.w"):
+    from_model(merge_lora(model), None)
 
 
 def test_a_pickled_adapter_runs_nothing(ours, tmp_path):
