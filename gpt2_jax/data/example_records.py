@@ -122,7 +122,7 @@ def _turns(value: object, place: str, field: str) -> list[Message]:
         messages.append(Message(role, content, turn.get("weight", 1) != 0))
       case _:
         raise ValueError(
-          f"{place}: item {number} of {field!r} is no message with texts under role and content"
+          f"{place} has no message as item {number} of {field!r}; one has role and content, texts"
         )
   return messages
 

@@ -89,15 +89,18 @@ def write_array(path: str, name: str, tokens: np.ndarray) -> None:
     try:
       # Over the same array and not after removing it: where there are no locks, another process may
       # be writing the same tokens, and may have said already that they are there.
-      array = ts.open(spec, open=True, create=True).result()
+      _write_shards(ts.open(spec, open=True, create=True).result(), tokens)
     except ValueError:
-      array = ts.open(spec, create=True, delete_existing=True).result()
-
-    # One shard at a time bounds the memory that encoded shards take.
-    for shard in _shards(len(tokens)):
-      array[shard].write(tokens[shard]).result()
+      # It has another shape, or its last chunk is damaged: one that is not full is read first.
+      _write_shards(ts.open(spec, create=True, delete_existing=True).result(), tokens)
   except ValueError as error:
     raise ValueError(f"cannot write {path}: {tensorstore_reason(error)}") from error
+
+
+def _write_shards(array: ts.TensorStore, tokens: np.ndarray) -> None:
+  # One shard at a time bounds the memory that encoded shards take.
+  for shard in _shards(len(tokens)):
+    array[shard].write(tokens[shard]).result()
 
 
 def read_shards(array: ts.TensorStore) -> Iterator[np.ndarray]:

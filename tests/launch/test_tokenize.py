@@ -211,3 +211,27 @@ def test_what_is_known_at_the_start_is_said_at_the_start(tmp_path):
   for (row, message), answer in zip(BAD_FLAGS, answers, strict=True):
     assert message in answer and len(answer) < 600, row
   assert not list(tmp_path.iterdir())
+
+
+def test_examples_are_packed_by_a_process_and_the_line_says_what_became_of_them(tmp_path):
+  """And a template of one's own; the same command once more finds it complete."""
+  (tmp_path / "t.json").write_text(json.dumps({"kind": "characters", "alphabet": "\nQabc"}))
+  (tmp_path / "own.json").write_text('{"turns": {"user": ["Q", "\\n"], "assistant": ["", "\\n"]}}')
+  pairs = [{"prompt": "a" * (i % 7 + 1), "completion": "b", "label": i % 3} for i in range(20)]
+  (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+  flags = ["--examples=a.jsonl", "--template=own.json", "--tokenizer=t.json", "--n_ctx=10"]
+  flags += ["--data_dir=prepared", "--out=store", "--processes=1"]
+  code, out, err = run(*flags, cwd=tmp_path)
+  assert code == 0, err
+
+  # Each has Q, 1 to 7 letters, a line end, b, a line end: 5 to 11 tokens, the longest lose one.
+  tokens = sum(min(10, i % 7 + 5) for i in range(20))
+  counts = manifest(tmp_path / "store")
+  assert (counts["example_tokens"], counts["cut"], counts["scored"]) == (tokens, 2, 40)
+  padding = f"padding {1 - tokens / counts['tokens']:.1%}"
+  rows = f"20 examples in {counts['rows']} rows of 10, {tokens} tokens of which 40 are scored"
+  lost = "2 examples were longer than a row and lost 2 tokens, labels 0 to 2"
+  for part in (rows, padding, lost):
+    assert part in out and out.count("\n") == 1
+  again = run(*flags, cwd=tmp_path)
+  assert again[:2] == (0, out) and "is complete already" in again[2]

@@ -283,6 +283,22 @@ def write_configs(make: Maker) -> None:
   make.write("bad/text.txt", "learning_rate = three\n")
 
 
+def write_examples(make: Maker) -> None:
+  """Examples for fine-tuning, good ones and bad ones, and templates of one's own."""
+  pair = {"prompt": "the ", "completion": "text"}
+  lists = {
+    "pairs": [pair],
+    "silent": [pair, {"prompt": "the", "completion": ""}, {"prompt": "of", "completion": ""}],
+    "roles": [pair, {"messages": [{"role": "tool", "content": "the"}]}],
+    "fields": [pair, {"question": "the", "answer": "text"}],
+    "labels": [pair | {"label": "good"}],
+  }
+  for name, records in lists.items():
+    make.write(f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+  make.write("mute.json", json.dumps({"turns": {"user": ["", ""]}}))
+  make.run("tokenize", f"--examples=pairs.jsonl {TOKENIZE} --n_ctx=8 --out=pairs")
+
+
 def write_texts(make: Maker) -> None:
   """Texts and datasets with a fault in their second line, and whole files of another shape."""
   make.write("empty.txt", "")

@@ -8,6 +8,7 @@ from tests.launch.bad_inputs.fixtures import FEW, NOBODY
 from tests.launch.bad_inputs.runner import check, rows
 
 TOKENIZE = f"{fixtures.TOKENIZE} --files=text.txt"
+EXAMPLES = f"{fixtures.TOKENIZE} --out=new --examples"
 PIECES = "--files=abc.txt --train_tokenizer=sentencepiece --tokenizer=new.model --out=new"
 TOKENIZES = rows(
   "tokenize",
@@ -117,6 +118,50 @@ TOKENIZES = rows(
     ),
     ("no line with a text", "none.jsonl", f"{TOKENIZE} --files=none.jsonl --out=new"),
     ("a key that is none", "title", f"{TOKENIZE} --files=good.jsonl --text_key=title --out=new"),
+    ("examples", None, f"{EXAMPLES}=pairs.jsonl"),
+    ("verifies examples", None, "--verify=pairs"),
+    ("examples without a response", "2 of 3 examples", f"{EXAMPLES}=silent.jsonl"),
+    (
+      "examples of a role that is none",
+      "roles.jsonl:2 has a role 'tool'",
+      f"{EXAMPLES}=roles.jsonl",
+    ),
+    ("examples without the fields", "fields.jsonl:2 has no text", f"{EXAMPLES}=fields.jsonl"),
+    (
+      "a label that is no number",
+      "labels.jsonl:1 has the label 'good'",
+      f"{EXAMPLES}=labels.jsonl",
+    ),
+    ("examples that are a text", "text.txt holds no examples", f"{EXAMPLES}=text.txt"),
+    (
+      "a template that is none",
+      "'none' is none of plain",
+      f"{EXAMPLES}=pairs.jsonl --template=none",
+    ),
+    ("a template that is gone", "gone.json", f"{EXAMPLES}=pairs.jsonl --template=gone.json"),
+    (
+      "a template without a response",
+      "mute has no turn of 'assistant'",
+      f"{EXAMPLES}=pairs.jsonl --template=mute.json",
+    ),
+    (
+      "a template of another tokenizer",
+      "inserts '<|im_start|>'",
+      f"{EXAMPLES}=pairs.jsonl --template=chatml",
+    ),
+    ("a loss that is none", "loss", f"{EXAMPLES}=pairs.jsonl --loss=some"),
+    ("rows of a token", "n_ctx", f"{EXAMPLES}=pairs.jsonl --n_ctx=1"),
+    ("rows of too many tokens", "1,048,576", f"{EXAMPLES}=pairs.jsonl --n_ctx=99999999"),
+    ("rows without examples", "--n_ctx is for examples", f"{TOKENIZE} --n_ctx=8 --out=new"),
+    ("a template of a text", "--template", f"{TOKENIZE} --template=chat --out=new"),
+    ("text and examples", "--examples", f"{TOKENIZE} --examples=pairs.jsonl --out=new"),
+    ("examples into a store of text", "train", f"{EXAMPLES}=pairs.jsonl --out=train"),
+    ("text into a store of examples", "pairs", f"{TOKENIZE} --out=pairs"),
+    (
+      "characters of examples",
+      "--characters is for text",
+      f"{EXAMPLES}=pairs.jsonl --characters=:9",
+    ),
     ("a flag misspelled", "fils", f"{TOKENIZE} --fils=x --out=new"),
     ("an unquoted pattern", "story.txt", f"{TOKENIZE} --out=new story.txt"),
     ("verifies nothing", "gone", "--verify=gone"),
@@ -384,6 +429,7 @@ def ready(make, sandbox):
   fixtures.damage_folders(make)
   fixtures.write_configs(make)
   fixtures.write_texts(make)
+  fixtures.write_examples(make)
   fixtures.write_arrays(make)
   fixtures.make_sweep(make)
   sandbox.seal()
