@@ -160,7 +160,7 @@ def open_data(config: ConfigDict, model_config: ModelConfig, origin: Origin | No
     paths["tokenizer"] = resolve_tokenizer(origin, paths["tokenizer"])
   train, validation, tokenizer = open_stores(**paths, n_vocab=model_config.n_vocab)
 
-  # Raises where there is no row, which an evaluation would find after hours.
+  # Raises where there is no row, or no label, which an evaluation would find after hours.
   for store in (train, validation):
     store.count_rows(model_config.n_ctx)
     check_labels(store, config.classify.classes)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPT-1's classification: against transformers' head and a torch loop over single examples."""
 
+import copy
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs import gpt2
 from gpt2_jax import train
 from gpt2_jax.batch import Batch
 from gpt2_jax.convert.pretrained import load_pretrained
+from gpt2_jax.data.example_records import write_record
+from gpt2_jax.data.pack_examples import encode_examples
+from gpt2_jax.data.templates import PLAIN, ExampleEncoder
 from gpt2_jax.finetune.classify import (
   Classifier,
   Classify,
@@ -25,6 +31,7 @@ from gpt2_jax.loss import NextToken
 from gpt2_jax.model import ModelConfig, name_of
 from gpt2_jax.optimizer import adamw, decayed
 from gpt2_jax.sharding import BATCH, make_mesh
+from gpt2_jax.tokenizer import Characters
 
 TINY = ModelConfig(n_vocab=61, n_ctx=16, n_embd=16, n_head=2, n_layer=2, dtype="float32")
 CLASSES, LM_WEIGHT, RATE, DECAY = 3, 0.5, 1e-3, 0.1
@@ -235,3 +242,78 @@ def test_one_class_and_a_model_without_a_head_are_refused(classifier):
     add_head(classifier, 1, jax.random.key(0))
   with pytest.raises(ValueError, match="has no head for labels"):
     label_log_probs(object(), [[1]])
+
+
+def write_labelled(folder, name: str, n: int, seed: int) -> str:
+  """A store of texts over a to f, whose label says which of its first two characters is larger."""
+  rng = np.random.default_rng(seed)
+  documents = []
+  for index in range(n):
+    text = "".join(rng.choice(list("abcdef"), 5, replace=False))
+    record = {"text": text, "label": int(text[0] > text[1])}
+    documents.append(write_record(record, f"{name}.jsonl:{index + 1}"))
+  encoder = ExampleEncoder(PLAIN, Characters("abcdef"))
+  options = {"n_ctx": 16, "processes": 1, "source": {"kind": "list"}}
+  encode_examples(documents, encoder, str(folder / name), **options)
+  return str(folder / name)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  """A run takes one device: compiling for eight takes longer, and shows nothing more here."""
+  devices = jax.devices()
+  monkeypatch.setattr(jax, "devices", lambda *backend: devices[:1])
+
+
+@pytest.fixture(scope="module")
+def run_config(tmp_path_factory):
+  """A config that trains a classifier from random weights on 400 labelled examples."""
+  folder = tmp_path_factory.mktemp("labelled")
+  (folder / "letters.json").write_text(json.dumps(Characters("abcdef").to_json()))
+  config = gpt2.get_config("117M")
+  config.model.update(dataclasses.asdict(dataclasses.replace(TINY, n_vocab=6)))
+  config.data.update(
+    train=write_labelled(folder, "train", 400, 0),
+    validation=write_labelled(folder, "validation", 60, 1),
+    tokenizer=str(folder / "letters.json"),
+  )
+  config.classify.update(classes=2, lm_weight=0.1)
+  config.update(steps=120, warmup_steps=10, batch_size=16, learning_rate=1e-2, steps_per_call=60)
+  config.update(log_every=60, eval_every=120, save_every=120)
+  return config
+
+
+def test_a_run_learns_labels_and_its_checkpoint_is_a_classifier(
+  one_device, run_config, tmp_path, mesh
+):
+  state = train.run(run_config, str(tmp_path / "run"))
+  lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+  last = [line for line in map(json.loads, lines) if "accuracy" in line][-1]
+  assert last["accuracy"] > 0.9 and last["label_loss"] < 0.3
+
+  with mesh(1, 1, 1):
+    model, _ = load_pretrained(str(tmp_path / "run"))
+  rows = [[0, 1, 2, 3, 4], [5, 1, 2], [3, 4, 0, 1]]
+  log_p = label_log_probs(model, rows)
+  assert log_p.argmax(-1).tolist() == [0, 1, 0]
+  np.testing.assert_array_equal(log_p, label_log_probs(state.model, rows))
+
+
+@pytest.mark.parametrize(
+  "classes, message",
+  [(5, "has no labels"), (1, "nothing to tell apart"), (2, "labels from 0 to 2")],
+)
+def test_labels_that_are_not_the_heads_are_refused_at_the_start(
+  classes, message, one_device, run_config, tmp_path
+):
+  folder = tmp_path / "store"
+  labels = {} if classes == 5 else {"label": 2}
+  documents = [write_record({"text": "abc"} | labels, "a.jsonl:1")]
+  encoder = ExampleEncoder(PLAIN, Characters("abcdef"))
+  encode_examples(documents, encoder, str(folder), n_ctx=16, processes=1, source={"kind": "list"})
+  config = copy.deepcopy(run_config)
+  config.data.validation = str(folder)
+  config.classify.classes = classes
+  with pytest.raises(ValueError, match=message) as error:
+    train.run(config, str(tmp_path / "run"))
+  assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
