@@ -117,11 +117,18 @@ def causal_attention(q_BTHK, k_BTHK, v_BTHK, dropout=None, visible=None, segment
   return jnp.concatenate(outputs, axis=1)
 
 
-def cached_attention(q_BTHK, k_BHSK, v_BHSK, mask_BTS):
+def cached_attention(q_BTHK, k_BHSK, v_BHSK, mask_BTS, prefix=None):
   """Attention of a few queries a row, [B, T, H, K], over the slots of a KV cache that `mask_BTS`
-  allows each."""
+  allows each, and over the keys and values of `prefix`, [P, H, K] each."""
   q_BHTK = jnp.swapaxes(q_BTHK, 1, 2)
   scores_BHTS = einsum("bhtk,bhsk->bhts", q_BHTK, k_BHSK) / math.sqrt(q_BTHK.shape[-1])
-  p_BHTS = jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BHTS, -jnp.inf), axis=-1)
-  y_BHTK = einsum("bhts,bhsk->bhtk", p_BHTS.astype(v_BHSK.dtype), v_BHSK).astype(q_BTHK.dtype)
-  return jnp.swapaxes(y_BHTK, 1, 2)
+  scores_BHTS = jnp.where(mask_BTS[:, None], scores_BHTS, -jnp.inf)
+  if prefix is not None:
+    scores_BHTP = einsum("bhtk,phk->bhtp", q_BHTK, prefix[0]) / math.sqrt(q_BTHK.shape[-1])
+    scores_BHTS = jnp.concatenate([scores_BHTS, scores_BHTP], axis=-1)
+
+  S, p_BHTS = k_BHSK.shape[2], jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BHSK.dtype)
+  y_BHTK = einsum("bhts,bhsk->bhtk", p_BHTS[..., :S], v_BHSK)
+  if prefix is not None:
+    y_BHTK += einsum("bhtp,phk->bhtk", p_BHTS[..., S:], prefix[1])
+  return jnp.swapaxes(y_BHTK.astype(q_BTHK.dtype), 1, 2)

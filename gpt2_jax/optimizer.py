@@ -10,7 +10,7 @@ import optax
 from gpt2_jax.model import name_of
 
 # Matrices, by name: stacked over layers, a LayerNorm gain has two dimensions too.
-DECAYED = ("w", "wte", "wpe", "lora_a", "lora_b")
+DECAYED = ("w", "wte", "wpe", "lora_a", "lora_b", "prompt", "prefix")
 
 
 def decayed(model):

@@ -5,11 +5,15 @@ A cache holds, for each layer, keys and values [B, H, S, K]: S slots for the tok
 says which slots a token reads, so rows of any lengths share one cache.
 """
 
+import dataclasses
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.attention import by_heads, cached_attention, causal_attention
 from gpt2_jax.linear import NO_CONTEXT, Context, Linear
@@ -26,6 +30,7 @@ class InferenceModel(NamedTuple):
 
   model: GPT2  # without its stacked blocks `h`
   blocks: list[Block]
+  prefixes: Sequence = ()  # for each block the keys and values that every token sees, or None
 
   @property
   def mesh(self) -> jax.sharding.Mesh:
@@ -62,7 +67,49 @@ def _ready(model: GPT2) -> InferenceModel:
   blocks = [jax.tree.map(lambda x, i=i: x[i], model.h) for i in range(model.config.n_layer)]
   model.wte = jax.tree.map(unshard, model.wte)
   model.h = None
-  return InferenceModel(model, blocks)
+  return InferenceModel(model, blocks, [None] * len(blocks))
+
+
+def with_prefix(decoder: InferenceModel, prefix_L) -> InferenceModel:
+  """The model with a prefix in front of every text: keys and values [L, P, H, K] for its P places.
+
+  They are what P tokens would have left in the cache: texts begin at position P, and the context
+  has room for P tokens less. Raises ValueError where none is left.
+  """
+  size, n_ctx = prefix_L[0].shape[1], decoder.model.config.n_ctx
+  if size >= n_ctx:
+    raise ValueError(
+      f"a prefix of {size} leaves nothing of a context of {n_ctx}; give a shorter one"
+    )
+  with jax.set_mesh(decoder.mesh):
+    return _with_prefix(decoder, prefix_L)
+
+
+@jax.jit
+def _with_prefix(decoder: InferenceModel, prefix_L) -> InferenceModel:
+  config = decoder.model.config
+  spec = P(None, "model", None)
+
+  # 1. The keys and values of each layer, in the compute dtype.
+  prefixes = []
+  for layer in range(len(decoder.blocks)):
+    kv_PHK = [jax.sharding.reshard(x[layer].astype(config.dtype), spec) for x in prefix_L]
+    prefixes.append(tuple(kv_PHK))
+
+  # 2. The first positions are the prefix's own.
+  size = prefix_L[0].shape[1]
+  model = jax.tree.unflatten(jax.tree.structure(decoder.model), jax.tree.leaves(decoder.model))
+  model.wpe = nnx.Param(model.wpe[size:])
+  model.config = dataclasses.replace(config, n_ctx=config.n_ctx - size)
+  return InferenceModel(model, decoder.blocks, prefixes)
+
+
+def _in_front(x_PHK, y_BTHK):
+  """The same places in front of each row, [B, P + T, H, K]."""
+  shape = (y_BTHK.shape[0], *x_PHK.shape)
+  spec = jax.typeof(y_BTHK).sharding.spec
+  x_BPHK = jax.sharding.reshard(jnp.broadcast_to(x_PHK, shape), spec)
+  return jnp.concatenate([x_BPHK, y_BTHK], axis=1)
 
 
 def prefill(decoder: InferenceModel, tokens_BT, size: int, context: Context = NO_CONTEXT):
@@ -72,14 +119,22 @@ def prefill(decoder: InferenceModel, tokens_BT, size: int, context: Context = NO
   `context` has the adapter of each row, if the model has a bank of them.
   """
 
-  def attention(q, k, v):
-    room = ((0, 0), (0, 0), (0, size - tokens_BT.shape[1]), (0, 0))
-    memory = tuple(jnp.pad(jnp.swapaxes(x_BTHK, 1, 2), room) for x_BTHK in (k, v))
-    return causal_attention(q, k, v), memory
-
-  attend = by_heads(attention, decoder.model.config.head_size)
   x_BTD, caches = decoder.model.embed(tokens_BT, context=context), []
-  for block in decoder.blocks:
+  for block, prefix in zip(decoder.blocks, decoder.prefixes, strict=True):
+
+    def attention(q, k, v, prefix=prefix):
+      room = ((0, 0), (0, 0), (0, size - tokens_BT.shape[1]), (0, 0))
+      memory = tuple(jnp.pad(jnp.swapaxes(x_BTHK, 1, 2), room) for x_BTHK in (k, v))
+      if prefix is None:
+        return causal_attention(q, k, v), memory
+
+      # The prefix goes first, with queries that nobody reads.
+      n_prefix = prefix[0].shape[0]
+      q = jnp.pad(q, ((0, 0), (n_prefix, 0), (0, 0), (0, 0)))
+      k, v = (_in_front(*pair) for pair in zip(prefix, (k, v), strict=True))
+      return causal_attention(q, k, v)[:, n_prefix:], memory
+
+    attend = by_heads(attention, decoder.model.config.head_size)
     x_BTD, memory = block(x_BTD, attend, context=context)
     caches.append(memory)
   return decoder.model.ln_f(x_BTD), caches
@@ -125,13 +180,13 @@ def decode(
   """
   x_BTD = decoder.model.embed(tokens_BT, positions_BT, context=context)
   after = []
-  for block, cache in zip(decoder.blocks, caches, strict=True):
+  for block, cache, prefix in zip(decoder.blocks, caches, decoder.prefixes, strict=True):
 
-    def attention(q, k, v, cache=cache):
+    def attention(q, k, v, cache=cache, prefix=prefix):
       memory = tuple(
         write(old, jnp.swapaxes(new, 1, 2)) for old, new in zip(cache, (k, v), strict=True)
       )
-      return cached_attention(q, *memory, mask_BTS), memory
+      return cached_attention(q, *memory, mask_BTS, prefix), memory
 
     attend = by_heads(attention, decoder.model.config.head_size)
     x_BTD, memory = block(x_BTD, attend, context=context)

@@ -4,11 +4,12 @@
 import jax
 
 from gpt2_jax.finetune.lora import LoraSettings, add_lora
+from gpt2_jax.finetune.prefix import add_prefix, add_prompt
 from gpt2_jax.model import GPT2, name_of
 from gpt2_jax.quantization import quantize_on_mesh
 
 # The names of the arrays that each kind trains, as `trainable` takes them.
-TRAINED_NAMES = {"lora": ("lora_a", "lora_b")}
+TRAINED_NAMES = {"lora": ("lora_a", "lora_b"), "prompt": ("prompt",), "prefix": ("prefix",)}
 
 
 def add_adapter(model: GPT2, settings, key) -> GPT2:
@@ -27,12 +28,21 @@ def add_adapter(model: GPT2, settings, key) -> GPT2:
   if settings.kind not in TRAINED_NAMES:
     kinds = ", ".join(TRAINED_NAMES)
     raise ValueError(f"adapter.kind is {settings.kind[:80]!r}; it is one of {kinds}, or ''")
+  if settings.kind == "prompt":
+    return add_prompt(model, settings.tokens, key)
+  if settings.kind == "prefix":
+    return add_prefix(model, settings.tokens, key)
   if settings.quantize:
     model = quantize_on_mesh(model)
   lora = LoraSettings(
     settings.rank, settings.alpha, settings.rslora, tuple(settings.targets), settings.dropout
   )
   return add_lora(model, lora, key)
+
+
+def n_virtual(settings) -> int:
+  """The virtual tokens of prompt and prefix tuning, which take positions of the context."""
+  return settings.tokens if settings.kind in ("prompt", "prefix") else 0
 
 
 def adapter_arrays(model: GPT2) -> dict[str, jax.Array]:

@@ -21,6 +21,7 @@ from gpt2_jax.convert.pretrained import (
 )
 from gpt2_jax.convert.weights import from_model, to_model, weights_sha256
 from gpt2_jax.files import user_path
+from gpt2_jax.finetune.adapter import n_virtual
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.runs.workdir import is_remote
 from gpt2_jax.sizes import model_config
@@ -121,6 +122,8 @@ def resolve_model(config: ConfigDict, origin: Origin) -> ConfigDict:
     for field in dataclasses.fields(ModelConfig):
       name = field.name
       theirs = getattr(origin.config, name)
+      if name == "n_ctx":
+        theirs -= n_virtual(config.adapter)
       value = config.model[name]
 
       if value is None:
@@ -128,7 +131,8 @@ def resolve_model(config: ConfigDict, origin: Origin) -> ConfigDict:
       elif name in ARCHITECTURE and value != theirs:
         differing.append(f"{name} {theirs}, and model.{name} is {str(value)[:40]}")
       elif name == "n_ctx" and value > theirs:
-        differing.append(f"n_ctx {theirs}, and a longer model.n_ctx of {value}")
+        beside = " beside its virtual tokens" if n_virtual(config.adapter) else ""
+        differing.append(f"n_ctx {theirs}{beside}, and a longer model.n_ctx of {value}")
 
   if differing:
     raise ValueError(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters of peft's beside a model, and a model's adapter for peft: see convert/peft_files.py."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from gpt2_jax.convert.weights import from_model, weights_sha256
 from gpt2_jax.files import summarize
 from gpt2_jax.finetune.classify import Classifier, add_head
 from gpt2_jax.finetune.lora import LoRA, block_linears, copied, has_lora, matrix_layout
+from gpt2_jax.finetune.prefix import PrefixTuned, PromptTuned, VirtualTokens, check_plain
 from gpt2_jax.finetune.trainable import trainable_mask
 from gpt2_jax.linear import Dense
 from gpt2_jax.model import GPT2, ModelConfig, name_of
@@ -45,6 +47,10 @@ def check_base(adapter: Adapter, config: ModelConfig, base: str, base_sha256: st
     fits = (matrices.a_IR.shape[0], matrices.b_RO.shape[1])
     if fits != shapes.get(f"{module}.w"):
       faults.append(f"{module} is for {list(fits)}, not {list(shapes.get(f'{module}.w', ()))}")
+  if adapter.virtual is not None:
+    width = config.n_embd * (2 * config.n_layer if adapter.kind == "prefix" else 1)
+    if adapter.virtual.shape[1] != width:
+      faults.append(f"virtual tokens of width {adapter.virtual.shape[1]}, not {width}")
   for name, tensor in adapter.saved.items():
     if tensor.shape != shapes.get(name):
       faults.append(f"{name} is {list(tensor.shape)}, not {list(shapes.get(name, ()))}")
@@ -55,7 +61,9 @@ def check_base(adapter: Adapter, config: ModelConfig, base: str, base_sha256: st
 
 
 def attach(model: GPT2, adapter: Adapter) -> GPT2:
-  """The model with the adapter's matrices beside its own; `check_base` has held them together."""
+  """The model with the adapter beside it; `check_base` has held them together."""
+  if adapter.kind != "lora":
+    return _with_virtual_tokens(model, adapter)
   if has_lora(model):
     raise ValueError(
       f"the model has a LoRA adapter already; merge it, and then take {adapter.source}"
@@ -65,6 +73,35 @@ def attach(model: GPT2, adapter: Adapter) -> GPT2:
     if any(module.endswith(f".{matrix}") for module in adapter.lora):
       linear.w = nnx.Param(_weight(model, matrix, linear.w[...], adapter))
   return model if adapter.head_DC is None else _with_head(model, adapter)
+
+
+def _with_virtual_tokens(model: GPT2, adapter: Adapter) -> GPT2:
+  """The model with the adapter's virtual tokens, and the context that they leave."""
+  check_plain(model)
+  if adapter.kind == "prompt":
+    return PromptTuned(model, _put(model.mesh, adapter.virtual, P(None, "data")))
+
+  # peft's rows are, layer by layer, the keys of all heads and then their values.
+  config, tokens = model.config, len(adapter.virtual)
+  shape = (tokens, config.n_layer, 2, config.n_head, config.head_size)
+  prefix_LPHsK = np.reshape(adapter.virtual, shape).transpose(1, 0, 3, 2, 4)
+  prefix_LPHK = np.reshape(prefix_LPHsK, (*prefix_LPHsK.shape[:3], -1))
+  with jax.set_mesh(model.mesh):
+    padding = config.padded_heads - config.n_head
+  prefix_LPHK = np.pad(prefix_LPHK, ((0, 0), (0, 0), (0, padding), (0, 0)))
+  return PrefixTuned(model, _put(model.mesh, prefix_LPHK, P(None, None, "model", None)))
+
+
+def _virtual_tokens(model: VirtualTokens) -> Adapter:
+  """The model's virtual tokens as peft has them: the inverse of `_with_virtual_tokens`."""
+  if isinstance(model, PromptTuned):
+    return Adapter("a model", "prompt", virtual=_on_host(model, model.prompt[...]))
+  config = model.config
+  prefix_LPHK = _on_host(model, model.prefix[...])[:, :, : config.n_head]
+  layers, tokens, heads, _ = prefix_LPHK.shape
+  prefix_LPHsK = np.reshape(prefix_LPHK, (layers, tokens, heads, 2, config.head_size))
+  rows = np.reshape(prefix_LPHsK.transpose(1, 0, 3, 2, 4), (tokens, -1))
+  return Adapter("a model", "prefix", virtual=rows)
 
 
 def _with_head(model: GPT2, adapter: Adapter) -> GPT2:
@@ -136,6 +173,8 @@ def stack_adapters(model: GPT2, paths: Sequence[str | None]) -> GPT2:
     raise ValueError("a bank holds one adapter or more; give their folders")
   base_sha256 = _sha256_of(model, adapters)
   for adapter in filter(None, adapters):
+    if adapter.kind != "lora":
+      raise ValueError(f"{adapter.source} has virtual tokens, and a bank is of LoRA adapters")
     check_base(adapter, model.config, "this model", base_sha256)
     if adapter.saved or adapter.head_DC is not None:
       raise ValueError(
@@ -189,6 +228,16 @@ def write_adapter(
   FileExistsError if `path` is there, ValueError for a model without an adapter, or with a bank.
   """
   path, config = check_adapter_target(path), model.config
+  # Every process holds a part of the arrays; one of them writes.
+  is_virtual = isinstance(model, VirtualTokens)
+  adapter = _virtual_tokens(model) if is_virtual else _lora_of(model, trained)
+  adapter = dataclasses.replace(adapter, base_sha256=base_sha256)
+  if jax.process_index() == 0:
+    write_folder(adapter, path, base, config.n_layer, config.n_head)
+
+
+def _lora_of(model: GPT2, trained: tuple[str, ...]) -> Adapter:
+  """The model's LoRA adapter, its head, and what `trained` names besides."""
   weights = {}
   for matrix, linear in block_linears(model.h).items():
     if isinstance(linear.w[...], LoRA):
@@ -198,13 +247,12 @@ def write_adapter(
   if any(not weight.ranks for weight in weights.values()):
     raise ValueError("a bank of adapters is not written; write each where it is alone")
 
-  # Every process holds a part of the arrays; one of them writes.
   lora = {}
   for matrix, weight in weights.items():
     lora |= _matrices_by_layer(model, matrix, weight)
   first = next(iter(weights.values()))
   head = model.classifier.w[...].array if isinstance(model, Classifier) else None
-  adapter = Adapter(
+  return Adapter(
     "a model",
     "lora",
     lora,
@@ -212,10 +260,7 @@ def write_adapter(
     head_DC=None if head is None else _on_host(model, head),
     dropout=first.dropout,
     rslora=first.rslora,
-    base_sha256=base_sha256,
   )
-  if jax.process_index() == 0:
-    write_folder(adapter, path, base, config.n_layer, config.n_head)
 
 
 def _on_host(model: GPT2, array: jax.Array) -> np.ndarray:

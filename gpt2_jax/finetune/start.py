@@ -11,7 +11,7 @@ import warnings
 import jax
 from ml_collections import ConfigDict
 
-from gpt2_jax.finetune.adapter import TRAINED_NAMES, add_adapter
+from gpt2_jax.finetune.adapter import TRAINED_NAMES, add_adapter, n_virtual
 from gpt2_jax.finetune.classify import add_head
 from gpt2_jax.finetune.trainable import merge, partition, trainable_mask
 from gpt2_jax.model import GPT2, ModelConfig, name_of
@@ -20,6 +20,9 @@ from gpt2_jax.model import GPT2, ModelConfig, name_of
 def initial_model(config: ConfigDict, model_config: ModelConfig, key, base: GPT2 | None = None):
   """The model before step 0: GPT-2 with random weights or those of `base`, a classifier's head
   with `config.classify`, an adapter with `config.adapter`."""
+  # Virtual tokens have positions of their own beside the context.
+  n_ctx = model_config.n_ctx + n_virtual(config.adapter)
+  model_config = dataclasses.replace(model_config, n_ctx=n_ctx)
   model = GPT2(model_config, key) if base is None else reconfigure(base, model_config)
   if config.classify.classes:
     model = add_head(model, config.classify.classes, jax.random.fold_in(key, 1))

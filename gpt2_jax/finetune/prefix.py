@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompt tuning and prefix tuning: virtual tokens before a row, beside a frozen model.
+
+Prompt tuning trains their embeddings (Lester et al. 2021), prefix tuning their keys and values in
+each layer (Li and Liang 2021), both as peft computes them: real tokens take the positions after
+them. Packed texts share them, and each counts its positions from behind them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from gpt2_jax.attention import by_heads, causal_attention
+from gpt2_jax.finetune.classify import Classifier
+from gpt2_jax.linear import NO_CONTEXT
+from gpt2_jax.model import GPT2, dropout
+from gpt2_jax.sharding import BATCH, HIDDEN, RESIDUAL, unshard
+
+
+class VirtualTokens(GPT2):
+  """A GPT-2 with `n_virtual` virtual tokens before each row; wpe has positions for them, too."""
+
+  def __init__(self, model: GPT2, n_virtual: int):
+    self.wte = model.wte
+    self.wpe = model.wpe
+    self.h = model.h
+    self.ln_f = model.ln_f
+    n_ctx = model.wpe[...].shape[0] - n_virtual
+    if n_ctx < 1:
+      raise ValueError(
+        f"{n_virtual} virtual tokens leave nothing of a context of {n_ctx + n_virtual}; give fewer"
+      )
+    self.config = dataclasses.replace(model.config, n_ctx=n_ctx)
+
+  @property
+  def n_virtual(self) -> int:
+    return self.wpe[...].shape[0] - self.config.n_ctx
+
+  def embed(self, tokens_BT, positions_BT=None, key=None, context=NO_CONTEXT):
+    """Embeddings of the real tokens, at the positions after the virtual ones."""
+    if positions_BT is None:
+      if tokens_BT.shape[1] > self.config.n_ctx:
+        raise ValueError(
+          f"{tokens_BT.shape[1]} tokens exceed the context of {self.config.n_ctx} beside "
+          f"{self.n_virtual} virtual tokens; give fewer"
+        )
+      positions_BT = jnp.zeros_like(tokens_BT) + jnp.arange(tokens_BT.shape[1])
+    return super().embed(tokens_BT, positions_BT + self.n_virtual, key, context)
+
+  def attend_beside(self, segments_BT):
+    """Attention over virtual tokens and the rest, [B, P + T, C]; all may see the virtual ones."""
+    if segments_BT is None:
+      return super().self_attend()
+    config, n_virtual = self.config, self.n_virtual
+
+    # A virtual token is of no segment.
+    segments_BT = jnp.pad(segments_BT, ((0, 0), (n_virtual, 0)), constant_values=-1)
+    segments_BT = jax.sharding.reshard(segments_BT, BATCH)
+
+    def visible(start, stop):
+      own_BTS = segments_BT[:, start:stop, None] == segments_BT[:, None, :stop]
+      return own_BTS | (jnp.arange(stop) < n_virtual)
+
+    def attend(c_BTC, key=None):
+      def attention_dropout(p_BHTS, start):
+        return dropout(p_BHTS, config.attn_pdrop, jax.random.fold_in(key, start))
+
+      drops = attention_dropout if key is not None and config.attn_pdrop else None
+
+      def attention(q_BTHK, k_BTHK, v_BTHK):
+        return causal_attention(q_BTHK, k_BTHK, v_BTHK, drops, visible), None
+
+      return by_heads(attention, config.head_size)(c_BTC, key)
+
+    return attend
+
+
+class PromptTuned(VirtualTokens):
+  """Virtual tokens as embeddings: one more parameter, `prompt` [P, D]."""
+
+  def __init__(self, model: GPT2, prompt_PD):
+    super().__init__(model, prompt_PD.shape[0])
+    self.prompt = nnx.Param(prompt_PD)
+
+  def embed(self, tokens_BT, positions_BT=None, key=None, context=NO_CONTEXT):
+    """Embeddings of virtual and real tokens, [B, P + T, D]."""
+    x_BTD = super().embed(tokens_BT, positions_BT, key, context)
+    prompt_PD = unshard(self.prompt[...]) + unshard(self.wpe[...])[: self.n_virtual]
+    prompt_BPD = _in_each_row(prompt_PD.astype(x_BTD.dtype), x_BTD, RESIDUAL)
+    k_prompt = None if key is None else jax.random.fold_in(key, 1)
+    return jnp.concatenate([dropout(prompt_BPD, self.config.embd_pdrop, k_prompt), x_BTD], axis=1)
+
+  def self_attend(self, segments_BT=None):
+    return self.attend_beside(segments_BT)
+
+  def hidden(self, x_BTD, key=None, attend=None, context=NO_CONTEXT, prefix_L=None):
+    """As GPT2.hidden, for [B, P + T, D] of `embed`; of the real tokens, [B, T, D]."""
+    x_BTD, rms_L, memory_L = super().hidden(x_BTD, key, attend, context, prefix_L)
+    return x_BTD[:, self.n_virtual :], rms_L, memory_L
+
+
+class PrefixTuned(VirtualTokens):
+  """Virtual tokens as keys and values: one more parameter, `prefix` [L, P, H, 2 K]."""
+
+  def __init__(self, model: GPT2, prefix_LPHK):
+    super().__init__(model, prefix_LPHK.shape[1])
+    self.prefix = nnx.Param(prefix_LPHK)
+
+  def self_attend(self, segments_BT=None):
+    """Attention of a row over the prefix and itself: rows of c_attn's columns are put before it.
+
+    A virtual token's query is zero, and what it attends to is left out again.
+    """
+    attend_all = self.attend_beside(segments_BT)
+
+    def attend(c_BTC, key=None, prefix=None):
+      n_virtual, H, _ = prefix.shape
+      c_PHK = jnp.concatenate([jnp.zeros_like(prefix[..., : self.config.head_size]), prefix], -1)
+      c_PC = jnp.reshape(c_PHK, (n_virtual, -1), out_sharding=P(None, "model"))
+      c_BPC = _in_each_row(c_PC.astype(c_BTC.dtype), c_BTC, HIDDEN)
+      y_BTX, memory = attend_all(jnp.concatenate([c_BPC, c_BTC], axis=1), key)
+      return y_BTX[:, n_virtual:], memory
+
+    return attend
+
+  def hidden(self, x_BTD, key=None, attend=None, context=NO_CONTEXT, prefix_L=None):
+    """As GPT2.hidden, with the layers' prefixes."""
+    return super().hidden(x_BTD, key, attend, context, self.prefix[...])
+
+
+def _in_each_row(x_PX, like_BTX, spec: P):
+  """One row's array in every row of a batch, [B, P, X]."""
+  shape = (like_BTX.shape[0], *x_PX.shape)
+  return jax.sharding.reshard(jnp.broadcast_to(x_PX, shape), spec)
+
+
+def check_plain(model: GPT2) -> None:
+  """Raises ValueError for a classifier, and for a model with virtual tokens."""
+  if isinstance(model, Classifier):
+    raise ValueError("a classifier takes no virtual tokens; set --config.adapter.kind=lora")
+  if isinstance(model, VirtualTokens):
+    raise ValueError("the model has virtual tokens already; begin with its base")
+
+
+def add_prompt(model: GPT2, tokens: int, key) -> PromptTuned:
+  """The model with virtual tokens that begin as random tokens of its vocabulary, as Lester et al.
+  begin them."""
+  check_plain(model)
+  ids_P = jax.random.randint(key, (tokens,), 0, model.config.n_vocab)
+  wte_VD = unshard(model.wte[...].array)
+  return PromptTuned(model, wte_VD.at[ids_P].get(out_sharding=P(None, "data")))
+
+
+def add_prefix(model: GPT2, tokens: int, key) -> PrefixTuned:
+  """The model with keys and values of N(0, 1) in each layer, as peft begins them; heads that are
+  padding have zeros."""
+  check_plain(model)
+  config = model.config
+  shape = (config.padded_heads, config.n_layer, tokens, 2 * config.head_size)
+  spec = P("model", None, None, None)
+  index = jax.lax.broadcasted_iota(jnp.int32, shape, 0, out_sharding=spec)
+  prefix_HLPK = jax.random.normal(key, shape, jnp.float32, out_sharding=spec)
+  prefix_HLPK = jnp.where(index < config.n_head, prefix_HLPK, 0.0)
+  return PrefixTuned(model, jnp.transpose(prefix_HLPK, (1, 2, 0, 3)))
