@@ -144,8 +144,7 @@ def compile_step(config: ConfigDict, topology: Topology) -> Compiled:
     )
     every_device = NamedSharding(mesh, P(mesh.axis_names))
     signals = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=every_device)
-    trained, frozen = partition(state.model, trainable_mask(state.model, trained_names(config)))
-    kept = _kept_for_backward(trained, frozen, config, mesh)
+    kept = _kept_for_backward(state.model, config, mesh)
 
     # 3. Compile.
     start = time.perf_counter()
@@ -195,7 +194,7 @@ def _kernels(parsed: program.Program) -> dict[str, int]:
   return cycles
 
 
-def _kept_for_backward(trained, frozen, config: ConfigDict, mesh: Mesh) -> float:
+def _kept_for_backward(model, config: ConfigDict, mesh: Mesh) -> float:
   """Bytes of activations that a chip keeps for the backward pass of one microbatch.
 
   They are the residuals of `jax.vjp` that are not parameters, so what JAX asks for. The compiler
@@ -206,6 +205,8 @@ def _kept_for_backward(trained, frozen, config: ConfigDict, mesh: Mesh) -> float
     jnp.int32,
     sharding=NamedSharding(mesh, BATCH),
   )
+
+  trained, frozen = partition(model, trainable_mask(model, trained_names(config)))
 
   def loss_and_pullback(trained, frozen, tokens_BT):
     def loss(trained):

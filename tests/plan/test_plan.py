@@ -15,8 +15,6 @@ from gpt2_jax import train
 from gpt2_jax.chips import GIB, parse_topology
 from gpt2_jax.compat import get_mesh
 from gpt2_jax.finetune.init_from import resolve_planned
-from gpt2_jax.finetune.start import trained_names
-from gpt2_jax.finetune.trainable import partition, trainable_mask
 from gpt2_jax.kernels import KERNELS as ATTENTION
 from gpt2_jax.model import ModelConfig
 from gpt2_jax.plan import report, search
@@ -228,8 +226,7 @@ def test_a_plan_of_lora_bounds_what_is_kept_over_any_base(mesh, quantize):
     with mesh(1, 1, 1):
       init, _ = train.make_step(config, ModelConfig(**config.model), "cpu")
       state = concrete(jax.eval_shape(init, jax.random.key(0)), get_mesh())
-      mask = trainable_mask(state.model, trained_names(config))
-      kept[kind] = _kept_for_backward(*partition(state.model, mask), config, get_mesh())
+      kept[kind] = _kept_for_backward(state.model, config, get_mesh())
   assert 0.5 * kept[""] < kept["lora"] < 1.01 * kept[""]
 
   config = finetune.get_config("lora")
