@@ -92,6 +92,8 @@ def set_up(
   # 4. Where the run writes.
   outputs = open_outputs(config, workdir, checkpoints, first_step, resources)
   metrics = outputs["metrics"]
+  if base is not None and state is None:
+    log_origin(metrics, metadata["init_from"], abstract_state)
   log_data(metrics, config, batches.n_rows, validation.count_rows(model_config.n_ctx))
   return Setup(
     config=config,
@@ -247,6 +249,15 @@ def log_start(metrics: Metrics, first_step: int, config: ConfigDict):
     metrics.say(
       f"profile_steps: no trace will be written, it begins with the third call and {calls} are left"
     )
+
+
+def log_origin(metrics: Metrics, record: dict, abstract_state):
+  """Says what the run starts from, and how much of it is trained: what has moments."""
+  moments = sum(leaf.size for leaf in jax.tree.leaves(abstract_state.opt_state) if leaf.ndim)
+  metrics.say(
+    f"starts from {record['name']} (sha256 {record['sha256'][:12]}), "
+    f"and trains {moments // 2:,} parameters"
+  )
 
 
 def log_data(metrics: Metrics, config: ConfigDict, windows: int, validation_windows: int):
