@@ -2,6 +2,10 @@
 """Trains a GPT-2, or resumes its training: the same command starts, resumes and finishes a run.
 
 gpt2-jax train --config=gpt2:117M --workdir=runs/117M --config.learning_rate=3e-4
+gpt2-jax train --config=finetune:lora --workdir=runs/mine --config.init_from=gpt2
+
+With --config.init_from a new run starts from any checkpoint: a published name, a path of any
+format, or WORKDIR@STEP. Its architecture and vocabulary are the checkpoint's.
 
 On TPU hosts, slices and GKE the same command on every host is one run. Elsewhere each process is
 told its rank: --coordinator=HOST:PORT --processes=N --process=I, with HOST the one of process 0,

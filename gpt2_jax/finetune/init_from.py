@@ -137,6 +137,6 @@ def resolve_model(config: ConfigDict, origin: Origin) -> ConfigDict:
   if differing:
     raise ValueError(
       f"the checkpoint {origin.name[:160]} has {'; '.join(differing)}: architecture and vocabulary "
-      f"are the checkpoint's; set these to its values, or to None in the config"
+      f"are the checkpoint's; set these to its values, or to None as --config=finetune does"
     )
   return config

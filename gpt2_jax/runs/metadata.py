@@ -103,12 +103,13 @@ def check_same_start(saved: dict | None, record: dict | None, workdir: str):
   def described(start):
     if start is None:
       return "random weights"
-    return f"{start['name'][:120]} (sha256 {start['sha256'][:12]})"
+    sha256 = f" (sha256 {start['sha256'][:12]})" if start["sha256"] else ""
+    return f"{start['name'][:120]}{sha256}"
 
   raise ValueError(
     f"{workdir} holds a run that started from {described(saved)}, and this one starts from "
-    f"{described(record)}; set --config.init_from to what the run started from, "
-    f"or take another --workdir"
+    f"{described(record)}; set --config.init_from to what the run started from (empty for random "
+    f"weights), or take another --workdir"
   )
 
 

@@ -55,7 +55,7 @@ def load_base(origin: Origin | None, model_config: ModelConfig, metadata: dict, 
   # A run of another kind is refused before gigabytes are read.
   saved = _newest_metadata(workdir)
   if saved is not None:
-    unread = {"name": origin.name, "sha256": "not read yet"}
+    unread = {"name": origin.name, "sha256": ""}
     check_same_run(metadata | {"init_from": saved.get("init_from", unread)}, saved, workdir)
 
   with announce(f"loading {origin.name}, seconds to a minute"):

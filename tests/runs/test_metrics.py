@@ -21,10 +21,12 @@ from gpt2_jax.runs.metrics import (
   Log,
   Metrics,
   best_and_last,
+  evaluations_since_best,
   flops_per_token,
   mfu,
   plot_losses,
 )
+from gpt2_jax.runs.setup import log_data
 from gpt2_jax.runs.tensorboard import TAGS, TensorBoard
 from gpt2_jax.sharding import concrete
 from gpt2_jax.sizes import SIZES
@@ -146,6 +148,30 @@ def test_a_damaged_line_costs_that_line_and_is_said(tmp_path, capsys, row):
   assert (tmp_path / "metrics.jsonl").read_bytes() == first + last
   said = capsys.readouterr().err
   assert "metrics.jsonl: 1 damaged lines are left out, the first is line 2" in said
+
+
+@pytest.mark.parametrize(
+  "losses, waited", [([], 0), ([3.0], 0), ([3.0, 2.0], 0), ([2.0, 2.0, 2.5], 2), ([3, 1, 2, 1], 2)]
+)
+def test_patience_counts_the_evaluations_that_were_no_better_than_one_before(
+  tmp_path, losses, waited
+):
+  """Lines of training in between do not count; equal is no better."""
+  rows = []
+  for step, loss in enumerate(losses):
+    rows += [{"step": step, "val_loss": float(loss)}, {"step": step + 1, "loss": 1.0}]
+  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  assert evaluations_since_best(str(tmp_path)) == waited
+
+
+@pytest.mark.parametrize("windows, is_few", [(400, True), (4000, False)])
+def test_a_run_over_a_few_batches_is_told_that_it_may_overfit(windows, is_few):
+  """Ten batches that are seen ten times; not where the steps see a part of the data."""
+  said, config = [], gpt2.get_config()
+  config.update(batch_size=40, steps=100)
+  log_data(types.SimpleNamespace(say=said.append), config, windows, 10)
+  assert f"data: {windows:,} windows, {4000 / windows:.2f} epochs in 100 steps" in said[0]
+  assert (len(said) == 2 and "10.0 batches, and each is seen 10 times" in said[1]) is is_few
 
 
 def test_a_run_that_is_nothing_but_nan_has_a_picture_without_a_warning(tmp_path):
