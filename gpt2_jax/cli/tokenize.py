@@ -109,7 +109,7 @@ def tokenize() -> str:
   # 1. Look at all flags, before hours are spent on any of them.
   out, tokenizer_path = _check_flags()
   if _are_examples():
-    return pack(out, tokenizer_path)
+    return tokenize_examples(out, tokenizer_path)
 
   # 2. Open the corpus.
   options = (_SPLIT.value, _TEXT_KEY.value, _DATA_DIR.value)
@@ -140,7 +140,7 @@ def tokenize() -> str:
   return _describe(store)
 
 
-def pack(out: str, tokenizer_path: str) -> str:
+def tokenize_examples(out: str, tokenizer_path: str) -> str:
   """Packs the examples that the flags name. Returns a line that describes their store."""
   from gpt2_jax.data import corpus
   from gpt2_jax.data.pack_examples import encode_examples

@@ -20,6 +20,7 @@ from gpt2_jax.data.token_store import TokenStore
 from gpt2_jax.data.tokenize_corpus import encode_corpus
 from gpt2_jax.loss import NextToken
 from gpt2_jax.model import ModelConfig
+from gpt2_jax.runs.validation import validation_loss
 from gpt2_jax.tokenizer import HuggingFace, from_json
 
 N_CTX = 16
@@ -177,7 +178,7 @@ def test_the_first_token_of_an_example_is_no_label_of_the_one_before(tmp_path, l
 
 
 def test_packed_rows_are_scored_as_each_example_alone(tmp_path, mesh, parameters, place):
-  """Sums of nats and of tokens, by the objective of training."""
+  """Sums of nats and of tokens, by the objective of training; and the validation loss of a run."""
   config = ModelConfig(n_vocab=97, n_ctx=N_CTX, n_embd=16, n_head=2, n_layer=2, dtype="float32")
   store = write(tmp_path / "s", records(9))
   objective = jax.jit(NextToken())
@@ -193,6 +194,8 @@ def test_packed_rows_are_scored_as_each_example_alone(tmp_path, mesh, parameters
       weights[0, : len(tokens) - 1] = scored[1:]
       sums = objective(model, Batch(row, weights))
       alone += float(sums["nats"]), float(sums["tokens"])
+    mean = validation_loss(model, NextToken(), store, 1, 0)
+  assert mean == pytest.approx(alone[0] / alone[1], rel=1e-5)
   assert len(examples_of(rows)) == 9 > store.manifest["rows"]
   assert float(packed["tokens"]) == alone[1] == store.manifest["scored"]
   assert float(packed["nats"]) == pytest.approx(alone[0], rel=1e-5)

@@ -79,6 +79,36 @@ def test_markers_stand_around_turns_and_responses_are_scored(template, expected)
   assert spell(encoded)[scored_from:].strip("\n_!)") == "JA"
 
 
+# As model cards write them, with what a response generates between `generation` and its end.
+JINJA = {
+  "dialogpt": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+  "{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{{ eos_token }}{% endif %}"
+  "{% endfor %}",
+  "chatml": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+  "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' + '\n' }}"
+  "{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' + '\n' }}{% endif %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("template", [DIALOGPT, CHATML], ids=lambda template: template.name)
+def test_tokens_and_masks_are_those_of_transformers(template):
+  transformers = pytest.importorskip("transformers")
+  tokenizers = pytest.importorskip("tokenizers")
+  theirs = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer().payload), eos_token=SPECIALS[0]
+  )
+  messages = [{"role": message.role, "content": message.text} for message in HELLO]
+  expected = theirs.apply_chat_template(
+    messages,
+    chat_template=JINJA[template.name],
+    return_dict=True,
+    return_assistant_tokens_mask=True,
+  )
+  encoded = ExampleEncoder(template, tokenizer()).encode(HELLO)
+  assert encoded.ids.tolist() == expected["input_ids"]
+  assert encoded.is_scored.astype(int).tolist() == expected["assistant_masks"]
+
+
 def test_all_tokens_but_the_first_can_be_scored():
   encoded = ExampleEncoder(DIALOGPT, tokenizer(), "all").encode(HELLO)
   assert spell(encoded) == "hI!YO!OK?!JA!"

@@ -295,6 +295,8 @@ def write_examples(make: Maker) -> None:
   }
   for name, records in lists.items():
     make.write(f"{name}.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+  make.write("object.json", json.dumps(pair))
+  make.write("half.json", json.dumps([pair, pair])[:-5])
   make.write("mute.json", json.dumps({"turns": {"user": ["", ""]}}))
   make.run("tokenize", f"--examples=pairs.jsonl {TOKENIZE} --n_ctx=8 --out=pairs")
 

@@ -126,6 +126,8 @@ TOKENIZES = rows(
       "roles.jsonl:2 has a role 'tool'",
       f"{EXAMPLES}=roles.jsonl",
     ),
+    ("examples that are an object", "object.json is no list", f"{EXAMPLES}=object.json"),
+    ("half a list of examples", "half.json is no JSON", f"{EXAMPLES}=half.json"),
     ("examples without the fields", "fields.jsonl:2 has no text", f"{EXAMPLES}=fields.jsonl"),
     (
       "a label that is no number",
