@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.attention import by_heads, cached_attention, causal_attention
+from gpt2_jax.finetune.prefix import VirtualTokens, as_keys_and_values
 from gpt2_jax.linear import NO_CONTEXT, Context, Linear
 from gpt2_jax.model import GPT2, Block
 from gpt2_jax.sharding import RESIDUAL, unshard
@@ -44,6 +45,9 @@ def for_inference(model: GPT2 | InferenceModel) -> InferenceModel:
   """
   if isinstance(model, InferenceModel):
     return model
+  if isinstance(model, VirtualTokens) and model.n_virtual:
+    plain, prefix_L = as_keys_and_values(model)
+    return with_prefix(for_inference(plain), prefix_L)
   with jax.set_mesh(model.mesh):
     return _ready(model)
 

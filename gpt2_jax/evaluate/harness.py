@@ -284,8 +284,10 @@ def shorten_context(model: GPT2, n_ctx: int) -> GPT2:
     raise ValueError(
       f"a max_length of {n_ctx} is not from 1 to the model's context of {model.config.n_ctx}"
     )
+  # Virtual tokens have positions of their own beside the context.
+  n_virtual = model.wpe.shape[0] - model.config.n_ctx
   with jax.set_mesh(model.mesh):
-    model.wpe = nnx.Param(model.wpe[...][:n_ctx])
+    model.wpe = nnx.Param(model.wpe[...][: n_ctx + n_virtual])
   model.config = dataclasses.replace(model.config, n_ctx=n_ctx)
   return model
 

@@ -17,7 +17,7 @@ from gpt2_jax.attention import by_heads, causal_attention
 from gpt2_jax.finetune.classify import Classifier
 from gpt2_jax.linear import NO_CONTEXT
 from gpt2_jax.model import GPT2, dropout
-from gpt2_jax.sharding import BATCH, HIDDEN, RESIDUAL, unshard
+from gpt2_jax.sharding import BATCH, HIDDEN, RESIDUAL, ROWS, axis_size, unshard
 
 
 class VirtualTokens(GPT2):
@@ -129,6 +129,34 @@ class PrefixTuned(VirtualTokens):
   def hidden(self, x_BTD, key=None, attend=None, context=NO_CONTEXT, prefix_L=None):
     """As GPT2.hidden, with the layers' prefixes."""
     return super().hidden(x_BTD, key, attend, context, self.prefix[...])
+
+
+def as_keys_and_values(model: VirtualTokens):
+  """What a cache needs of virtual tokens: the plain model, and keys and values [L, P, H, K].
+
+  Those of prompt tuning are what its embeddings leave behind in each layer.
+  """
+  with jax.set_mesh(model.mesh):
+    plain = VirtualTokens(model, 0)
+    if isinstance(model, PrefixTuned):
+      return plain, jnp.split(model.prefix[...], 2, axis=-1)
+    return plain, _keys_and_values(plain, model.prompt[...])
+
+
+@jax.jit
+def _keys_and_values(model: GPT2, prompt_PD):
+  """Keys and values [L, P, H, K] of a row of embeddings."""
+  n_virtual, spec = prompt_PD.shape[0], P(None, None, None, "model", None)
+
+  def remember(q_BTHK, k_BTHK, v_BTHK):
+    return causal_attention(q_BTHK, k_BTHK, v_BTHK), (k_BTHK, v_BTHK)
+
+  # The same row for each part of the mesh that splits a batch; one is kept.
+  x_PD = unshard(prompt_PD) + unshard(model.wpe[...])[:n_virtual]
+  x_1PD = jnp.broadcast_to(x_PD.astype(model.config.dtype), (axis_size(*ROWS), *x_PD.shape))
+  x_1PD = jax.sharding.reshard(x_1PD, RESIDUAL)
+  _, _, memory = model.hidden(x_1PD, attend=by_heads(remember, model.config.head_size))
+  return [jax.sharding.reshard(x_L1PHK, spec)[:, 0] for x_L1PHK in memory]
 
 
 def _in_each_row(x_PX, like_BTX, spec: P):

@@ -15,6 +15,7 @@ from gpt2_jax.batch import Batch
 from gpt2_jax.convert.peft_files import TENSORS
 from gpt2_jax.convert.pretrained import load_pretrained, open_weights
 from gpt2_jax.convert.weights import from_model
+from gpt2_jax.decoding import generate
 from gpt2_jax.finetune.adapter import TRAINED_NAMES, adapter_arrays, add_adapter
 from gpt2_jax.finetune.peft import write_adapter
 from gpt2_jax.finetune.trainable import partition, trainable_mask
@@ -141,6 +142,17 @@ def test_packed_texts_share_the_virtual_tokens_as_if_each_stood_alone(kind, base
     packed = objective(model, Batch(row, weights, segments, positions))
     alone = [objective(model, Batch(text[None])) for text in (first, second)]
   assert float(packed["nats"]) == pytest.approx(sum(float(s["nats"]) for s in alone), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_continues_from_behind_the_virtual_tokens(kind, base_folder, tokens_NT):
+  """Greedy texts through the cache are those of the whole model, called again for each token."""
+  model = new(base_folder, kind)
+  prompts = [tokens_NT[0, :5].tolist(), tokens_NT[1, :3].tolist()]
+  for prompt, completion in zip(prompts, generate(model, prompts, 4), strict=True):
+    text = np.array([prompt + completion.tokens])
+    best = logits(model, np.pad(text, ((0, 0), (0, 9 - text.shape[1]))))[0].argmax(-1)
+    np.testing.assert_array_equal(completion.tokens, best[len(prompt) - 1 : len(prompt) + 3])
 
 
 def test_too_many_virtual_tokens_are_refused(base_folder, tmp_path):
