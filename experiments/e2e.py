@@ -35,7 +35,10 @@ _TEST = flags.DEFINE_string("test", None, "The file of `slots||text` lines to sc
 _LIMIT = flags.DEFINE_integer("limit", 0, "First inputs that are scored; 0 is all.", lower_bound=0)
 _BATCH = flags.DEFINE_integer("batch_size", 16, "Inputs decoded at once.", lower_bound=1)
 
-BEAMS, LENGTH_PENALTY, N_NEW = 10, 0.8, 64
+_BEAMS = flags.DEFINE_integer("beams", 10, "Beams of the search.", lower_bound=1)
+_N_NEW = flags.DEFINE_integer("n_new", 64, "Tokens of a text, at most.", lower_bound=1)
+
+LENGTH_PENALTY = 0.8
 
 
 def decode_texts(model, tokenizer, inputs: list[str]) -> list[str]:
@@ -47,7 +50,12 @@ def decode_texts(model, tokenizer, inputs: list[str]) -> list[str]:
     batch = inputs[first : first + _BATCH.value]
     prompts = [[*tokenizer.encode(slots), tokenizer.eot] for slots in batch]
     rows = beam_search(
-      model, prompts, N_NEW, beams=BEAMS, length_penalty=LENGTH_PENALTY, eot=tokenizer.eot
+      model,
+      prompts,
+      _N_NEW.value,
+      beams=_BEAMS.value,
+      length_penalty=LENGTH_PENALTY,
+      eot=tokenizer.eot,
     )
     texts += [tokenizer.decode(best.tokens).strip() for (best,) in rows]
   return texts

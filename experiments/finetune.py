@@ -13,8 +13,9 @@ microsoft/LoRA, shakespeare/tinyshakespeare.txt, sst2/{train,dev}.tsv.
 The protocol. Of E2E's validation file nine tenths of the meaning representations train and the rest
 validates; the test file tests. Of Shakespeare it is 80, 10 and 10 % of the characters. Each method
 takes the best of three learning rates by E2E's validation loss with seed 100, for all sets, and
-then runs with seeds 0 to 4. A seed sets the order of the data, and of LoRA its first matrices: a pair with one seed sees
-the same batches. What is compared is the test loss after the last step. The same command resumes.
+then runs with seeds 0 to 4. A seed sets the order of the data, and of LoRA its first matrices: a
+pair with one seed sees the same batches. What is compared is the test loss after the last step. The
+same command resumes.
 """
 
 import dataclasses

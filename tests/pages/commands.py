@@ -34,11 +34,16 @@ TEMPLATE = ROOT / "gpt2_jax" / "evaluate" / "template.py"
 
 # A published name is a local folder here.
 PUBLISHED = re.compile(
-  r"(--(?:models?|from|against|verify)=)(?:gpt2(?:-\w+)?|distilgpt2)(?:,gpt2-\w+)?$"
+  r"(--(?:models?|from|against|verify|config\.init_from)=)(?:gpt2(?:-\w+)?|distilgpt2)(?:,gpt2-\w+)?$"
 )
 # The coordinator of a run of one process is not asked for; the text of a test has few words.
 SMALL_FLAGS = {"--processes=4": "--processes=1", "--vocab_size=4096": "--vocab_size=500"}
 SMALL_FLAGS |= {"--workdir=/shared/run": "--workdir=runs/shared"}
+# Few examples in short rows.
+SMALL_FLAGS |= {
+  f"--prepare=data/e2e/{name}.txt": "--prepare=e2e.txt" for name in ("train", "valid")
+}
+SMALL_FLAGS |= {f"--n_ctx={length}": "--n_ctx=64" for length in (128, 256, 512)}
 TINY = "n_layer=1 n_embd=16 n_head=2 n_ctx=128 dtype=float32".split()
 STEPS = "steps=2 batch_size=8 warmup_steps=1 log_every=1 eval_every=2 eval_windows=8 save_every=2"
 
@@ -150,7 +155,11 @@ def small_knobs(command: str, arguments: list[str]) -> list[str]:
   if any(flag in ("--help", "--list", "--version", "--template") for flag in arguments):
     return []
   if command == "train":
-    return [f"--config.{knob}" for knob in STEPS.split()] + [f"--config.model.{x}" for x in TINY]
+    steps = [f"--config.{knob}" for knob in STEPS.split()]
+    # The sizes of what starts from a checkpoint are the checkpoint's, but for the context.
+    if any(flag.startswith("--config=finetune") for flag in arguments):
+      return [*steps, "--config.model.dtype=float32", "--config.model.n_ctx=64"]
+    return steps + [f"--config.model.{x}" for x in TINY]
   if command == "plan":
     return ["--config.model.n_layer=1", "--config.batch_size=64", "--compiled=1"]
   if command == "evaluate":
@@ -168,6 +177,10 @@ def _run_python(arguments: list[str], sandbox: pathlib.Path) -> None:
     return
   if script == "experiments/zero_shot_sweep.py":
     flags += ["--model=./gpt2", "--task=lambada", *small_knobs("evaluate", flags)]
+  if script == "experiments/e2e.py":
+    flags = [small_flag(flag) for flag in flags]
+    if any(flag.startswith("--model=") for flag in flags):
+      flags += ["--limit=2", "--beams=2", "--n_new=4"]
   # An hour of benchmarks, and one of compiling for TPUs: the script is there, and Python reads it.
   if script == "experiments/bench.py" or script == "experiments/reproduce.py" and not flags:
     compile((ROOT / script).read_text(), script, "exec")

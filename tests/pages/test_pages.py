@@ -59,6 +59,9 @@ def setting(tmp_path_factory, _server):
   for number in range(200):
     (sandbox / "books" / f"{number:03}.txt").write_text(f"{number}. {STORY}")
   (sandbox / "book.txt").write_text(STORY * 20)
+  (sandbox / "e2e.txt").write_text(
+    "name : Aromi | area : riverside||Aromi is by the river .\n" * 20
+  )
   for folder in pathlib.Path(DATA).iterdir():
     (sandbox / "data" / folder.name).symlink_to(folder)
 
