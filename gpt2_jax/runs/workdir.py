@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 import typing
 import uuid
 
@@ -89,10 +90,22 @@ def cloud_errors(place: str):
   except Exception as error:
     if not is_remote(place):
       raise
+    _release_buffers(error)
     raise OSError(
       f"{place} cannot be reached: {first_line(error, limit=200)}; "
       f"look at the bucket, its rights and this host's"
     ) from error
+
+
+def _release_buffers(error: BaseException | None):
+  """Drops the local variables of the frames that raised an error, and the errors before it.
+
+  gcsfs holds views of its upload buffer there, in a loop with the error. Python 3.13.0 and most of
+  3.12 crash where the garbage collector takes such a loop apart (CPython's gh-77894).
+  """
+  while error is not None:
+    traceback.clear_frames(error.__traceback__)
+    error = error.__cause__ or error.__context__
 
 
 def exists(place: str) -> bool:

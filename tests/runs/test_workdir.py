@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What importing the package and using a gs:// path do to the process around it."""
 
+import gc
 import pathlib
 import subprocess
 import sys
+
+import pytest
+
+from gpt2_jax.runs.workdir import Workdir
 
 ROOT = pathlib.Path(__file__).parents[2]
 IMPORT_ALL = """
@@ -67,3 +72,17 @@ def test_gs_is_never_left_to_tensorflow_even_after_a_local_path(bucket, monkeypa
     monkeypatch.delenv(name, raising=False)
   bucket.put("file", b"text")
   run(LOCAL_THEN_REMOTE)
+
+
+def test_a_refused_upload_leaves_no_loop_around_a_buffer(bucket, monkeypatch):
+  """The collector of some Pythons crashes on one; on the others it says what it cannot close."""
+  gc.collect()
+  unraisable = []
+  monkeypatch.setattr(sys, "unraisablehook", lambda args: unraisable.append(str(args)))
+
+  bucket.refuse = "metrics.jsonl"
+  with pytest.raises(OSError, match="cannot be reached"), Workdir("gs://bucket/run") as folder:
+    (pathlib.Path(folder.path) / "metrics.jsonl").write_text("{}\n")
+    folder.upload()
+  gc.collect()
+  assert not unraisable
