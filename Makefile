@@ -19,6 +19,7 @@ ALL = $(VENV)/ready-oracles
 BENCH = $(VENV)/ready-bench
 
 WORKERS = -n 2 --dist loadfile  # most of the time is XLA compiling, on one core
+HANGS = -o faulthandler_timeout=400  # a test that takes longer says where it is
 
 .PHONY: demo test lint lock bench colab-check docs clean
 
@@ -26,7 +27,7 @@ demo: $(CORE)  ## text to samples in minutes, on the CPU
 	$(VENV)/bin/python experiments/demo.py
 
 test: $(if $(ORACLES),$(ALL),$(TEST))  ## the whole suite; with ORACLES=1, none of it may skip for want of a package
-	$(VENV)/bin/python -m pytest -q $(WORKERS) $(if $(ORACLES),--oracles) $(PYTEST_ARGS) tests
+	$(VENV)/bin/python -m pytest -q $(WORKERS) $(HANGS) $(if $(ORACLES),--oracles) $(PYTEST_ARGS) tests
 
 lint: $(TEST)
 	$(VENV)/bin/ruff check .

@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 
+import hypothesis
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start, too
@@ -47,12 +48,16 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Most of the suite's time is XLA compiling for eight devices; what is compiled once is kept for the
-# next run.
+# next run, and for the processes that tests start.
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"gpt2_jax_tests_{getpass.getuser()}"
-jax.config.update(
-  "jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+# A machine that is busy is no failure of a property.
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")
 
 sys.path.append(
   str(pathlib.Path(__file__).parents[1])

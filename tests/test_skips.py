@@ -43,7 +43,7 @@ def test_with_oracles_nothing_skips_for_want_of_what_should_be_there(tmp_path):
     "no:cacheprovider",
     "-ra",
   ]
-  command += ["--rootdir", str(tmp_path), "-n", "2", "--continue-on-collection-errors"]
+  command += ["--rootdir", str(tmp_path), "-n", "1", "--continue-on-collection-errors"]
   command += ["--oracles", str(tmp_path)]
   done = subprocess.run(
     command,

@@ -161,7 +161,8 @@ def small_knobs(command: str, arguments: list[str]) -> list[str]:
       return [*steps, "--config.model.dtype=float32", "--config.model.n_ctx=64"]
     return steps + [f"--config.model.{x}" for x in TINY]
   if command == "plan":
-    return ["--config.model.n_layer=1", "--config.batch_size=64", "--compiled=1"]
+    sizes = ("n_layer=1", "n_embd=128", "n_head=2", "n_ctx=256", "n_vocab=512")
+    return ["--config.batch_size=64", "--compiled=1"] + [f"--config.model.{x}" for x in sizes]
   if command == "evaluate":
     return ["--skip_missing", "--config.limit=2", "--config.resamples=10", "--config.batch_size=8"]
   return []

@@ -63,7 +63,14 @@ def setting(tmp_path_factory, _server):
     "name : Aromi | area : riverside||Aromi is by the river .\n" * 20
   )
   for folder in pathlib.Path(DATA).iterdir():
-    (sandbox / "data" / folder.name).symlink_to(folder)
+    if folder.name != "lambada":
+      (sandbox / "data" / folder.name).symlink_to(folder)
+
+  # A snippet scores every passage of LAMBADA that there is.
+  (sandbox / "data" / "lambada").mkdir()
+  for path in (pathlib.Path(DATA) / "lambada").glob("*.jsonl"):
+    head = path.read_text().splitlines(keepends=True)[:100]
+    (sandbox / "data" / "lambada" / path.name).write_text("".join(head))
 
   # 2. A run, and a checkpoint that stands for the published ones.
   def make(line: str) -> None:
@@ -81,8 +88,8 @@ def setting(tmp_path_factory, _server):
 
 
 def save_small_gpt2(folder: pathlib.Path) -> None:
-  """A GPT-2 with random weights: the vocabulary and context of the published ones, small else."""
-  config = gpt2_jax.ModelConfig(n_layer=1, n_embd=16, n_head=2, dtype="float32")
+  """A GPT-2 with random weights: the vocabulary of the published ones, small else."""
+  config = gpt2_jax.ModelConfig(n_ctx=256, n_layer=1, n_embd=16, n_head=2, dtype="float32")
   with jax.set_mesh(gpt2_jax.make_mesh(1, 1, 1, devices=jax.devices()[:1])):
     model = gpt2_jax.GPT2(config, jax.random.key(0))
   tokenizer = gpt2_jax.load_tokenizer("gpt2")
@@ -152,6 +159,9 @@ def test_a_snippet_works(page, setting):
   source = "import gpt2_jax\nmodel, tokenizer = gpt2_jax.load_pretrained('./gpt2')\n"
   source += "\n".join(block.text for block in blocks(page) if block.language == "python")
   source = re.sub(r'"(gpt2|gpt2-xl|distilgpt2)"', '"./gpt2"', source)
+  # The context is a quarter of theirs: a window, and what outgrows it, are a quarter as well.
+  source = source.replace("SlidingWindow(512)", "SlidingWindow(128)")
+  source = source.replace("n_new=2000", "n_new=500")
   job = subprocess.run(
     [sys.executable, "-c", source],
     cwd=sandbox,
