@@ -108,7 +108,7 @@ def folder_with(path, text):
 # Forks writers of one model each, whose numbers are all n and whose tokenizer has n characters
 # (none for an even n). A slow tensor gives a kill, or another writer, something to hit.
 WRITERS = """
-import json, os, random, signal, sys, time
+import glob, json, os, random, signal, sys, time
 import huggingface_hub, numpy as np, safetensors.numpy
 from gpt2_jax.convert import names, pretrained
 from gpt2_jax.convert.weights import Weights
@@ -146,13 +146,20 @@ def together(form, to):
   os.write(go, bytes(8))
   return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
+def hidden(to):
+  folder, name = os.path.split(to)
+  return f"{folder}/.{name}.*.partial/*"
+
 def killed(form, to, count):
   rng, statuses = random.Random(form), []
   for n in range(count):
     ready, go = os.pipe()
     pid = fork(ready, 5, form, f"{to}{n}")
     os.write(go, b"x")
-    time.sleep(rng.uniform(0, 0.08))
+    # Half of them at any time, and half once they write: a busy machine is slow to begin.
+    while n % 2 and not glob.glob(f"{to}{n}") and not glob.glob(hidden(f"{to}{n}")):
+      time.sleep(0.001)
+    time.sleep(rng.uniform(0, 0.04 if n % 2 else 0.08))
     os.kill(pid, signal.SIGKILL)
     statuses.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
   return statuses
