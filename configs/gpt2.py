@@ -30,21 +30,7 @@ def get_config(size: str = "117M") -> ConfigDict:
         "validation": "data/validation",  # token store to validate on
         "tokenizer": "gpt2",  # or a SentencePiece .model, or a .json; must be the stores'
       },
-      "init_from": "",  # checkpoint to start from: a name, a path, workdir@step; empty is random
-      "adapter": {
-        "kind": "",  # "lora", "prompt" or "prefix": what is trained beside a frozen model
-        "rank": 8,  # of LoRA: columns of its matrices
-        "alpha": 16.0,  # of LoRA: its product is scaled by alpha / rank
-        "rslora": False,  # of LoRA: scale by alpha / sqrt(rank)
-        "targets": ("c_attn",),  # of LoRA: the matrices it is added to
-        "dropout": 0.0,  # of LoRA: dropout rate of its input
-        "tokens": 20,  # of prompt and prefix: virtual tokens
-        "quantize": "",  # of LoRA: "int8" for the frozen matrices
-      },
-      "classify": {
-        "classes": 0,  # labels of a head on the last token; 0 is a language model
-        "lm_weight": 0.5,  # of the language model's loss beside the labels', as GPT-1 has it
-      },
+      **finetuning(),
       "mesh": {"replica": 1, "data": -1, "model": 1},  # -1 takes the devices that are left
       "steps": 600_000,  # updates; the cosine ends there
       "batch_size": 512,  # windows in one update, over all devices
@@ -71,3 +57,24 @@ def get_config(size: str = "117M") -> ConfigDict:
       "wandb_project": "",  # at Weights & Biases, through extra [wandb]; empty is none
     }
   )
+
+
+def finetuning() -> dict:
+  """The knobs of fine-tuning, with which a run from scratch trains all of a random model."""
+  return {
+    "init_from": "",  # checkpoint to start from: a name, a path, workdir@step; empty is random
+    "adapter": {
+      "kind": "",  # "lora", "prompt" or "prefix": what is trained beside a frozen model
+      "rank": 8,  # of LoRA: columns of its matrices
+      "alpha": 16.0,  # of LoRA: its product is scaled by alpha / rank
+      "rslora": False,  # of LoRA: scale by alpha / sqrt(rank)
+      "targets": ("c_attn",),  # of LoRA: the matrices it is added to
+      "dropout": 0.0,  # of LoRA: dropout rate of its input
+      "tokens": 20,  # of prompt and prefix: virtual tokens
+      "quantize": "",  # of LoRA: "int8" for the frozen matrices
+    },
+    "classify": {
+      "classes": 0,  # labels of a head on the last token; 0 is a language model
+      "lm_weight": 0.5,  # of the language model's loss beside the labels', as GPT-1 has it
+    },
+  }

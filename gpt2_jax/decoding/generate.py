@@ -348,15 +348,9 @@ def _step(decoder: InferenceModel, state: State, eot, sampler, window) -> State:
   newest_B1 = jax.lax.dynamic_slice_in_dim(state.tokens_BW, column - 1, 1, 1)
   S = state.mask_BS.shape[1]
   mask_BS = state.mask_BS | (jnp.arange(S) == state.slot)
-  x_B1D, caches = decode(
-    decoder,
-    newest_B1,
-    position_B[:, None],
-    mask_BS[:, None],
-    state.caches,
-    cache_write(state.slot),
-    state.context,
-  )
+  queries = newest_B1, position_B[:, None], mask_BS[:, None]
+  write = cache_write(state.slot)
+  x_B1D, caches = decode(decoder, *queries, state.caches, write, state.context)
   logits_BV = logits(decoder, x_B1D, state.context)[:, 0]
 
   # 2. Sample. A key is of the row and the step, so portions of any size draw the same.
