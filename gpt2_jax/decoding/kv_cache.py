@@ -122,7 +122,6 @@ def prefill(decoder: InferenceModel, tokens_BT, size: int, context: Context = NO
   Returns the normed output at every position, and for each layer keys and values [B, H, size, K].
   `context` has the adapter of each row, if the model has a bank of them.
   """
-
   x_BTD, caches = decoder.model.embed(tokens_BT, context=context), []
   for block, prefix in zip(decoder.blocks, decoder.prefixes, strict=True):
 

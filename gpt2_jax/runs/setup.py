@@ -68,7 +68,7 @@ def set_up(
   """Opens the data and the workdir, and resumes from the newest checkpoint if there is one.
 
   `abstract_state` is what a checkpoint holds, `origin` what the run starts from. What has to be
-  closed goes onto `resources`, an ExitStack. Raises ValueError or OSError for bad input.
+  closed goes onto `resources`. Raises ValueError or OSError where the input cannot be.
   """
   check_wandb(config.wandb_project)
 
