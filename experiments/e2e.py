@@ -24,7 +24,7 @@ if __name__ == "__main__":
 from absl import flags
 from tqdm import tqdm
 
-from experiments.e2e_files import read_pairs, references, to_examples
+from experiments.e2e_files import bleu, read_pairs, references, to_examples
 from gpt2_jax.cli import shell
 from gpt2_jax.files import atomic_write, check_folder, local_path
 
@@ -59,18 +59,6 @@ def decode_texts(model, tokenizer, inputs: list[str]) -> list[str]:
     )
     texts += [tokenizer.decode(best.tokens).strip() for (best,) in rows]
   return texts
-
-
-def bleu(texts: list[str], references_of: list[list[str]]) -> str:
-  """sacrebleu's line for texts with any number of references each."""
-  from sacrebleu.metrics import BLEU
-
-  most = max(map(len, references_of))
-  # One stream a reference; a text that has fewer has None there.
-  streams = [[refs[n] if n < len(refs) else None for refs in references_of] for n in range(most)]
-  metric = BLEU(lowercase=True)
-  score = metric.corpus_score(texts, streams)
-  return f"BLEU {score.score:.2f} over {len(texts):,} inputs ({metric.get_signature()})"
 
 
 def score_model() -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""E2E's files as microsoft/LoRA has them: a line `slots||text` each."""
+"""E2E's files as microsoft/LoRA has them, a line `slots||text` each; and BLEU over their texts."""
 
 import json
 import pathlib
@@ -28,3 +28,15 @@ def references(pairs: list[tuple[str, str]]) -> dict[str, list[str]]:
   for slots, text in pairs:
     texts.setdefault(slots, []).append(text)
   return texts
+
+
+def bleu(texts: list[str], references_of: list[list[str]]) -> str:
+  """sacrebleu's line for texts with any number of references each."""
+  from sacrebleu.metrics import BLEU
+
+  most = max(map(len, references_of))
+  # One stream a reference; a text that has fewer has None there.
+  streams = [[refs[n] if n < len(refs) else None for refs in references_of] for n in range(most)]
+  metric = BLEU(lowercase=True)
+  score = metric.corpus_score(texts, streams)
+  return f"BLEU {score.score:.2f} over {len(texts):,} inputs ({metric.get_signature()})"

@@ -35,6 +35,13 @@ def validation_loss(
   model: GPT2, objective, store: RowSource, batch_size: int, windows: int
 ) -> float:
   """Mean nats a token over the first `windows` windows of the store (0: all), in their order."""
+  return validation_means(model, objective, store, batch_size, windows)["nats"]
+
+
+def validation_means(
+  model: GPT2, objective, store: RowSource, batch_size: int, windows: int
+) -> dict[str, float]:
+  """`validation_loss`, and each other sum of the objective a token: a classifier's accuracy."""
   sharding = NamedSharding(get_mesh(), BATCH)
   batches = store.evaluation_batches(model.config.n_ctx, batch_size, sharding, windows or None)
   quiet = None if distributed.is_primary() else True  # None: where stderr is no terminal
@@ -44,16 +51,21 @@ def validation_loss(
     with waiting:
       sums.append(distributed.block_until_ready(evaluation_sums(model, batch, objective)))
   sums = jax.device_get(sums)
-  return sum(float(s["nats"]) for s in sums) / sum(float(s["tokens"]) for s in sums)
+  totals = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
+  tokens = totals.pop("tokens")
+  return {name: total / tokens for name, total in totals.items()}
 
 
 def validate(setup: Setup, model: GPT2, objective, step: int) -> float:
   """The validation loss of a run at `step`, in batches of a microbatch's rows; it is logged, with a
   sample."""
   rows = setup.config.batch_size // setup.config.microbatches  # what fits at once
-  val_loss = validation_loss(model, objective, setup.validation, rows, setup.config.eval_windows)
-  setup.metrics.write(step, val_loss=val_loss)
-  setup.metrics.say(f"step {step}: validation {val_loss:.4f} nats a token")
+  windows = setup.config.eval_windows
+  means = validation_means(model, objective, setup.validation, rows, windows)
+  val_loss = means.pop("nats")
+  setup.metrics.write(step, val_loss=val_loss, **{f"val_{name}": x for name, x in means.items()})
+  others = "".join(f", {name} {value:.4f}" for name, value in means.items())
+  setup.metrics.say(f"step {step}: validation {val_loss:.4f} nats a token{others}")
   log_sample(setup, model, step)
   return val_loss
 

@@ -14,6 +14,7 @@ from gpt2_jax.cli import config_file
 from gpt2_jax.configs import FOLDER, shipped_configs
 
 ROOT = pathlib.Path(__file__).parents[2]
+ARCHITECTURE = ("n_vocab", "n_embd", "n_head", "n_layer", "use_bias", "gelu")
 NAMES = sorted(
   file.relative_to(ROOT / "configs").with_suffix("").as_posix()
   for file in (ROOT / "configs").rglob("*.py")
@@ -50,6 +51,16 @@ def test_a_shipped_config_has_a_name_in_every_folder(form, name):
 def test_a_size_follows_the_name():
   assert parse("--config=gpt2:345M").model.n_layer == 24
   assert parse("--config=configs/gpt2.py:1.5B").model.n_layer == 48
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("finetune")])
+def test_fine_tuning_leaves_the_architecture_to_the_checkpoint(name):
+  full, lora = parse(f"--config={name}"), parse(f"--config={name}:lora", "--config.model.n_ctx=64")
+  assert all(config.model[knob] is None for knob in ARCHITECTURE for config in (full, lora))
+  assert full.data.tokenizer == "" and full.init_from and lora.model.n_ctx == 64
+  assert (full.adapter.kind, lora.adapter.kind) == ("", "lora")
+  with pytest.raises(flags.IllegalFlagValueError, match="take full or lora"):
+    parse(f"--config={name}:all")
 
 
 def test_a_file_of_ones_own_comes_before_a_shipped_one(tmp_path):

@@ -290,6 +290,9 @@ def test_a_run_learns_labels_and_its_checkpoint_is_a_classifier(
   lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
   last = [line for line in map(json.loads, lines) if "accuracy" in line][-1]
   assert last["accuracy"] > 0.9 and last["label_loss"] < 0.3
+  [validation] = [line for line in map(json.loads, lines) if "val_loss" in line]
+  parts = validation["val_label_loss"] + 0.1 * validation["val_lm_loss"]
+  assert validation["val_loss"] == pytest.approx(parts) and validation["val_accuracy"] > 0.8
 
   with mesh(1, 1, 1):
     model, _ = load_pretrained(str(tmp_path / "run"))
@@ -301,7 +304,7 @@ def test_a_run_learns_labels_and_its_checkpoint_is_a_classifier(
 
 @pytest.mark.parametrize(
   "classes, message",
-  [(5, "has no labels"), (1, "nothing to tell apart"), (2, "labels from 0 to 2")],
+  [(5, "has no labels"), (1, "nothing to tell apart"), (2, "labels up to 2")],
 )
 def test_labels_that_are_not_the_heads_are_refused_at_the_start(
   classes, message, one_device, run_config, tmp_path
