@@ -120,6 +120,12 @@ setup(
       "peft>=0.21",  # LoRA, prompt and prefix tuning
       "wandb>=0.31",  # its own library, offline
     ],
-    "bench": ["torch==2.13.0", "transformers>=5.0", "lm_eval>=0.4.13", "accelerate>=1.15"],
+    "bench": [
+      "torch==2.13.0",
+      "transformers>=5.0",
+      "lm_eval>=0.4.13",
+      "accelerate>=1.15",
+      "peft>=0.21",
+    ],
   },
 )

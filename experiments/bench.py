@@ -30,6 +30,7 @@ both sides, from text to log-likelihoods, tokenizing included: ours through `Sco
 through lm-evaluation-harness's own HFLM, at the same batch size. It needs lm_eval as well as torch,
 and --lambada=FILE, OpenAI's lambada_test.jsonl.
 
+LoRA (--only=lora, which needs peft as well) is compared with peft's and with our own full step.
 int8 is compared with our own float32, speculative decoding with plain decoding, each the "others"
 of its row. Load has processes of its own (experiments/benchmarks/loading.py).
 
@@ -98,8 +99,8 @@ from gpt2_jax.model import GPT2
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.sizes import model_config
 
-PARTS = ("load", "generate", "speculative", "train", "tiny", "data", "evaluate")
-_ONLY = flags.DEFINE_list("only", list(PARTS[:-1]), f"Parts to run, of {', '.join(PARTS)}.")
+PARTS = ("load", "generate", "speculative", "train", "tiny", "data", "evaluate", "lora")
+_ONLY = flags.DEFINE_list("only", list(PARTS[:-2]), f"Parts to run, of {', '.join(PARTS)}.")
 _ROUNDS = flags.DEFINE_integer(
   "rounds", 3, "Rounds in which the sides of a row take turns.", lower_bound=1
 )
@@ -167,6 +168,11 @@ def run_parts(parts: set[str], rounds: int) -> tuple[list[Row], dict]:
     rows += bench_train(rounds)
   if "tiny" in parts:
     rows += bench_tiny(rounds)
+  if "lora" in parts:
+    # Imported here: it needs peft as well.
+    from experiments.benchmarks.lora import bench_lora
+
+    rows += bench_lora(rounds)
   if "evaluate" in parts:
     part_rows, results["evaluate"] = bench_evaluate(rounds, _LAMBADA.value, _PASSAGES.value)
     rows += part_rows

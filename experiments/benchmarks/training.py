@@ -20,6 +20,7 @@ from experiments.benchmarks.opponent import our_model, their_model
 from experiments.benchmarks.rounds import Row, alternate, forget, random_tokens, tell
 from gpt2_jax.batch import Batch
 from gpt2_jax.compat import get_mesh
+from gpt2_jax.finetune.trainable import partition, trainable_mask
 from gpt2_jax.loss import NextToken
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.optimizer import adamw
@@ -33,14 +34,16 @@ ADAMW = {"b1": 0.9, "b2": 0.95, "weight_decay": 0.1, "clip_norm": 1.0}
 LEARNING_RATE = 3e-4
 
 
-def our_train(model: GPT2, tokens_BT) -> Callable[[], float]:
+def our_train(model: GPT2, tokens_BT, trainable=("*",)) -> Callable[[], float]:
   """One update a call, the loss returned: the project's own step, the state donated."""
   optimizer = adamw(optax.constant_schedule(LEARNING_RATE), **ADAMW)
-  call = jax.jit(functools.partial(train_step, optimizer=optimizer), donate_argnums=0)
+  options = {"optimizer": optimizer, "trainable": trainable}
+  call = jax.jit(functools.partial(train_step, **options), donate_argnums=0)
   zero = jax.numpy.int32(0)
   model = jax.tree.map(jax.numpy.copy, model)  # the state is donated, the caller's model is not
+  trained, _ = partition(model, trainable_mask(model, trainable))
   state = TrainState(
-    zero, jax.numpy.copy(zero), jax.numpy.copy(zero), model, jax.jit(optimizer.init)(model)
+    zero, jax.numpy.copy(zero), jax.numpy.copy(zero), model, jax.jit(optimizer.init)(trained)
   )
   batch = Batch(jax.device_put(tokens_BT, NamedSharding(get_mesh(), BATCH)))
 
@@ -54,7 +57,7 @@ def our_train(model: GPT2, tokens_BT) -> Callable[[], float]:
 
 def their_optimizer(model, **kind):
   """torch's AdamW with the same numbers: decay on matrices only."""
-  parameters = list(model.parameters())
+  parameters = [p for p in model.parameters() if p.requires_grad]
   groups = [
     {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": ADAMW["weight_decay"]},
     {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
