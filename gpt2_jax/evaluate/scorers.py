@@ -37,6 +37,7 @@ from gpt2_jax.evaluate.task import (
   Words,
 )
 from gpt2_jax.files import progress
+from gpt2_jax.finetune.prefix import VirtualTokens
 from gpt2_jax.model import GPT2
 from gpt2_jax.tokenizer import Tokenizer
 
@@ -313,8 +314,11 @@ class Scorer:
   ) -> tuple[list[int], list[list[int]]]:
     """Shared prefixes: which pairs are scored alone, and which share the row of their context.
 
-    They share it where the context is much of what would be read, and all fits n_ctx.
+    They share it where the context is much of what would be read, and all fits n_ctx. A model with
+    virtual tokens shares none: its attention is its own.
     """
+    if isinstance(self.model, VirtualTokens):
+      return list(range(len(pairs))), []
     alone = []
     shared = []
     for context, group in _grouped(pairs, lambda pair: tuple(pair[0])).items():

@@ -16,12 +16,14 @@ from gpt2_jax.convert.peft_files import TENSORS
 from gpt2_jax.convert.pretrained import load_pretrained, open_weights
 from gpt2_jax.convert.weights import from_model
 from gpt2_jax.decoding import generate
+from gpt2_jax.evaluate.scorers import Scorer
 from gpt2_jax.finetune.adapter import TRAINED_NAMES, adapter_arrays, add_adapter
 from gpt2_jax.finetune.peft import write_adapter
 from gpt2_jax.finetune.trainable import partition, trainable_mask
 from gpt2_jax.loss import NextToken
 from gpt2_jax.optimizer import adamw
 from gpt2_jax.sharding import BATCH, make_mesh
+from gpt2_jax.tokenizer import train_characters
 
 KINDS = ["prompt", "prefix"]
 TOKENS = 4  # virtual ones
@@ -165,3 +167,14 @@ def test_too_many_virtual_tokens_are_refused(base_folder, tmp_path):
   settings = ConfigDict({"kind": "prompt", "tokens": 16, "quantize": ""})
   with jax.set_mesh(base.mesh), pytest.raises(ValueError, match="leave nothing of a context of 16"):
     add_adapter(base, settings, jax.random.key(0))
+
+
+def test_continuations_of_one_context_are_scored_as_alone(base_folder, tokens_NT):
+  """As the whole model does; where other models share the row of the context."""
+  model = new(base_folder, "prompt")
+  context, ends = tokens_NT[0, :8].tolist(), tokens_NT[1, :3].tolist()
+  scores = Scorer(model, train_characters(["ab"])).loglikelihoods(
+    [(context, [end]) for end in ends]
+  )
+  log_p = jax.nn.log_softmax(logits(model, np.array([context]))[0, -1])
+  np.testing.assert_allclose([score.nats for score in scores], -log_p[np.array(ends)], rtol=1e-5)
