@@ -11,6 +11,7 @@ N_VOCAB, N_CTX = 61, 16
 def base_folder(tmp_path_factory):
   """A Hugging Face folder of a random GPT-2 with three heads, none of its tensors at its init."""
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+  torch.set_num_threads(1)  # one is fastest for models as small as these
   sizes = {"vocab_size": N_VOCAB, "n_positions": N_CTX, "n_embd": 24, "n_layer": 2, "n_head": 3}
   config = transformers.GPT2Config(**sizes, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
   model = transformers.GPT2LMHeadModel(config)

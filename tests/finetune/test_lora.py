@@ -76,25 +76,21 @@ def test_a_new_adapter_changes_no_bit_and_its_base_keeps_its_names(base, tokens)
     assert 0.9 * bound < np.abs(adapter_arrays(model)[name]).max() <= bound
 
 
-@pytest.mark.parametrize("weights", ["float32", "int8"])
-def test_merging_is_the_same_model_and_int8_is_refused(base, tokens, weights):
+def test_merging_is_the_same_model_and_int8_is_refused(base, tokens):
   tokens_BT = tokens(2, 12, 61)
-  model = with_b(adapted(quantize(base) if weights == "int8" else base))
+  model = with_b(adapted(base))
   logits = model(tokens_BT)
   assert np.abs(logits - base(tokens_BT))[..., :61].max() > 0.1
-  if weights == "int8":
-    with pytest.raises(ValueError, match="int8 is not merged"):
-      merge_lora(model)
-    return
   merged = merge_lora(model)
   assert jax.tree.structure(merged) == jax.tree.structure(base)
   limit = 1e-6 * np.abs(logits)[..., :61].max()
   np.testing.assert_allclose(merged(tokens_BT)[..., :61], logits[..., :61], atol=limit)
+  with pytest.raises(ValueError, match="int8 is not merged"):
+    merge_lora(adapted(quantize(base)))
 
 
-def test_every_mesh_draws_and_computes_the_same(mesh, parameters, place, base, tokens):
-  """Three heads over a model axis of two: the padding is zero, and changes nothing."""
-  tokens_BT = tokens(4, 12, 61)
+def test_every_mesh_draws_the_same(mesh, parameters, place, base):
+  """Three heads over a model axis of two: the padding is zero. (test_peft compares logits.)"""
   expected = with_b(adapted(base))
   arrays = parameters(TINY)
   with mesh(1, 2, 2):
@@ -106,8 +102,6 @@ def test_every_mesh_draws_and_computes_the_same(mesh, parameters, place, base, t
     inside = np.asarray(held[name])[tuple(map(slice, array.shape))]
     np.testing.assert_array_equal(inside, array, err_msg=name)
     assert np.abs(held[name]).sum() == pytest.approx(np.abs(array).sum(), rel=1e-6), name
-  found = model(tokens_BT)[..., :61]
-  np.testing.assert_allclose(found, expected(tokens_BT)[..., :61], atol=1e-5)
 
 
 def steps(model, batches, rates, **settings):
@@ -127,11 +121,10 @@ def steps(model, batches, rates, **settings):
   return losses, state
 
 
-@pytest.mark.parametrize("weights", ["float32", "int8"])
-def test_training_moves_the_adapter_and_no_bit_of_the_base(base, tokens, weights):
+def test_training_moves_the_adapter_and_no_bit_of_an_int8_base(base, tokens):
   """With dropout, by a key that is another in each step."""
   settings = LoraSettings(3, 6.0, targets=("c_fc",), dropout=0.5)
-  model = with_b(adapted(quantize(base) if weights == "int8" else base, settings))
+  model = with_b(adapted(quantize(base), settings))
   batches = [tokens(2, 13, 61)] * 3
   losses, state = steps(model, batches, [1e-2] * 4, dropout_key=jax.random.key(0))
   assert len(set(losses)) == 3 and np.isfinite(losses).all()
@@ -145,13 +138,13 @@ def test_training_moves_the_adapter_and_no_bit_of_the_base(base, tokens, weights
 
 
 def test_twenty_steps_equal_peft_s(base_folder, their_base, tmp_path):
-  """From the same a and b = 0: AdamW with decay and clipping, on every matrix."""
+  """From the same a and b = 0: AdamW with decay and clipping, on a matrix of each kind."""
   peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
   config = peft.LoraConfig(
     task_type="CAUSAL_LM",
     r=3,
     lora_alpha=6,
-    target_modules=["c_attn", "c_proj", "c_fc"],
+    target_modules=["c_attn", "c_proj"],
     fan_in_fan_out=True,
   )
   theirs = peft.get_peft_model(their_base, config).train()
