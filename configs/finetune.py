@@ -8,8 +8,8 @@ Architecture, vocabulary and tokenizer are the checkpoint's. finetune_text, fine
 finetune_chat are short files over this one. The recipe is that of Hu et al. 2021 ("LoRA", table 11:
 GPT-2 M on E2E) but for its label smoothing, with a cosine for its linear decay, with gradients
 clipped to a norm of 1, and with LoRA on the whole of c_attn, where theirs is on queries and values.
-Learning rates of all weights are usually lower. Nobody has run GPT-2 M with this code yet: experiments/README.md
-has what was measured, on small models.
+Learning rates of all weights are usually lower. Nobody has run GPT-2 M with this code yet:
+experiments/README.md has what was measured, on small models.
 """
 
 from ml_collections import ConfigDict, config_dict
