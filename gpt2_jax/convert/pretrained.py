@@ -381,9 +381,9 @@ def check_target(path: str, form: str, dtype: str = "float32") -> str:
   path = user_path(path) if is_remote(path) else str(local_path(path))
   # A link to nowhere is something, too.
   is_taken = exists(path) if is_remote(path) else os.path.lexists(path)
+  if not is_remote(path):
+    remove_stale(pathlib.Path(path))
   if is_taken:
-    if not is_remote(path):
-      remove_stale(pathlib.Path(path))
     raise FileExistsError(f"{path} is there already; take another name, or move it away")
   if form == "llmc":
     llmc.check_absent(pathlib.Path(path))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run on many processes: stopped, killed and resumed on other numbers, it sees the same batches.
 
-GPT2_JAX_KILLS=10 kills more often than the two times that fit a suite.
+GPT2_JAX_KILLS=10 kills more often than the one time that fits a suite.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import pytest
 from gpt2_jax import distributed
 
 ROOT = pathlib.Path(__file__).parents[2]
-KILLS = int(os.environ.get("GPT2_JAX_KILLS", "2"))
+KILLS = int(os.environ.get("GPT2_JAX_KILLS", "1"))
 STEPS, SAVE_EVERY = 20 + 10 * KILLS, 5
 HOST = socket.gethostname()
 
@@ -188,8 +188,9 @@ def test_resumed_on_other_numbers_of_processes_it_is_the_same_run(data, whole, t
     if kill == 0:
       damaged = cut_what_process_1_wrote(tmp_path)
 
-  ((status, _),) = Run(data, tmp_path, 1, 8).end()
+  ((status, err),) = Run(data, tmp_path, 1, 8).end()
   assert status == 0
+  assert KILLS > 1 or f"checkpoint {damaged} cannot be read" in err
   steps, resumed, batches = zip(*losses(tmp_path), strict=True)
   _, uninterrupted, whole_batches = zip(*losses(whole), strict=True)
   assert steps == tuple(range(1, STEPS + 1)) and batches == whole_batches

@@ -183,7 +183,8 @@ def _run_python(arguments: list[str], sandbox: pathlib.Path) -> None:
     if any(flag.startswith("--model=") for flag in flags):
       flags += ["--limit=2", "--beams=2", "--n_new=4"]
   # An hour of benchmarks, and one of compiling for TPUs: the script is there, and Python reads it.
-  if script == "experiments/bench.py" or script == "experiments/reproduce.py" and not flags:
+  hours = ("experiments/bench.py", "experiments/finetune.py")
+  if script in hours or script == "experiments/reproduce.py" and not flags:
     compile((ROOT / script).read_text(), script, "exec")
     return
   _process([sys.executable, ROOT / script, *flags], sandbox)
