@@ -78,6 +78,7 @@ execute() {
   exec 9>"$STATE/lock"
   flock --nonblock 9 || { say "refused: another command runs here already"; exit 2; }
   rm -f "$STATE/status" "$STATE/stop_requested"
+  : >"$STATE/log" # there before it is shown
 
   "$PYTHON" "launch/$command.py" ${flags[@]+"${flags[@]}"} >"$STATE/log" 2>&1 </dev/null 9>&- &
   child=$!
