@@ -103,7 +103,10 @@ def _release_buffers(error: BaseException | None):
   gcsfs holds views of its upload buffer there, in a loop with the error. Python 3.13.0 and most of
   3.12 crash where the garbage collector takes such a loop apart (CPython's gh-77894).
   """
-  while error is not None:
+  # A chain may lead back to its beginning, where an old error was raised again.
+  seen = set()
+  while error is not None and id(error) not in seen:
+    seen.add(id(error))
     traceback.clear_frames(error.__traceback__)
     error = error.__cause__ or error.__context__
 

@@ -219,5 +219,14 @@ def test_random_kills_leave_a_checkpoint_whole_or_not_at_all(form, tmp_path):
   assert not list(tmp_path.glob(".*.partial"))
 
 
+def test_what_a_killed_writer_left_goes_where_its_tokenizer_is_in_the_way(tmp_path):
+  (tmp_path / ".to.0123.partial").mkdir()
+  (tmp_path / "to.tokenizer.json").write_text("its tokenizer")
+  weights = Weights(ModelConfig(131, 16, 16, 4, 2), zeros, None, "a test")
+  with pytest.raises(FileExistsError, match="to.tokenizer.json"):
+    pretrained.write(weights, str(tmp_path / "to"), "llmc")
+  assert [path.name for path in tmp_path.iterdir()] == ["to.tokenizer.json"]
+
+
 def zeros(name: str) -> np.ndarray:
   return np.zeros(names.shapes(ModelConfig(131, 16, 16, 4, 2))[name], np.float32)

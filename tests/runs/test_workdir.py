@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from gpt2_jax.runs.workdir import Workdir
+from gpt2_jax.runs.workdir import Workdir, cloud_errors
 
 ROOT = pathlib.Path(__file__).parents[2]
 IMPORT_ALL = """
@@ -86,3 +86,11 @@ def test_a_refused_upload_leaves_no_loop_around_a_buffer(bucket, monkeypatch):
     folder.upload()
   gc.collect()
   assert not unraisable
+
+
+def test_a_chain_of_errors_that_leads_back_ends_in_one_line():
+  first, second = ValueError("first"), ValueError("second")
+  first.__cause__, second.__cause__ = second, first
+  refusal = pytest.raises(OSError, match="gs://bucket/x cannot be reached: first")
+  with refusal, cloud_errors("gs://bucket/x"):
+    raise first
