@@ -16,11 +16,8 @@ LENGTH = 11
 
 
 @pytest.fixture(scope="module")
-def weights(parameters):
-  """Sharp attention and loud positions: what comes next depends on all that came before."""
-  arrays = parameters(TINY, scale=0.5)
-  arrays["wte"] *= 4 / np.linalg.norm(arrays["wte"], axis=1, keepdims=True)
-  return arrays | {"wpe": arrays["wpe"] * 4}
+def weights(loud_parameters):
+  return loud_parameters(TINY)
 
 
 @pytest.fixture(scope="module")
