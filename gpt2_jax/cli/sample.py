@@ -28,7 +28,7 @@ _STEP = flags.DEFINE_string(
   "step", "latest", "Of a workdir: latest, best (least validation loss), or a step."
 )
 _ADAPTER = flags.DEFINE_string(
-  "adapter", None, "A folder of peft's with a LoRA adapter of the model."
+  "adapter", None, "An adapter of the model in peft's format: a folder, or a repository of the Hub."
 )
 _REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit of the Hub's repository.")
 _PROMPT = flags.DEFINE_multi_string(

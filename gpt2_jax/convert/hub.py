@@ -2,6 +2,7 @@
 """Downloads checkpoints from the Hugging Face Hub, by published name, through its cache."""
 
 import pathlib
+import re
 
 from gpt2_jax.convert.vocabulary import OWN_TOKENIZER
 from gpt2_jax.files import first_line
@@ -29,24 +30,44 @@ SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*-of-
 PICKLED = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
 
 
+ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
+
+
+def is_repository(name: str) -> bool:
+  """Whether a name is written as OWNER/NAME, as the Hub has them, and not as a path."""
+  return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
+def fetch_adapter(name: str) -> pathlib.Path:
+  """Downloads an adapter's repository into the Hub's cache unless it is there; its folder.
+
+  Raises OSError.
+  """
+  return _download(name, name, None, ADAPTER)
+
+
 def fetch(name: str, revision: str | None = None) -> pathlib.Path:
   """Downloads a repository into the Hub's cache unless it is there; returns its folder.
 
   Pickled weights are fetched only if there are no safetensors. HF_HUB_OFFLINE=1 keeps to the
   cache; HF_HOME says where it is. Raises OSError or ValueError with what to do.
   """
+  repository = PUBLISHED.get(name, name)
+  path = _download(name, repository, revision, CONFIG_AND_TOKENIZER + SAFETENSORS)
+  if not any(path.glob("model*.safetensors")):
+    path = _download(name, repository, revision, CONFIG_AND_TOKENIZER + PICKLED)
+  return path
+
+
+def _download(
+  name: str, repository: str, revision: str | None, patterns: list[str]
+) -> pathlib.Path:
+  """The folder of a repository's files that match. Raises OSError for whatever the Hub raises."""
   # Imported here: `import gpt2_jax` should not load the Hub's client.
   import huggingface_hub
 
-  repository = PUBLISHED.get(name, name)
   try:
-    path = huggingface_hub.snapshot_download(
-      repository, revision=revision, allow_patterns=CONFIG_AND_TOKENIZER + SAFETENSORS
-    )
-    if not any(pathlib.Path(path).glob("model*.safetensors")):
-      path = huggingface_hub.snapshot_download(
-        repository, revision=revision, allow_patterns=CONFIG_AND_TOKENIZER + PICKLED
-      )
+    path = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns)
   except Exception as error:
     # Any kind: the errors of the HTTP library are no OSErrors.
     at_revision = f" at revision {revision}" if revision else ""

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gpt2_jax.convert import hf, names
+from gpt2_jax.convert import hf, hub, names
 from gpt2_jax.convert.safe_load import read_json
 from gpt2_jax.convert.weights import Weights
 from gpt2_jax.files import atomic_write, check_writable, local_path, remove_stale, summarize
@@ -102,12 +102,13 @@ class Adapter:
 
 
 def read_adapter(path: str | os.PathLike) -> Adapter:
-  """Reads an adapter in peft's format, a folder: LoRA, prompt tuning or prefix tuning.
+  """Reads an adapter in peft's format: LoRA, prompt tuning or prefix tuning.
 
-  Raises OSError or ValueError, in one line, for what is none, or asks for what is not built.
+  `path` is a folder, or a repository of the Hub. Raises OSError or ValueError, in one line, for
+  what is none, or asks for what is not built.
   """
   # 1. The config.
-  path = local_path(os.fspath(path))
+  path = find_adapter(path)
   if (path / "checkpoints").is_dir():
     raise ValueError(f"{path} is a run's workdir, and holds its adapter; give it as the model")
   if not (path / CONFIG).is_file():
@@ -145,6 +146,14 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
     rslora=config.get("use_rslora", False),
     base_sha256=_base_sha256(path),
   )
+
+
+def find_adapter(name_or_path: str | os.PathLike) -> pathlib.Path:
+  """The folder of an adapter; OWNER/NAME that is no path here is downloaded from the Hub."""
+  path = local_path(os.fspath(name_or_path))
+  if not path.exists() and hub.is_repository(os.fspath(name_or_path)):
+    return hub.fetch_adapter(os.fspath(name_or_path))
+  return path
 
 
 def _virtual(tensors: Mapping[str, hf.StoredTensor], path: pathlib.Path) -> np.ndarray:

@@ -62,7 +62,8 @@ def load_pretrained(
   `mesh` is by default the one in force, or one over all devices. `dtype` is that of activations
   and matmul operands; parameters are float32, unless `quantize="int8"` makes the matrices int8.
 
-  `adapter` is a folder with a LoRA adapter of peft's, which must be one of this base.
+  `adapter` is one in peft's format, a folder or a repository of the Hub; it must be one of this
+  base.
 
   Raises ValueError, OSError or ImportError, in one line, for what is no whole GPT-2.
   """

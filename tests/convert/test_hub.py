@@ -12,21 +12,25 @@ import sys
 import threading
 import urllib.parse
 
+import jax
 import pytest
 
 from gpt2_jax.convert import hf, hub, pretrained
 from gpt2_jax.convert.weights import weights_sha256
+from gpt2_jax.finetune.lora import LoraSettings, add_lora
+from gpt2_jax.finetune.peft import write_adapter
 from gpt2_jax.model import ModelConfig
+from gpt2_jax.sharding import make_mesh
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Prints, a line for each name and revision, the SHA-256 of the weights there or the error.
+# Prints, a line for each name, revision and maybe adapter, the SHA-256 of the weights or the error.
 READER = """
 import json, sys
 from gpt2_jax.convert import pretrained
 from gpt2_jax.convert.weights import weights_sha256
-for name, revision in json.loads(sys.argv[1]):
+for arguments in json.loads(sys.argv[1]):
   try:
-    weights = pretrained.open_weights(name, revision)
+    weights = pretrained.open_weights(*arguments)
     print(json.dumps([weights_sha256(weights), weights.source]))
   except (OSError, ValueError) as error:
     print(json.dumps(["error", str(error)]))
@@ -113,6 +117,16 @@ def read(names: list, cache: pathlib.Path, endpoint: str, offline: bool = False)
   return [json.loads(line) for line in job.stdout.splitlines()]
 
 
+def write_noisy_adapter(base: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
+  """A LoRA adapter of the base, whose b is not zero."""
+  model, _ = pretrained.load_pretrained(str(base), make_mesh(1, 1, 1, jax.devices()[:1]))
+  with jax.set_mesh(model.mesh):
+    model = add_lora(model, LoraSettings(2), jax.random.key(0))
+    model = jax.tree.map(lambda x: x + 0.1, model)
+  write_adapter(model, path, "owner/tiny")
+  return path
+
+
 @pytest.fixture
 def server(made, tmp_path):
   """Serves owner/tiny in two revisions and with what nobody asks for, in three shards, as pickle
@@ -140,9 +154,13 @@ def server(made, tmp_path):
   server.commits["owner/llama"] = {
     "main": found["main"] | {"config.json": b'{"model_type": "llama"}'}
   }
+  adapter = write_noisy_adapter(tmp_path / "main", tmp_path / "adapter")
+  server.commits["owner/adapter"] = {"main": files_of(adapter) | {"optimizer.pt": b"large"}}
   server.commits["owner/empty"] = {"main": {"README.md": b"nothing"}}
   server.commits["openai-community/gpt2"] = {"main": found["v2"]}
   server.sha256 = {name: weights_sha256(hf.read(tmp_path / name)) for name in ("main", "v2")}
+  merged = pretrained.open_weights(str(tmp_path / "main"), adapter=str(adapter))
+  server.sha256["merged"] = weights_sha256(merged)
   thread = threading.Thread(target=server.serve_forever, daemon=True)
   thread.start()
   server.stop = lambda: (server.shutdown(), server.server_close(), thread.join())
@@ -156,7 +174,13 @@ def test_a_repository_is_fetched_once_and_then_read_without_the_hub(server, tmp_
   one, two = server.sha256["main"], server.sha256["v2"]
   wanted = [["owner/tiny", None], ["owner/tiny", "v2"], ["owner/tiny", commit("owner/tiny/v2")]]
   wanted += [["owner/pickled", None], ["gpt2", None], ["124M", None]]
-  assert [found[0] for found in read(wanted, cache, endpoint)] == [one, two, two, two, two, two]
+  wanted += [["owner/tiny", None, "owner/adapter"]]
+  merged = server.sha256["merged"]
+  found = [answer[0] for answer in read(wanted, cache, endpoint)]
+  assert found == [one, two, two, two, two, two, merged]
+  assert merged != one
+  adapter = [server.log.pop(), server.log.pop()]
+  assert sorted(adapter) == ["adapter_config.json", "adapter_model.safetensors"]
   assert sorted(set(server.log)) == ["config.json", "model.safetensors", "pytorch_model.bin"]
   assert server.log.count("pytorch_model.bin") == 1, "pickles only where there is nothing else"
   assert len(server.log) == 2 * 4 - 1, (
@@ -188,6 +212,7 @@ def test_a_repository_is_fetched_once_and_then_read_without_the_hub(server, tmp_
     two,
     two,
     two,
+    merged,
   ]
   faults = read(
     [["owner/new", None], ["gpt2-xl", None], ["owner/tiny", "v3"]], cache, endpoint, offline=True

@@ -351,7 +351,9 @@ def _load_scorer(model: SweptModel, config: ConfigDict) -> Scorer | Exception:
   """A scorer of the model, or the error that there is none: each of its cells reports it."""
   mesh = _local_mesh(config)
   try:
-    weights, tokenizer = load_pretrained(model.path, mesh, config.dtype, step=model.step)
+    weights, tokenizer = load_pretrained(
+      model.path, mesh, config.dtype, step=model.step, adapter=model.adapter
+    )
     if tokenizer is None:
       raise ValueError(f"{model.path} has no tokenizer; put its files beside the checkpoint")
     return Scorer(weights, tokenizer, config.batch_size, config.stride or None, config.seed)

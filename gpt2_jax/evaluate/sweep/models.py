@@ -23,12 +23,14 @@ class SweptModel:
   path: str
   step: str  # "latest" for anything but a run
   weights: str  # sha256 of the files, or of a checkpoint's checksums
+  adapter: str | None = None  # one of peft's, for the model at `path`
 
 
 def resolve_models(entries: Iterable[str]) -> list[SweptModel]:
   """The models of all entries, each once.
 
-  An entry is a name, a path, or a run's workdir, which @STEP, @best or @all may follow.
+  An entry is a name, a path, or a run's workdir, which @STEP, @best or @all may follow. Behind all
+  of that, +FOLDER is an adapter of peft's for it: gpt2+runs/adapter.
   """
   # a dict keeps their order
   models = {}
@@ -42,6 +44,9 @@ def _resolve(entry: str) -> list[SweptModel]:
   # An @ may also be part of a path.
   if SURROGATE.search(entry):
     raise ValueError(f"{entry[:80]!a} is not UTF-8, and no table can have it; rename the model")
+  base, adapter = _split_adapter(entry)
+  if adapter:
+    return [_with_adapter(model, user_path(adapter)) for model in _resolve(base)]
   path, at, step = entry.rpartition("@")
   if not at or os.path.exists(user_path(entry)):
     path, step = entry, "latest"
@@ -57,6 +62,28 @@ def _resolve(entry: str) -> list[SweptModel]:
   # What is no checkpoint at all is said before anything is loaded.
   detect_format(location)
   return [SweptModel(entry, path, "latest", files_sha256(location))]
+
+
+def _split_adapter(entry: str) -> tuple[str, str]:
+  """The base and the adapter of an entry; a + may also be part of a path."""
+  if "+" not in entry or os.path.exists(user_path(entry)):
+    return entry, ""
+  parts = entry.split("+")
+  splits = [("+".join(parts[:n]), "+".join(parts[n:])) for n in range(1, len(parts))]
+  for base, adapter in splits:
+    if os.path.exists(user_path(adapter)):
+      return base, adapter
+  return splits[-1]
+
+
+def _with_adapter(model: SweptModel, path: str) -> SweptModel:
+  """The model with an adapter, which is found and read here: what is wrong with it is told now."""
+  # Imported here: a sweep without adapters does not need it.
+  from gpt2_jax.convert.peft_files import find_adapter, read_adapter
+
+  read_adapter(path)
+  weights = sha256(f"{model.weights} {files_sha256(find_adapter(path))}".encode())
+  return dataclasses.replace(model, name=f"{model.name}+{path}", weights=weights, adapter=path)
 
 
 def _resolve_run(name: str, path: str, workdir: pathlib.Path, step: str) -> list[SweptModel]:

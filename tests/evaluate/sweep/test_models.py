@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which models an entry of a sweep means, and what tells their weights apart."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from gpt2_jax.evaluate.sweep import models
+from configs import zero_shot
+from gpt2_jax.convert.pretrained import load_pretrained, save_pretrained
+from gpt2_jax.evaluate.sweep import compute, models
+from gpt2_jax.finetune.lora import LoraSettings, add_lora
+from gpt2_jax.finetune.peft import write_adapter
+from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.runs.checkpoint import Checkpoints
+from gpt2_jax.sharding import make_mesh
 from gpt2_jax.sizes import SIZES
 
 
@@ -49,6 +57,40 @@ def test_what_is_no_run_has_no_steps(tmp_path):
   (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
   with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
     models.resolve_models([str(tmp_path / "empty")])
+
+
+def test_an_adapter_makes_another_model_of_its_base(tmp_path):
+  # 1. A base, and an adapter of it that does something.
+  mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+  base, adapter = tmp_path / "base", tmp_path / "one+two"
+  with jax.set_mesh(mesh):
+    model = GPT2(ModelConfig(50257, 16, 16, 2, 1, dtype="float32"), jax.random.key(0))
+    save_pretrained(model, None, str(base))
+    adapted = jax.tree.map(lambda x: x + 0.1, add_lora(model, LoraSettings(2), jax.random.key(1)))
+    write_adapter(adapted, tmp_path / "adapter", "base")
+
+  # 2. It is a column of its own, known by its content.
+  plain, with_adapter = models.resolve_models([str(base), f"{base}+{tmp_path}/adapter"])
+  assert plain.adapter is None
+  assert (with_adapter.path, with_adapter.adapter) == (str(base), f"{tmp_path}/adapter")
+  assert plain.weights != with_adapter.weights
+  (tmp_path / "adapter").rename(adapter)
+  (moved,) = models.resolve_models([f"{base}+{tmp_path}/one+two"])
+  assert moved.weights == with_adapter.weights
+
+  # 3. What is scored is the base with it.
+  config = zero_shot.get_config()
+  config.dtype = "float32"
+  scorer = compute._load_scorer(moved, config)
+  loaded, _ = load_pretrained(str(base), adapter=str(adapter))
+  ours, theirs = jax.tree.leaves(scorer.model), jax.tree.leaves(loaded)
+  assert len(ours) > len(jax.tree.leaves(model))
+  for one, other in zip(ours, theirs, strict=True):
+    np.testing.assert_array_equal(one, other)
+
+  # 4. What is none is told before anything is computed.
+  with pytest.raises(FileNotFoundError, match="is no adapter of peft's"):
+    models.resolve_models([f"{base}+{base}"])
 
 
 def test_the_papers_sizes_are_known_by_their_shape():
