@@ -33,7 +33,7 @@ from gpt2_jax.finetune.start import trained_names
 from gpt2_jax.finetune.trainable import merge, partition, trainable_mask
 from gpt2_jax.loss import NextToken, mean_loss
 from gpt2_jax.model import ModelConfig, check_mesh
-from gpt2_jax.plan import program
+from gpt2_jax.plan import cost, program
 from gpt2_jax.runs import knobs
 from gpt2_jax.runs.limits import check_batch, local_bytes
 from gpt2_jax.sharding import BATCH, concrete, make_mesh
@@ -48,7 +48,7 @@ LIBTPU_SETTINGS = {
   "TPU_STDERR_LOG_LEVEL": "3",
   "TPU_MIN_LOG_LEVEL": "3",
 }
-# Dumps the instructions of each kernel, the only place from which its cycles can be counted.
+# Dumps the instructions of each operation, the only place from which its cycles can be counted.
 DUMP_FLAGS = (
   "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true "
   "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
@@ -98,23 +98,56 @@ def open_topology(topology: Topology) -> list:
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
-  """A training step as the compiler scheduled it; bytes are those of one chip."""
+class Scheduled:
+  """A program as the compiler scheduled it for a mesh of a topology's chips."""
 
   topology: Topology
   mesh: dict[str, int]
   places: np.ndarray  # of each device of the mesh, its slice and coordinates, [devices, 4]
+  program: program.Program
+  bundles: dict[str, cost.Bundles]  # of each operation with code, by the name of its instruction
+  seconds: float  # of compiling
+
+  @functools.cached_property
+  def costs(self) -> cost.CostModel:
+    return cost.CostModel(self.program, self.bundles, self.topology.chip)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled(Scheduled):
+  """A training step as the compiler scheduled it; bytes are those of one chip."""
+
   model: ModelConfig
   batch_size: int
   microbatches: int
-  program: program.Program
-  kernels: dict[str, int]  # cycles of each Pallas kernel, by the name of its instruction
   hbm: dict[str, float]  # bytes, by what they hold
-  seconds: float  # of compiling
 
   @property
   def hbm_needed(self) -> float:
     return sum(self.hbm.values())
+
+
+def schedule(lowered: jax.stages.Lowered, topology: Topology, mesh: Mesh):
+  """Compiles a lowered function; returns it as Scheduled, and the compiler's memory analysis.
+
+  Raises DoesNotFit with the numbers.
+  """
+  start = time.perf_counter()
+  wait = announce(f"compiling for {topology}, about a minute")
+  with wait, _out_of_memory_as_does_not_fit(topology):
+    compiled = lowered.compile()
+
+  parsed = program.parse(compiled.as_text())
+  places = [(getattr(device, "slice_index", 0), *device.coords) for device in mesh.devices.flat]
+  scheduled = Scheduled(
+    topology=topology,
+    mesh=dict(mesh.shape),
+    places=np.array(places),
+    program=parsed,
+    bundles=_dumped_bundles(),
+    seconds=time.perf_counter() - start,
+  )
+  return scheduled, compiled.memory_analysis()
 
 
 def compile_step(config: ConfigDict, topology: Topology) -> Compiled:
@@ -147,51 +180,25 @@ def compile_step(config: ConfigDict, topology: Topology) -> Compiled:
     kept = _kept_for_backward(state.model, config, mesh)
 
     # 3. Compile.
-    start = time.perf_counter()
-    wait = announce(f"compiling for {topology}, about a minute")
-    with wait, _out_of_memory_as_does_not_fit(topology):
-      compiled = call.lower(state, Batch(tokens_SBT), NextToken(), signals).compile()
+    lowered = call.lower(state, Batch(tokens_SBT), NextToken(), signals)
+    scheduled, memory = schedule(lowered, topology, mesh)
 
-  # 4. Read the schedule.
-  parsed = program.parse(compiled.as_text())
-  places = [(getattr(device, "slice_index", 0), *device.coords) for device in mesh.devices.flat]
   return Compiled(
-    topology=topology,
-    mesh=dict(mesh.shape),
-    places=np.array(places),
+    **vars(scheduled),
     model=model_config,
     batch_size=config.batch_size,
     microbatches=config.microbatches,
-    program=parsed,
-    kernels=_kernels(parsed),
-    hbm=_hbm_by_class(compiled.memory_analysis(), state, kept),
-    seconds=time.perf_counter() - start,
+    hbm=_hbm_by_class(memory, state, kept),
   )
 
 
-def _kernels(parsed: program.Program) -> dict[str, int]:
-  """Cycles of each kernel in the program, by its instruction, from the dump, which is emptied."""
+def _dumped_bundles() -> dict[str, cost.Bundles]:
+  """The bundles in the dump, which is emptied: the next plan of this process must not find them."""
   folder = pathlib.Path(_dump_folder().name)
-  dumped = program.kernel_cycles(folder)
-  # The next plan of this process must not find these kernels.
+  bundles = cost.read_bundles(folder)
   for path in folder.iterdir():
     path.unlink()
-
-  cycles = {}
-  for instruction, _ in parsed.executed():
-    name = instruction.name
-    if not instruction.is_kernel or name in cycles:
-      continue
-
-    # The compiler dumps equal kernels once, under the name of one of them (`name.1`, `name.2`).
-    stem = name.partition(".")[0]
-    same = [dumped[other] for other in dumped if other.partition(".")[0] == stem]
-    if not same:
-      raise ValueError(
-        f"the compiler dumped no instructions of {name}: was libtpu loaded before open_topology?"
-      )
-    cycles[name] = dumped.get(name, max(same))
-  return cycles
+  return bundles
 
 
 def _kept_for_backward(model, config: ConfigDict, mesh: Mesh) -> float:

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Estimates step time and MFU of a compiled step: matmuls, kernels, HBM traffic, collectives.
 
-The estimate is a range. What its two ends assume:
+The estimate is a range. Its fast end is what the program asks for:
 
-- Matmuls and kernels take the cycles that the compiler counts, at both ends.
-- Memory-bound operations: the compiler's cycles amount to about 40 % of the chip's HBM bandwidth.
-  The slow end believes them. The fast end moves the same bytes at the full bandwidth.
+- An operation takes what cost.py says: its instructions, its HBM traffic at the full bandwidth, or
+  its multiply-adds at the peak, whichever is the largest.
+- A copy between HBM and VMEM, which the DMA engines do beside other work, is exposed as far as no
+  other work was scheduled meanwhile.
 - A collective (all-gather, reduce-scatter, all-reduce) moves its bytes over the ICI links of its
   group, without latency. A ring uses both directions, a line one. Between slices, a chip has its
   share of its host's network (DCN).
 - A collective overlaps with what the compiler scheduled between its start and its end. It is
   exposed if that is shorter, or if the collective blocks.
+
+The slow end adds ALLOWANCE to all work. It stands for what is in none of the above: a DMA that is
+slow to begin, operations that wait for each other, copies and collectives that share the HBM.
 """
 
 import collections
@@ -21,13 +25,16 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from gpt2_jax.plan.compiling import Compiled
+from gpt2_jax.plan.compiling import Compiled, Scheduled
+from gpt2_jax.plan.cost import copied_bytes
 from gpt2_jax.plan.program import Instruction, replica_groups, size
 from gpt2_jax.runs.metrics import flops_per_token
 from gpt2_jax.sharding import AXES
 
 # What fills a step. These are keys of plan.json.
 MATMULS, KERNELS, MEMORY_BOUND = "matrix products", "attention kernels", "elementwise, copies"
+# Of all work, at the slow end.
+ALLOWANCE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Estimate:
   model_flops: float  # of a step, on all chips: 6 N + attention, without recomputation
   tokens: int  # of a step
   peak: float  # FLOP/s of all chips
-  moved: float  # bytes that memory-bound operations move on a chip
+  moved: float  # bytes that memory-bound operations move in a chip's HBM
 
   @property
   def exposed(self) -> float:
@@ -75,10 +82,18 @@ class Estimate:
 
 
 def estimate(compiled: Compiled) -> Estimate:
-  """Estimates the time of a compiled step, instruction by instruction."""
+  """Estimates the time of a compiled training step."""
+  tokens = compiled.batch_size * compiled.model.n_ctx
+  return estimate_program(compiled, flops_per_token(compiled.model) * tokens, tokens)
+
+
+def estimate_program(compiled: Scheduled, model_flops: float, tokens: int) -> Estimate:
+  """Estimates the time of a program, instruction by instruction.
+
+  `model_flops` and `tokens` are those of one run of it on all chips.
+  """
   chip = compiled.topology.chip
-  fast = dict.fromkeys((MATMULS, KERNELS, MEMORY_BOUND), 0.0)
-  slow = dict.fromkeys((MATMULS, KERNELS, MEMORY_BOUND), 0.0)
+  work_seconds = dict.fromkeys((MATMULS, KERNELS, MEMORY_BOUND), 0.0)
   moved = 0
   crossings = collections.defaultdict(list)  # by kind and axes
 
@@ -89,25 +104,29 @@ def estimate(compiled: Compiled) -> Estimate:
         kind, axes, nbytes, seconds = crossing
         hidden = min(seconds, _overlapping_seconds(compiled, instructions, position))
         crossings[kind, axes].append((times, nbytes, seconds * times, (seconds - hidden) * times))
+        continue
 
-      # 2. Work. The two ends differ in what is bound by memory only. The traffic counts operands
-      #    that may lie on the chip, so the compiler's cycles bound it from above.
+      # 2. Copies by the DMA engines, in the same way.
+      if nbytes := copied_bytes(instruction):
+        seconds = nbytes / chip.hbm_bandwidth
+        hidden = min(seconds, _overlapping_seconds(compiled, instructions, position))
+        work_seconds[MEMORY_BOUND] += (seconds - hidden) * times
+        moved += nbytes * times
+        continue
+
+      # 3. Work.
+      cost = compiled.costs.cost(instruction)
       work = _work(compiled, instruction)
-      seconds = _cycles(compiled, instruction) / chip.clock
-      slow[work] += seconds * times
+      work_seconds[work] += cost.cycles / chip.clock * times
       if work == MEMORY_BOUND:
-        at_full_bandwidth = compiled.program.traffic(instruction) / chip.hbm_bandwidth
-        seconds = min(seconds, at_full_bandwidth)
-        moved += seconds * chip.hbm_bandwidth * times
-      fast[work] += seconds * times
+        moved += cost.hbm / chip.clock * chip.hbm_bandwidth * times
 
   merged = [_merge(kind, axes, rows) for (kind, axes), rows in crossings.items()]
-  tokens = compiled.batch_size * compiled.model.n_ctx
   return Estimate(
-    fast=fast,
-    slow=slow,
+    fast=work_seconds,
+    slow={work: seconds * (1 + ALLOWANCE) for work, seconds in work_seconds.items()},
     collectives=sorted(merged, key=lambda collective: -collective.seconds),
-    model_flops=flops_per_token(compiled.model) * tokens,
+    model_flops=model_flops,
     tokens=tokens,
     peak=chip.flops * compiled.topology.chips,
     moved=moved,
@@ -122,7 +141,7 @@ def _merge(kind: str, axes: str, rows: list[tuple[int, float, float, float]]) ->
   return Collective(kind, axes, count, mean_bytes, sum(seconds), sum(exposed))
 
 
-def _executed_computations(compiled: Compiled) -> Iterator[tuple[list[Instruction], int]]:
+def _executed_computations(compiled: Scheduled) -> Iterator[tuple[list[Instruction], int]]:
   """Each executed computation once, with its count. A loop's body is a computation of its own."""
   program = compiled.program
   counts = {}
@@ -133,26 +152,17 @@ def _executed_computations(compiled: Compiled) -> Iterator[tuple[list[Instructio
     yield program.computations[name], times
 
 
-def _cycles(compiled: Compiled, instruction: Instruction) -> int:
-  """Cycles of an instruction itself; those of a loop's or branch's body count in that body."""
-  if instruction.opcode in ("while", "conditional", "call"):
-    return 0
-  return compiled.kernels.get(instruction.name, instruction.cycles)
-
-
-def _work(compiled: Compiled, instruction: Instruction) -> str:
+def _work(compiled: Scheduled, instruction: Instruction) -> str:
   """What an instruction is: a kernel, a matmul (alone or in a fusion), or bound by memory."""
   if instruction.is_kernel:
     return KERNELS
 
-  opcodes = {instruction.opcode}
-  for name in instruction.called("calls"):
-    opcodes.update(inner.opcode for inner in compiled.program.computations[name])
-  # On a TPU a matmul is a convolution.
-  return MATMULS if opcodes & {"convolution", "dot"} else MEMORY_BOUND
+  return MATMULS if compiled.costs.multiply_adds(instruction) else MEMORY_BOUND
 
 
-def _crossing(compiled: Compiled, instruction: Instruction) -> tuple[str, str, float, float] | None:
+def _crossing(
+  compiled: Scheduled, instruction: Instruction
+) -> tuple[str, str, float, float] | None:
   """Kind, axes, bytes of the full array and seconds of the collective that starts here, if any."""
   # 1. Between slices the hosts exchange what their chips hold: each its part of an array that was
   #    reduced inside the slice before.
@@ -177,7 +187,7 @@ def _crossing(compiled: Compiled, instruction: Instruction) -> tuple[str, str, f
   return kind, _axes(compiled, devices), nbytes, _ici_seconds(compiled, kind, nbytes, devices)
 
 
-def _started_collective(compiled: Compiled, instruction: Instruction) -> Instruction | None:
+def _started_collective(compiled: Scheduled, instruction: Instruction) -> Instruction | None:
   """The collective that starts here; None for a fusion that only continues or ends one."""
   called = "".join(instruction.called("calls"))
   if (
@@ -197,13 +207,14 @@ def _kind(instruction: Instruction, collective: Instruction) -> str:
 
 
 def _overlapping_seconds(
-  compiled: Compiled, instructions: list[Instruction], position: int
+  compiled: Scheduled, instructions: list[Instruction], position: int
 ) -> float:
   """Seconds of other work between a collective's start and its end; 0 for one that blocks."""
   end = _end_of(instructions, instructions[position])
   if end is None:
     return 0.0
-  cycles = sum(_cycles(compiled, between) for between in instructions[position + 1 : end])
+  between = instructions[position + 1 : end]
+  cycles = sum(compiled.costs.cost(instruction).cycles for instruction in between)
   return cycles / compiled.topology.chip.clock
 
 
@@ -255,7 +266,7 @@ def _full_bytes(collective: Instruction) -> float:
   return size(collective.shape) * parts
 
 
-def _axes(compiled: Compiled, devices: np.ndarray) -> str:
+def _axes(compiled: Scheduled, devices: np.ndarray) -> str:
   """Names of the mesh axes along which the groups run; `devices` are [groups, devices]."""
   shape = [compiled.mesh[name] for name in AXES]
   names = []
@@ -265,7 +276,7 @@ def _axes(compiled: Compiled, devices: np.ndarray) -> str:
   return " x ".join(names) or "one device"
 
 
-def _ici_seconds(compiled: Compiled, kind: str, nbytes: float, devices: np.ndarray) -> float:
+def _ici_seconds(compiled: Scheduled, kind: str, nbytes: float, devices: np.ndarray) -> float:
   """Seconds of one collective over ICI links; `nbytes` are those of the full array."""
   topology = compiled.topology
   if kind == "collective-permute":

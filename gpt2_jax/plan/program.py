@@ -9,7 +9,6 @@ is written once, without its trip count: that is the constant with which its con
 import dataclasses
 import functools
 import math
-import pathlib
 import re
 from collections.abc import Iterator
 
@@ -27,7 +26,7 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "coll
 
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-<>]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"  (?:ROOT )?%([\w.\-<>]+) = (.*)")
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +66,20 @@ class Instruction:
     return match[1] if match else ""
 
 
-def size(shape: str) -> float:
-  """Bytes of all arrays in an HLO shape, which may be a tuple."""
-  total = 0
-  for element_type, dimensions in _ARRAY.findall(shape):
+def arrays(shape: str) -> Iterator[tuple[float, bool]]:
+  """Bytes of each array in an HLO shape, which may be a tuple, and whether it lies in HBM.
+
+  `S(1)` in an array's layout is the memory on the chip (VMEM), other numbers are smaller ones.
+  """
+  for element_type, dimensions, layout in _ARRAY.findall(shape):
     if element_type in ELEMENT_BYTES:
       lengths = [int(length) for length in dimensions.split(",") if length]
-      total += ELEMENT_BYTES[element_type] * math.prod(lengths)
-  return total
+      yield ELEMENT_BYTES[element_type] * math.prod(lengths), "S(" not in layout
+
+
+def size(shape: str) -> float:
+  """Bytes of all arrays in an HLO shape."""
+  return sum(nbytes for nbytes, _ in arrays(shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,12 +145,27 @@ class Program:
         computation_of[instruction.name] = computation
     return computation_of
 
-  def traffic(self, instruction: Instruction) -> float:
-    """Bytes that an instruction reads and writes: each operand once, in full, in any memory."""
-    nbytes = size(instruction.shape)
-    for name in instruction.operands:
-      nbytes += size(self.shapes.get(name, ""))
-    return nbytes
+  @functools.cached_property
+  def users(self) -> dict[str, list[tuple[Instruction, int]]]:
+    """The instructions that take each result, with its position among their operands."""
+    users = {}
+    for instructions in self.computations.values():
+      for instruction in instructions:
+        for position, name in enumerate(instruction.operands):
+          users.setdefault(name, []).append((instruction, position))
+    return users
+
+  @functools.cached_property
+  def parameters(self) -> dict[str, dict[int, str]]:
+    """The names of each computation's parameters, by position."""
+    parameters = {}
+    for computation, instructions in self.computations.items():
+      parameters[computation] = {}
+      for instruction in instructions:
+        if instruction.opcode == "parameter":
+          position = int(instruction.text.partition(")")[0])
+          parameters[computation][position] = instruction.name
+    return parameters
 
   def collective(self, instruction: Instruction) -> Instruction | None:
     """The collective that an instruction is, or the first one inside its fusion; None if none."""
@@ -254,38 +274,3 @@ def _iota(text: str) -> np.ndarray:
   sizes = _integers(shape)
   numbers = np.arange(math.prod(sizes)).reshape(sizes)
   return numbers.transpose(_integers(order)) if order else numbers
-
-
-def kernel_cycles(dump: pathlib.Path) -> dict[str, int]:
-  """Cycles of each Pallas kernel, by the name of its instruction, from the compiler's dump.
-
-  `dump` holds what LIBTPU_INIT_ARGS of compiling.py asks for. A VLIW bundle issues in one cycle.
-  Waiting for memory is not counted, and bundles that a predicate skips are.
-  """
-  # `17-fused_attention.1-01-final_bundles.txt`; the analyses of the schedule have like names.
-  cycles = {}
-  for path in dump.glob("*final_bundles.txt"):
-    name = re.fullmatch(r"\d+-(.+)-\d+-final_bundles\.txt", path.name)
-    if name and "schedule-analysis" not in path.name:
-      cycles[name[1]] = _bundle_cycles(path.read_text())
-  return cycles
-
-
-def _bundle_cycles(text: str) -> int:
-  """Counts bundles times trips. A line is a bundle; the number of `>` is the depth of its loops."""
-  bundles, trips = [0] * 9, [1] * 9
-
-  for line in text.splitlines():
-    # `0x1f LB: >> { ... }`
-    bundle = re.match(r"\s*(?:0x[0-9a-f]+|\d+)\s+(?:[A-Z]{2})?\s*:\s*(>*)", line)
-    if bundle:
-      depth = len(bundle[1])
-      bundles[depth] += 1
-      if last := re.search(r", (\d+) /\* loop exit test \*/", line):
-        trips[depth] = int(last[1])
-
-  # A bundle at some depth runs as often as all loops around it together.
-  total = 0
-  for depth, count in enumerate(bundles):
-    total += count * math.prod(trips[1 : depth + 1])
-  return total

@@ -13,13 +13,21 @@ from ml_collections import ConfigDict
 from gpt2_jax.chips import GIB, Topology
 from gpt2_jax.files import atomic_write
 from gpt2_jax.plan.compiling import Compiled, compile_step
-from gpt2_jax.plan.estimate import KERNELS, MATMULS, MEMORY_BOUND, Estimate, estimate, hours
+from gpt2_jax.plan.estimate import (
+  ALLOWANCE,
+  KERNELS,
+  MATMULS,
+  MEMORY_BOUND,
+  Estimate,
+  estimate,
+  hours,
+)
 
-# What the two ends of the range assume.
-_ASSUMPTIONS = {
-  MATMULS: "cycles by the compiler's count",
-  KERNELS: "instructions of the kernel, a bundle a cycle",
-  MEMORY_BOUND: "full HBM bandwidth; the compiler's count, about 40 % of it",
+# What bounds each kind of work; the slow end adds ALLOWANCE.
+_BOUNDS = {
+  MATMULS: "instructions, multiply-adds at peak, or the compiler's count",
+  KERNELS: "instructions, or HBM traffic",
+  MEMORY_BOUND: "HBM traffic at full bandwidth, or instructions",
 }
 
 
@@ -151,7 +159,7 @@ def _time_text(facts: dict) -> str:
   # 1. Work.
   rows = []
   for work, (fast, slow) in times["seconds_by_kind"].items():
-    rows.append((work, fast, slow, _ASSUMPTIONS[work]))
+    rows.append((work, fast, slow, _BOUNDS[work]))
 
   # 2. Communication that nothing hides; the same at both ends.
   exposed = times["communication_exposed_seconds"]
@@ -160,7 +168,8 @@ def _time_text(facts: dict) -> str:
   rows.append(("communication, exposed", exposed, exposed, note))
   rows.append(("a step", *times["step_seconds"], ""))
 
-  lines = ["time, an estimate      fast end   slow end   ms; what each end assumes"]
+  head = f"ms; the slow end adds {ALLOWANCE:.0%} for what is not counted"
+  lines = [f"time, an estimate      fast end   slow end   {head}"]
   for name, fast, slow, note in rows:
     lines.append(f"  {name:22.22}{1e3 * fast:9,.1f}{1e3 * slow:11,.1f}   {note}")
 

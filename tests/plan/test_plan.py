@@ -25,7 +25,8 @@ from gpt2_jax.plan.compiling import (
   compile_step,
   open_topology,
 )
-from gpt2_jax.plan.estimate import KERNELS, MATMULS, MEMORY_BOUND, _full_bytes, estimate
+from gpt2_jax.plan.cost import copied_bytes
+from gpt2_jax.plan.estimate import ALLOWANCE, KERNELS, MATMULS, _full_bytes, estimate
 from gpt2_jax.plan.program import Instruction
 from gpt2_jax.sharding import concrete, make_mesh
 
@@ -108,14 +109,15 @@ def test_hbm_is_what_the_state_takes_and_a_bound_on_the_rest(small):
 
 
 def test_both_kernels_are_counted_in_every_layer(small):
-  assert sorted(name.split(".")[0] for name in small.kernels) == [
+  kernels = [(x, times) for x, times in small.program.executed() if x.is_kernel]
+  assert sorted(x.name.split(".")[0] for x, _ in kernels) == [
     "fused_attention_backward",
     "fused_attention_forward",
   ]
-  times = estimate(small)
-  assert times.slow[KERNELS] == times.fast[KERNELS]
-  # In whole cycles: seconds depend on the order in which they were added.
-  assert round(times.slow[KERNELS] * 1.5e9) == LAYERS * sum(small.kernels.values())
+  assert {times for _, times in kernels} == {LAYERS}
+  cycles = LAYERS * sum(small.costs.cost(x).cycles for x, _ in kernels)
+  assert estimate(small).fast[KERNELS] * 1.5e9 == pytest.approx(cycles)
+  assert all(small.costs.cost(x).instructions > 1000 for x, _ in kernels)
 
 
 def test_only_replica_crosses_slices(slices):
@@ -141,12 +143,19 @@ def test_the_estimate_is_made_of_its_parts(small, slices):
     times = estimate(compiled)
     fast, slow = times.step
     assert 0 < fast <= slow
-    assert times.fast[MATMULS] == times.slow[MATMULS]
-    assert times.fast[MEMORY_BOUND] <= times.slow[MEMORY_BOUND]
-    assert slow == pytest.approx(sum(times.slow.values()) + times.exposed)
+    assert slow == pytest.approx(sum(times.fast.values()) * (1 + ALLOWANCE) + times.exposed)
     assert all(0 <= x.exposed <= x.seconds for x in times.collectives)
-    cycles = sum(x.cycles * n for x, n in compiled.program.executed()) / 1.5e9
-    assert sum(times.slow.values()) == pytest.approx(cycles + times.slow[KERNELS], rel=1e-9)
+    # All work is in it, and beside it no more than all copies. An all-reduce that one operation
+    # begins and ends has code, too; its time is the links'.
+    work, with_collectives, copied = 0, 0, 0
+    for instruction, n in compiled.program.executed():
+      cycles = compiled.costs.cost(instruction).cycles * n
+      with_collectives += cycles
+      work += 0 if compiled.program.collective(instruction) else cycles
+      copied += copied_bytes(instruction) * n
+    assert work / 1.5e9 <= sum(times.fast.values())
+    assert sum(times.fast.values()) <= with_collectives / 1.5e9 + copied / 819e9
+    assert times.fast[MATMULS] > compiled.costs.chip.flops**-1 * times.model_flops / 8 / 2
     assert times.mfu(slow) == pytest.approx(times.model_flops / (8 * 197e12) / slow)
 
 

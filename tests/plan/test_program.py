@@ -2,7 +2,6 @@
 """A small scheduled program, written by hand in the compiler's form: everything in it can be
 counted by hand."""
 
-import numpy as np
 import pytest
 
 from gpt2_jax.plan import program
@@ -81,15 +80,16 @@ def test_instructions_know_what_they_are():
   assert kernel.shape == "(f32[8]{0}, bf16[8,2]{1,0})" and kernel.operands == ["work"]
   assert work.source == "jit(f)/dot" and executed["x"].source == ""
   assert parsed.collective(executed["scatter"]).name == "ar" and parsed.collective(work) is None
-  assert parsed.traffic(work) == 8 * 128 * 2 + 4 + 8 * 4, (
-    "what it gives, and the operand's two arrays"
-  )
+  assert parsed.users["work"] == [(kernel, 0), (executed["scatter"], 0)]
+  assert parsed.parameters["condition"] == {0: "s.1"}
 
 
 def test_sizes():
   assert (
     program.size("(f32[8,4]{1,0:T(8,128)}, bf16[2]{0}, s32[], pred[3], token[])") == 128 + 4 + 4 + 3
   )
+  shape = "(f32[8,4]{1,0:T(8,128)S(1)}, bf16[2]{0})"
+  assert list(program.arrays(shape)) == [(128, False), (4, True)], "S(1) is on the chip"
 
 
 @pytest.mark.parametrize(
@@ -116,20 +116,3 @@ def test_what_is_no_program_is_refused():
   endless = program.parse(TEXT.replace("constant(12)", "constant({1,2})"))
   with pytest.raises(ValueError, match=r"condition compares with \[\]"):
     list(endless.executed())
-
-
-def test_a_kernel_takes_its_bundles_times_the_trips_of_its_loop(tmp_path):
-  lines = ["= control target key start", "     0   :  { %a = b }", "   0x1   :  { %c = d }"]
-  lines += [
-    "   0x2 LB: > { %e = f }",
-    "   0x3   : > { %p = scmp.ge.s32.totalorder %i, 50 /* loop exit test */ }",
-  ]
-  lines += ["   0x4   :  { %g = h }"]
-  (tmp_path / "17-fused_attention.1-01-final_bundles.txt").write_text("\n".join(lines))
-  (tmp_path / "17-fused_attention.1-00-schedule-analysis_final_bundles.txt").write_text("total: 99")
-  assert program.kernel_cycles(tmp_path) == {"fused_attention.1": 3 + 2 * 50}
-
-
-def test_an_empty_dump_has_no_kernel(tmp_path):
-  assert program.kernel_cycles(tmp_path) == {}
-  assert np.array(program.replica_groups("replica_groups={{0}}")).shape == (1, 1)

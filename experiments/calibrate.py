@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan's estimate beside step times that others measured on TPUs and published.
+
+COMMAND   python experiments/calibrate.py --out=runs/calibrate
+              all rows; a finished row is not computed again; --only=v5e takes some
+HARDWARE  any machine with the extra [plan], no TPU; some minutes a row on two cores
+EXPECT    README.md, "Estimates against measurements"
+
+The v5e rows tuned one number, ALLOWANCE of gpt2_jax/plan/estimate.py. The others are held out.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+
+if __name__ == "__main__":
+  sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu only compiles
+
+import jax
+from absl import flags
+
+from experiments.benchmarks.decoder import Decoder, lower_step
+from gpt2_jax.chips import parse_topology
+from gpt2_jax.cli import shell
+from gpt2_jax.files import atomic_write, check_folder, local_path, read_json_object
+from gpt2_jax.plan.compiling import open_topology, schedule
+from gpt2_jax.plan.estimate import estimate_program
+from gpt2_jax.sharding import make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """A published measurement: seconds of a step, or the TFLOP/s of a chip that its authors count."""
+
+  name: str
+  topology: str
+  source: str
+  decoder: Decoder
+  seconds: tuple[float, float] | None = None  # the range that was published
+  teraflops: float | None = None
+
+  def measured(self) -> tuple[float, float]:
+    """The published range of seconds of a step."""
+    if self.seconds:
+      return self.seconds
+    # MaxText counts 6 x parameters a token, and the attention of all pairs.
+    shape = self.decoder
+    of_token = 6 * shape.parameters + 12 * shape.layers * shape.heads * shape.head * shape.context
+    tokens = shape.rows * shape.microbatches * shape.context
+    seconds = of_token * tokens / (self.teraflops * 1e12)
+    return seconds, seconds
+
+
+# 163.6M parameters: a small chat model, all of it in bfloat16.
+TPUCHAT = Decoder(
+  layers=8,
+  width=1024,
+  heads=4,
+  kv_heads=1,
+  head=256,
+  mlp=3072,
+  vocabulary=32768,
+  context=2048,
+  rows=4,
+  microbatches=16,
+  dtype="bfloat16",
+  logit_chunks=4,
+  softcap=15.0,
+)
+TPUCHAT_SOURCE = "vorushin/tpuchat, 08_tpu_ablations"
+
+
+def maxtext(width: int, layers: int, heads: int, mlp: int, rows: int) -> Decoder:
+  """A model of MaxText's `global_parameter_scale`, whose head is 128 wide."""
+  sizes = {"layers": layers, "width": width, "heads": heads, "kv_heads": heads, "mlp": mlp}
+  return Decoder(**sizes, head=128, vocabulary=32768, context=2048, rows=rows, remat=True)
+
+
+MAXTEXT_SOURCE = "MaxText, configs/v5e/README.md"
+MEASURED = (
+  Measured("tpuchat 163.6M", "v5e:1x1", TPUCHAT_SOURCE, TPUCHAT, seconds=(0.881, 0.881)),
+  Measured(
+    "MaxText 16B", "v5e:16x16", MAXTEXT_SOURCE, maxtext(4096, 32, 64, 28672, 6), teraflops=120
+  ),
+  Measured(
+    "MaxText 32B", "v5e:16x16", MAXTEXT_SOURCE, maxtext(8192, 32, 64, 28672, 4), teraflops=132
+  ),
+  Measured(
+    "MaxText 64B", "v5e:16x16", MAXTEXT_SOURCE, maxtext(8192, 64, 64, 28672, 2), teraflops=118
+  ),
+  Measured("tpuchat 163.6M", "v6e:1x1", TPUCHAT_SOURCE, TPUCHAT, seconds=(0.275, 0.302)),
+)
+
+_OUT = flags.DEFINE_string("out", "runs/calibrate", "A folder for a JSON file of each row.")
+_ONLY = flags.DEFINE_string("only", "", "Rows whose name and topology have this in them.")
+
+
+def estimated(row: Measured, out: pathlib.Path) -> dict:
+  """The estimate of a row; compiled unless its file is there already."""
+  path = out / f"{row.name}_{row.topology}.json".replace(" ", "_").replace(":", "_")
+  if not path.exists():
+    topology = parse_topology(row.topology)
+    mesh = make_mesh(1, topology.chips, 1, devices=open_topology(topology))
+    # The compiler decides about all shardings but those of the arguments.
+    mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
+    scheduled, _ = schedule(lower_step(row.decoder, mesh), topology, mesh)
+    times = estimate_program(scheduled, 0.0, 0)
+    result = {"step": times.step, "work": times.fast, "exposed": times.exposed}
+    with atomic_write(path) as partial:
+      partial.write_text(json.dumps(result, indent=1) + "\n")
+  return read_json_object(path)
+
+
+def line(row: Measured, result: dict) -> str:
+  """One line of the table."""
+  low, high = row.measured()
+  published = f"{1e3 * low:,.0f}" if low == high else f"{1e3 * low:,.0f}-{1e3 * high:,.0f}"
+  ends = [end / ((low + high) / 2) - 1 for end in result["step"]]
+  cells = (
+    row.name,
+    row.topology,
+    published,
+    "-".join(f"{1e3 * end:,.0f}" for end in result["step"]),
+    " to ".join(f"{100 * end:+.0f} %" for end in ends),
+    f"{1e3 * result['exposed']:,.0f}",
+    row.source,
+  )
+  return f"| {' | '.join(cells)} |"
+
+
+COLUMNS = ("model", "topology", "measured, ms", "estimate", "lean", "exposed", "source")
+
+
+def main() -> None:
+  rows = [row for row in MEASURED if _ONLY.value in f"{row.name} {row.topology}"]
+  if not rows:
+    raise ValueError(f"--only={_ONLY.value} is in no row; there are {len(MEASURED)}, see --help")
+  out = local_path(_OUT.value)
+  check_folder(out.parent)
+  out.mkdir(exist_ok=True)
+  print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
+  for row in rows:
+    print(line(row, estimated(row, out)), flush=True)
+
+
+if __name__ == "__main__":
+  shell.run(main, __doc__)
