@@ -65,6 +65,7 @@ setup(
     "orbax-checkpoint>=0.12.4",  # lightweight_initialize
     "tensorflow-datasets>=4.9.10",
     "importlib_resources>=6.0",  # tensorflow-datasets imports it without asking for it
+    "pyarrow>=18.1",  # of tensorflow-datasets, too: Parquet and .zst
     "protobuf>=5.29",  # of tensorflow-datasets, whose own bound is too low for what it imports
     "tensorstore>=0.1.85",
     "safetensors>=0.8",

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizes a corpus into a token store; can train a tokenizer on the same text first. Packs
-examples for fine-tuning into rows.
+"""Tokenizes a corpus into a token store; can train a tokenizer on the same text first. Copies
+nanoGPT's and llm.c's token files into one. Packs examples for fine-tuning into rows.
 
   gpt2-jax tokenize --files='books/**/*.txt' --out=/data/books
   gpt2-jax tokenize --tfds_name=lm1b --text_key=text --out=gs://bucket/lm1b
   gpt2-jax tokenize --files=input.txt --characters=:90% \\
     --train_tokenizer=characters --tokenizer=characters.json --out=/data/train
   gpt2-jax tokenize --examples=chats.jsonl --template=dialogpt --n_ctx=1024 --out=/data/chats
+  gpt2-jax tokenize --files='fineweb/*.parquet' --out=/data/fineweb
+  gpt2-jax tokenize --files=stories.txt.gz --split_on='<|endoftext|>' --out=/data/stories
+  gpt2-jax tokenize --tokens=openwebtext/train.bin --out=/data/openwebtext
   gpt2-jax tokenize --verify=/data/books
 
+Files are text, .jsonl, .ndjson, .json or .parquet; all but the last may be compressed (.gz, .zst,
+.bz2, .xz).
 An example is a JSON object: {"text": ...}, {"prompt": ..., "completion": ...} or {"messages":
 [{"role": ..., "content": ...}, ...]}, any of them with a "label".
 
@@ -41,8 +46,16 @@ _FILES = flags.DEFINE_string(
 _TFDS_NAME = flags.DEFINE_string(
   "tfds_name", None, "Corpus of TFDS instead: name, name/config or name/config:version."
 )
+_TOKENS = flags.DEFINE_string(
+  "tokens",
+  None,
+  "Token files instead, copied: nanoGPT's train.bin, llm.c's .bin shards, .npy; globs as --files.",
+)
+_SPLIT_ON = flags.DEFINE_string(
+  "split_on", None, "What stands between the documents of a text of --files: '<|endoftext|>'."
+)
 _EXAMPLES = flags.DEFINE_string(
-  "examples", None, "Examples for fine-tuning instead: .jsonl or .json files, as for --files."
+  "examples", None, "Examples for fine-tuning instead: .jsonl, .json, .parquet, globs as --files."
 )
 _TEMPLATE = flags.DEFINE_string(
   "template",
@@ -63,7 +76,7 @@ _SPLIT = flags.DEFINE_string(
   "split", "train", "Split of the corpus, in TFDS's syntax: train, train[:90%], test."
 )
 _TEXT_KEY = flags.DEFINE_string(
-  "text_key", "text", "Key of the text in a record of the dataset, or in a line of a .jsonl file."
+  "text_key", "text", "Key of the text in a record: of a dataset, .jsonl, .json or .parquet file."
 )
 _DATA_DIR = flags.DEFINE_string(
   "data_dir", None, "TFDS's folder of prepared datasets (default: ~/tensorflow_datasets)."
@@ -110,11 +123,15 @@ def tokenize() -> str:
   out, tokenizer_path = _check_flags()
   if _are_examples():
     return tokenize_examples(out, tokenizer_path)
+  if _TOKENS.value:
+    return copy_token_files(out, tokenizer_path)
 
   # 2. Open the corpus.
   options = (_SPLIT.value, _TEXT_KEY.value, _DATA_DIR.value)
   if _FILES.value:
-    documents = corpus.file_documents(_FILES.value, *options, strict=_STRICT.value)
+    documents = corpus.file_documents(
+      _FILES.value, *options, strict=_STRICT.value, split_on=_SPLIT_ON.value
+    )
   else:
     documents = corpus.tfds_documents(_TFDS_NAME.value, *options)
   if _CHARACTERS.value:
@@ -138,6 +155,16 @@ def tokenize() -> str:
     former_source=documents.former_source,
   )
   return _describe(store)
+
+
+def copy_token_files(out: str, tokenizer_path: str) -> str:
+  """Copies the token files that the flags name. Returns a line that describes their store."""
+  from gpt2_jax.data.token_files import copy_tokens, token_documents
+  from gpt2_jax.tokenizer import load_tokenizer
+
+  tokenizer = load_tokenizer(tokenizer_path)
+  documents = token_documents(_TOKENS.value, _SPLIT.value, tokenizer)
+  return _describe(copy_tokens(documents, tokenizer, out, _PROCESSES.value))
 
 
 def tokenize_examples(out: str, tokenizer_path: str) -> str:
@@ -191,14 +218,27 @@ def _check_example_flags() -> None:
     raise ValueError(f"--{flag.name} is for text, not for examples; run it with --files first")
 
 
+def _check_text_flags() -> None:
+  """Raises ValueError for flags of text where there is none."""
+  if _SPLIT_ON.value is not None and not _FILES.value:
+    raise ValueError("--split_on is for the texts of --files")
+  if _SPLIT_ON.value == "":
+    raise ValueError("--split_on is empty; give what stands between documents: '<|endoftext|>'")
+  if _TOKENS.value and (_TRAIN.value or _CHARACTERS.value or _TEMPLATE.value):
+    flag = next(flag for flag in (_TRAIN, _CHARACTERS, _TEMPLATE) if flag.value)
+    raise ValueError(f"--{flag.name} is for text, and --tokens are tokens already")
+
+
 def _check_flags() -> tuple[str, str]:
   """The paths of the store and the tokenizer. Raises ValueError for what cannot go well."""
   from gpt2_jax.data import corpus
   from gpt2_jax.tokenizer import load_tokenizer
 
-  if not _OUT.value or sum(map(bool, (_FILES.value, _EXAMPLES.value, _TFDS_NAME.value))) != 1:
-    raise ValueError("give --out and one of --files and --tfds_name, or of --examples")
+  corpora = (_FILES.value, _EXAMPLES.value, _TFDS_NAME.value, _TOKENS.value)
+  if not _OUT.value or sum(map(bool, corpora)) != 1:
+    raise ValueError("give --out and one of --files and --tfds_name, or of --examples, or --tokens")
   _check_example_flags()
+  _check_text_flags()
   if _CHARACTERS.value:
     corpus.parse_bounds(_CHARACTERS.value)
   out = user_path(_OUT.value)

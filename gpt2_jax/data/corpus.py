@@ -127,21 +127,24 @@ def file_documents(
   text_key: str | None = "text",
   data_dir: str | None = None,
   strict: bool = False,
+  split_on: str | None = None,
 ) -> Documents:
   """Opens local files as a TFDS dataset, prepared in `data_dir` once for each content.
 
-  `patterns` are globs with commas between them; ** crosses folders. Each line of a .jsonl file is a
-  document, with its text under `text_key`. Any other file is one document. Without a `text_key`, a
-  document is a whole record: a line of a .jsonl file, or an item of the list in a .json file. A
-  file that is found by several names is read once. Documents and lines that are not UTF-8, or have
-  no text, are skipped and counted on stderr, unless `strict`: a model would learn the U+FFFD in
-  their place. Empty documents are dropped. TFDS shuffles documents by a hash of their names, so a
-  slice of the split ("train[:90%]") is a sample. Raises FileNotFoundError if nothing matches,
-  ValueError if there is no text, and as `Documents` does.
+  `patterns` are globs with commas between them; ** crosses folders. A record is a document, with
+  its text under `text_key`: a line of a .jsonl or .ndjson file, a row of a .parquet file, an item
+  of the list or a line in a .json file that begins with such a record. Any other file is a text and
+  one document, or several with `split_on` between them. Each may be compressed: .gz, .zst, .bz2,
+  .xz. Without a `text_key`, a document is a whole record. A file that is found by several names is
+  read once. Documents and records that are not UTF-8, or have no text, are skipped and counted on
+  stderr, unless `strict`: a model would learn the U+FFFD in their place. Empty documents are
+  dropped. TFDS shuffles documents by a hash of their names, so a slice of the split
+  ("train[:90%]") is a sample. Raises FileNotFoundError if nothing matches, ValueError if there is
+  no text or a file is damaged, and as `Documents` does.
   """
   from gpt2_jax.data.local_files import prepare_local_files
 
-  prepared = prepare_local_files(patterns, text_key, data_dir, strict)
+  prepared = prepare_local_files(patterns, text_key, data_dir, strict, split_on)
   source = {
     "kind": "files",
     "patterns": patterns,
@@ -149,6 +152,8 @@ def file_documents(
     "text_key": text_key,
     "sha256": prepared.fingerprint,
   }
+  if split_on:
+    source["split_on"] = split_on
   former = source | {"sha256": prepared.former_fingerprint}
   return _opened(Documents(prepared.folder, split, "text", source, prepared.skipped, former))
 

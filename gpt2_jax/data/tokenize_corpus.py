@@ -56,20 +56,26 @@ def encode_corpus(
   here. Raises ValueError for a folder of another job, no tokens, a worker that died, or a disk that
   is full or read-only, and OSError if another process writes the store.
   """
+  path = user_path(path)
+  job = corpus_job(documents, tokenizer, source, documents_per_part)
+  writer = PartWriter(documents, tokenizer, path, job, strict)
+  return write_store(writer, processes or os.cpu_count(), skipped or Skipped(), former_source)
+
+
+def corpus_job(
+  documents: Sequence, tokenizer: Tokenizer, source: dict, documents_per_part: int | None = None
+) -> dict:
+  """What job.json says of a corpus."""
   # 64 parts keep all processes busy and lose little when killed; large corpora get more of them,
   # for a part has to fit into the memory of its worker.
-  path = user_path(path)
-  skipped = skipped or Skipped()
   per_part = documents_per_part or min(16384, max(1, math.ceil(len(documents) / 64)))
-  job = {
+  return {
     "format": FORMAT,
     "source": source,
     "tokenizer_fingerprint": tokenizer.fingerprint,
     "documents": len(documents),
     "documents_per_part": per_part,
   }
-  writer = PartWriter(documents, tokenizer, path, job, strict)
-  return write_store(writer, processes or os.cpu_count(), skipped, former_source)
 
 
 def write_store(

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2_jax.data import corpus, encode_corpus, local_files
+from gpt2_jax.data import corpus, encode_corpus, globs
 from gpt2_jax.data.import_tfds import import_tfds
 from gpt2_jax.data.skipped import Skipped
 from gpt2_jax.tokenizer import Characters
@@ -182,7 +182,7 @@ def test_folders_behind_a_symlink_are_read(files, tmp_path):
 def test_globs_match_what_pythons_match(tree, pattern):
   pattern = os.path.join(str(tree), *pattern)
   expected = filter(os.path.isfile, glob.glob(pattern, recursive=True))
-  ours = filter(os.path.isfile, local_files._glob(pattern))
+  ours = filter(os.path.isfile, globs._glob(pattern))
   assert set(map(os.path.abspath, ours)) == set(map(os.path.abspath, expected))
 
 
