@@ -55,7 +55,6 @@ def prepare_local_files(
   names = expand_globs(patterns)
   paths = drop_other_names(names)
   readers = {path: choose_reader(path, text_key, split_on) for path in paths}
-  _announce_records(readers, text_key)
   if split_on and not any(isinstance(reader, SplitText) for reader in readers.values()):
     raise ValueError(f"--split_on is for text, and all {len(paths):,} files hold records")
   files = _read_and_hash(readers, strict)
@@ -75,6 +74,7 @@ def prepare_local_files(
     raise BadRecord(f"{lines.first}; without --strict it is skipped")
   if skipped.count:
     print(f"{len(paths):,} files{skipped}", file=sys.stderr)
+  _announce_records(readers, text_key)
 
   # An older version read each name, and no line that is skipped now.
   former = None

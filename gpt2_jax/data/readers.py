@@ -86,7 +86,8 @@ def _json_reader(path: str, text_key: str | None) -> "JsonLines | JsonList | Non
   """The reader of a .json file, by its first record; None for one that is a text like any other.
 
   It holds records if it is a list that begins with one, or if its first line is one and another
-  line follows. A record is an object with a text under `text_key`, or any without one.
+  line follows. A record is an object with a text under `text_key`, or any without one. Without a
+  key, a file of neither is read as a list, which says what is wrong with it.
   """
 
   def is_record(value: object) -> bool:
@@ -99,15 +100,15 @@ def _json_reader(path: str, text_key: str | None) -> "JsonLines | JsonList | Non
   try:
     if not lines[0].startswith(b"["):
       has_more = len(lines) > 1 and lines[1].strip()
-      return JsonLines(text_key) if has_more and is_record(json.loads(lines[0])) else None
-    # Without a key the list itself says what is wrong with its items.
+      if has_more and is_record(json.loads(lines[0])):
+        return JsonLines(text_key)
     text = io.TextIOWrapper(io.BytesIO(head), "utf-8-sig", "ignore")
-    if text_key is None or is_record(next(_JsonList(text, path).items(), None)):
+    if is_record(next(_JsonList(text, path).items(), None)):
       return JsonList(text_key)
   except (ValueError, RecursionError):
     # No JSON, or not to be read as such.
     pass
-  return None
+  return JsonList(None) if text_key is None else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,9 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import gzip
 import json
+import lzma
 import os
 import pathlib
 import random
@@ -19,12 +21,15 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from gpt2_jax import tokenizer as tokenizer_lib
 from gpt2_jax.convert import parity, pretrained
 from gpt2_jax.convert.weights import Weights, from_model, weights_sha256
 from gpt2_jax.data import TokenStore, encode_corpus
+from gpt2_jax.data.readers import choose_reader
 from gpt2_jax.evaluate import contamination, tasks
 from gpt2_jax.evaluate.sweep import cells
 from gpt2_jax.files import sha256
@@ -269,6 +274,28 @@ def read_tokenizer(name: str):
 
 
 ORBAX = "it/checkpoints/2/**/*"
+# Files of documents.
+
+
+def write_documents(folder: pathlib.Path):
+  texts = [TEXT[i : i + 40] for i in range(0, 400, 40)]
+  lines = "\n".join(json.dumps({"text": text}) for text in texts).encode()
+  (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+  (folder / "a.jsonl.xz").write_bytes(lzma.compress(lines))
+  (folder / "a.ndjson.zst").write_bytes(pa.compress(lines, "zstd", asbytes=True))
+  (folder / "a.json").write_text(json.dumps([{"text": text} for text in texts]))
+  pq.write_table(pa.table({"text": texts}), folder / "a.parquet")
+
+
+def read_documents(folder: pathlib.Path) -> str:
+  documents = []
+  for path in sorted(map(str, folder.iterdir())):
+    reader = choose_reader(path, "text", None)
+    reader.digest(path)
+    documents += map(str, dict(reader.records(path, "name")).values())
+  return sha256("\n".join(documents).encode("utf-8", "surrogatepass"))
+
+
 CONTAINERS = {
   "safetensors": Container(save("hf"), read_weights, 100, "it/model.safetensors"),
   "config.json": Container(save("hf"), read_weights, 100, "it/config.json"),
@@ -288,6 +315,7 @@ CONTAINERS = {
   "workdir, resumed": Container(save_run, resume, 12, ORBAX, True, "step 1"),
   "metrics.jsonl": Container(write_metrics, read_metrics, 20),
   "token store": Container(write_store, read_store, 60, "it/**/*", True),
+  "documents": Container(write_documents, read_documents, 200),
   "cell": Container(write_cell, read_cell, 100, "*", True),
   "filter": Container(write_filter, read_filter, 100),
   "recorded logits": Container(write_logits, read_logits, 100),

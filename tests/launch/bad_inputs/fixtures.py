@@ -4,6 +4,7 @@
 The whole ones are made by the commands themselves, so that each is a control, too.
 """
 
+import gzip
 import json
 import pathlib
 import shlex
@@ -319,6 +320,13 @@ def write_texts(make: Maker) -> None:
     "bytes": b'{"text": "\xff"}',
   }.items():
     make.write(f"{name}.jsonl", b"\n".join([good, line, good, b""]))
+  make.write("whole.jsonl.gz", gzip.compress(good))
+  make.write("cut.jsonl.gz", gzip.compress(good)[:-9])
+  make.write("cut.parquet", b"PAR1" + good)
+  make.write("cut.json", b"[%s, %s" % (good, good))
+  make.write("ids.bin", np.arange(50, dtype=np.uint16).tobytes())
+  make.write("odd.bin", b"\0" * 9)
+  make.write("llama.bin", np.array([20240801, 7, 1, 0], np.int32).tobytes())
   make.write("none.jsonl", '{"text": null}\n{"text": 3}\n')
   make.write("numbers.jsonl", '{"sentence_good": 3, "sentence_bad": 4}\n')
   make.write("coqa-list.json", "[1]")

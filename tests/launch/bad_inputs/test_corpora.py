@@ -9,6 +9,7 @@ from tests.launch.bad_inputs.runner import check, rows
 
 TOKENIZE = f"{fixtures.TOKENIZE} --files=text.txt"
 EXAMPLES = f"{fixtures.TOKENIZE} --out=new --examples"
+TOKENS = f"{fixtures.TOKENIZE} --out=new --tokens"
 PIECES = "--files=abc.txt --train_tokenizer=sentencepiece --tokenizer=new.model --out=new"
 TOKENIZES = rows(
   "tokenize",
@@ -116,6 +117,23 @@ TOKENIZES = rows(
       "half.jsonl:2",
       f"{TOKENIZE} --strict --files=half.jsonl --out=new",
     ),
+    ("a compressed file", None, f"{TOKENIZE} --files=whole.jsonl.gz --out=new"),
+    ("half a compressed file", "cut.jsonl.gz", f"{TOKENIZE} --files=cut.jsonl.gz --out=new"),
+    ("half a table", "cut.parquet", f"{TOKENIZE} --files=cut.parquet --out=new"),
+    ("half a list", "cut.json", f"{TOKENIZE} --files=cut.json --out=new"),
+    ("a separator that is nowhere", "@@@", f"{TOKENIZE} --split_on=@@@ --out=new"),
+    ("an empty separator", "--split_on is empty", f"{TOKENIZE} --split_on= --out=new"),
+    ("a separator of examples", "--split_on", f"{EXAMPLES}=pairs.jsonl --split_on=@"),
+    ("tokens", None, f"{TOKENS}=ids.bin"),
+    ("tokens that are a text", "text.txt", f"{TOKENS}=text.txt"),
+    ("tokens of an odd file", "odd.bin has 9 bytes", f"{TOKENS}=odd.bin"),
+    ("tokens of another model", "Llama 3's", f"{TOKENS}=llama.bin"),
+    ("tokens that are gone", "gone", f"{TOKENS}=gone.bin"),
+    ("tokens in an empty pattern", "','", f"{TOKENS}=,"),
+    ("tokens of a split that is none", "test", f"{TOKENS}=ids.bin --split=test"),
+    ("tokens and text", "--tokens", f"{TOKENS}=ids.bin --files=text.txt"),
+    ("characters of tokens", "--characters", f"{TOKENS}=ids.bin --characters=:9"),
+    ("a template of tokens", "--template", f"{TOKENS}=ids.bin --template=chat"),
     ("no line with a text", "none.jsonl", f"{TOKENIZE} --files=none.jsonl --out=new"),
     ("a key that is none", "title", f"{TOKENIZE} --files=good.jsonl --text_key=title --out=new"),
     ("examples", None, f"{EXAMPLES}=pairs.jsonl"),
