@@ -5,6 +5,7 @@ Published names are a small local checkpoint, models and step counts are small, 
 only record how they are called. What a page shows in a `text` block is not run.
 """
 
+import gzip
 import os
 import pathlib
 import re
@@ -13,6 +14,9 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import gpt2_jax
@@ -59,6 +63,11 @@ def setting(tmp_path_factory, _server):
   for number in range(200):
     (sandbox / "books" / f"{number:03}.txt").write_text(f"{number}. {STORY}")
   (sandbox / "book.txt").write_text(STORY * 20)
+  (sandbox / "fineweb").mkdir()
+  pq.write_table(pa.table({"text": [STORY] * 3}), sandbox / "fineweb" / "000_00000.parquet")
+  (sandbox / "stories.txt.gz").write_bytes(gzip.compress(f"{STORY}<|endoftext|>\n".encode() * 3))
+  (sandbox / "openwebtext").mkdir()
+  np.array([464, 50256] * 9, np.uint16).tofile(sandbox / "openwebtext" / "train.bin")
   (sandbox / "e2e.txt").write_text(
     "name : Aromi | area : riverside||Aromi is by the river .\n" * 20
   )
