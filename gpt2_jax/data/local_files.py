@@ -52,6 +52,7 @@ def prepare_local_files(
   patterns: str, text_key: str | None, data_dir: str | None, strict: bool, split_on: str | None
 ) -> PreparedFiles:
   """Prepares the files that match globs. Errors are those of `file_documents`."""
+  # 1. Which files, and how each is read.
   names = expand_globs(patterns)
   paths = drop_other_names(names)
   readers = {path: choose_reader(path, text_key, split_on) for path in paths}
@@ -59,14 +60,16 @@ def prepare_local_files(
     raise ValueError(f"--split_on is for text, and all {len(paths):,} files hold records")
   files = _read_and_hash(readers, strict)
 
-  # The content names the folder: a changed file is another dataset, an unchanged one is there. The
-  # number is the version of how files become documents.
+  # 2. The content names the folder: a changed file is another dataset, an unchanged one is there.
+  #    The number is the version of how files become documents.
   kind = "examples 1" if text_key is None else f"2\n{text_key}"
   if split_on:
     kind += f"\nsplit on {json.dumps(split_on)}"
   fingerprint = sha256(f"{kind}\n{files.digest}".encode())
   data_dir = user_path(data_dir or tfds.core.constants.DATA_DIR)
   folder = os.path.join(data_dir, "local_files", fingerprint[:16])
+
+  # 3. Write it, and say what is not in it.
   builder = _prepare(folder, files.files, strict)
   lines = _skipped_lines(builder)
   skipped = files.skipped + lines
@@ -76,7 +79,7 @@ def prepare_local_files(
     print(f"{len(paths):,} files{skipped}", file=sys.stderr)
   _announce_records(readers, text_key)
 
-  # An older version read each name, and no line that is skipped now.
+  # 4. An older version read each name, and no line that is skipped now.
   former = None
   if text_key is not None and files.former_digest and len(paths) == len(names) and not lines.count:
     former = sha256(f"{text_key}\n{files.former_digest}".encode())

@@ -331,7 +331,8 @@ class _JsonList:
           return item
         reason = "it ends within the list"
       except json.JSONDecodeError as error:
-        reason = first_line(error, 100)
+        # Its message without its place, which is one in what is in sight.
+        reason = error.msg
         is_open = error.msg.startswith("Unterminated string")
         if not is_open and error.pos < len(self._text) - self.MARGIN:
           raise self._error(reason) from error
