@@ -15,6 +15,7 @@ import functools
 import hashlib
 import os
 import struct
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -184,7 +185,7 @@ def copy_tokens(
 
 def _index(files: Sequence[TokenFile], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, str]:
   """Where the documents start and stop, and the SHA-256 of the tokens. Reads all of them."""
-  # A cut is the place of an eot, which belongs to no document, or a place between two tokens.
+  # 1. Find the cuts: the place of an eot, which belongs to no document, or the end of a file.
   eots, ends = [np.empty(0, np.int64)], []
   digest = hashlib.sha256()
   position = 0
@@ -202,8 +203,12 @@ def _index(files: Sequence[TokenFile], tokenizer: Tokenizer) -> tuple[np.ndarray
       ends.append(position)
   unknown.check()
 
-  # Starts and stops are those of what lies between the cuts, where anything does.
+  # 2. Documents are what lies between the cuts, where anything does.
   eots = np.concatenate(eots)
+  n_empty = int(np.count_nonzero(np.diff(eots) == 1))
+  if n_empty:
+    print(f"{n_empty:,} documents without a token, left out", file=sys.stderr)
+
   ends = np.array([*ends, position], np.int64)
   starts = np.sort(np.concatenate([[0], eots + 1, ends]))
   stops = np.sort(np.concatenate([eots, ends, [position]]))
@@ -211,6 +216,8 @@ def _index(files: Sequence[TokenFile], tokenizer: Tokenizer) -> tuple[np.ndarray
   starts, stops = starts[has_tokens], stops[has_tokens]
   if not len(starts):
     raise ValueError(f"{len(files):,} files hold {position:,} tokens, and no document")
+
+  # 3. Each has to fit into the memory of the process that copies it.
   longest = int(np.argmax(stops - starts))
   if stops[longest] - starts[longest] >= MAX_TOKENS:
     raise ValueError(

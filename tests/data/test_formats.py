@@ -420,6 +420,13 @@ def test_files_of_nanogpt_end_their_documents_and_empty_ones_are_dropped(tmp_pat
   assert store.read([0], 4)[0].tolist() == [0, 1, 1, 1]
 
 
+def test_documents_without_a_token_are_left_out_aloud(tmp_path, tokenizer, capsys):
+  path = write_file(tmp_path, "train.bin", nanogpt([[], [5], [], [], [6, 7], []], tokenizer.eot))
+  documents = token_documents(str(path), "train", tokenizer)
+  assert [list(tokens) for tokens in documents] == [[5], [6, 7]]
+  assert "3 documents without a token, left out" in capsys.readouterr().err
+
+
 BAD_TOKENS = {
   "odd.bin": (b"abc", "3 bytes, and tokens have two each"),
   "text.bin": (b"a text that is no tokens" * 3, "ids are beyond the tokenizer's 2"),
