@@ -63,11 +63,7 @@ def setting(tmp_path_factory, _server):
   for number in range(200):
     (sandbox / "books" / f"{number:03}.txt").write_text(f"{number}. {STORY}")
   (sandbox / "book.txt").write_text(STORY * 20)
-  (sandbox / "fineweb").mkdir()
-  pq.write_table(pa.table({"text": [STORY] * 3}), sandbox / "fineweb" / "000_00000.parquet")
-  (sandbox / "stories.txt.gz").write_bytes(gzip.compress(f"{STORY}<|endoftext|>\n".encode() * 3))
-  (sandbox / "openwebtext").mkdir()
-  np.array([464, 50256] * 9, np.uint16).tofile(sandbox / "openwebtext" / "train.bin")
+  write_corpora(sandbox)
   (sandbox / "e2e.txt").write_text(
     "name : Aromi | area : riverside||Aromi is by the river .\n" * 20
   )
@@ -94,6 +90,15 @@ def setting(tmp_path_factory, _server):
   save_small_gpt2(sandbox / "gpt2")
   yield worker, sandbox, shims
   worker.close()
+
+
+def write_corpora(folder: pathlib.Path) -> None:
+  """Corpora in the formats of other projects."""
+  (folder / "fineweb").mkdir()
+  pq.write_table(pa.table({"text": [STORY] * 3}), folder / "fineweb" / "000_00000.parquet")
+  (folder / "stories.txt.gz").write_bytes(gzip.compress(f"{STORY}<|endoftext|>\n".encode() * 3))
+  (folder / "openwebtext").mkdir()
+  np.array([464, 50256] * 9, np.uint16).tofile(folder / "openwebtext" / "train.bin")
 
 
 def save_small_gpt2(folder: pathlib.Path) -> None:
