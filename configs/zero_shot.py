@@ -25,9 +25,9 @@ PAPER_TASKS = (
   "winograd273",
   "coqa",
   "cnn_dailymail",
-  "wmt14_en_fr::5",
-  "wmt14_fr_en::5",
-  "natural_questions::5",
+  "wmt14_en_fr:paper_prompt",
+  "wmt14_fr_en:paper_prompt",
+  "natural_questions:paper_prompt",
 )
 
 

@@ -127,6 +127,12 @@ def _check(task: object, place: str) -> None:
     if not isinstance(text, str):
       raise ValueError(f"{label}: its {name} is a {type(text).__name__}, and no text")
 
+  is_count = isinstance(task.shots, int) and not isinstance(task.shots, bool) and task.shots >= 0
+  if not is_count or (task.shots and task.example is None):
+    raise ValueError(
+      f"{label}: its shots are no number of examples from 0 on, or it has no example"
+    )
+
   if not isinstance(task.metrics, dict) or not task.metrics:
     raise ValueError(f"{label}: its metrics are no dict with at least one Metric")
   for name, metric in task.metrics.items():

@@ -27,17 +27,19 @@ def run(
   task: Task,
   rows: Sequence[Row],
   scorer: Scorer,
-  shots: int = 0,
+  shots: int | None = None,
   seed: int = 0,
   pool: Sequence[Row] | None = None,
 ) -> Items:
   """Evaluates a task, zero-shot or few-shot: what every row contributes, in the order of the rows.
 
   `truncated` marks the rows whose context was cut to fit. With `shots`, each row comes after as
-  many solved rows. These are drawn by the seed and the row's number from `pool`, or from `rows`,
-  and are never the row itself; `rows` may be the first of the pool. Raises ValueError, with the
-  row's number, for a row that is malformed or has nothing to score.
+  many solved rows; None is the protocol's own number. These are drawn by the seed and the row's
+  number from `pool`, or from `rows`, and are never the row itself; `rows` may be the first of the
+  pool. Raises ValueError, with the row's number, for a row that is malformed or has nothing to
+  score.
   """
+  shots = number_of_shots(task, shots)
   if not rows:
     raise ValueError(f"{task.name}: there are no rows")
 
@@ -62,10 +64,25 @@ def run(
   return {key: np.array([item[key] for item in items], np.float64) for key in items[0]}
 
 
+def number_of_shots(task: Task, shots: int | None) -> int:
+  """How many examples come before each item; None is the protocol's own number.
+
+  Raises ValueError for another number than the protocol has: it would be another protocol.
+  """
+  if shots is None:
+    return task.shots
+  if task.shots and shots != task.shots:
+    raise ValueError(
+      f"{task.name}:{task.protocol} puts {task.shots} examples before each item, and not {shots}; "
+      "leave the number out, or take another protocol"
+    )
+  return shots
+
+
 def check_rows(
   task: Task,
   rows: Sequence[Row],
-  shots: int = 0,
+  shots: int | None = None,
   seed: int = 0,
   pool: Sequence[Row] | None = None,
 ) -> None:
@@ -73,6 +90,7 @@ def check_rows(
 
   It writes all requests, and keeps none of them.
   """
+  shots = number_of_shots(task, shots)
   for i in range(len(rows)):
     _requests(task, rows, i, shots, seed, pool)
 

@@ -107,6 +107,9 @@ class Task:
   """A task under one protocol: its rows, its requests, and what counts as right.
 
   `example` writes a row with its solution, for few-shot contexts; `separator` follows each example.
+  `shots` is the number of examples that the protocol itself puts before each item; 0 leaves the
+  number to the sweep.
+
   `contiguous` says that the rows are consecutive parts of one text. They are then scored as that
   text, and are rows only so that they can be resampled. `chance` has the scores of guessing, by
   metric. `program` is the SHA-256 of the user's file that defines the task, and set by its loader.
@@ -121,6 +124,7 @@ class Task:
   metrics: dict[str, Metric]  # tables and plots show the first
   example: Callable[[Row], str] | None = None
   separator: str = "\n\n"
+  shots: int = 0
   contiguous: bool = False
   chance: Mapping[str, float] = dataclasses.field(default_factory=dict)
   program: str = ""

@@ -8,7 +8,7 @@ from gpt2_jax.evaluate.sources import decoded
 from gpt2_jax.evaluate.task import Generated
 from gpt2_jax.evaluate.tasks.natural_questions import TASKS, bin_of, calibration, read
 
-[TASK] = TASKS
+TASK, _ = TASKS
 ROW = {"question": "who wrote hamlet", "answers": ["William Shakespeare", "Shakespeare"]}
 
 

@@ -32,6 +32,8 @@ TINY = ModelConfig(
   n_vocab=CHARACTERS.vocab_size, n_ctx=384, n_embd=16, n_head=2, n_layer=1, dtype="float32"
 )
 GENERATION = [*coqa.TASKS, *summarization.TASKS, *translation.TASKS, *natural_questions.TASKS]
+# a protocol with examples of its own asks what another asks after as many
+ZERO_SHOT = [task for task in GENERATION if not task.shots]
 
 
 class Echo:
@@ -255,7 +257,7 @@ def model(mesh, parameters, place):
     return place(TINY, {name: array * scales.get(name, 1) for name, array in arrays.items()})
 
 
-@pytest.mark.parametrize("task", GENERATION, ids=lambda task: f"{task.name}-{task.protocol}")
+@pytest.mark.parametrize("task", ZERO_SHOT, ids=lambda task: f"{task.name}-{task.protocol}")
 def test_what_the_model_writes_is_what_is_scored(model, task):
   rows, scorer = rows_of(task), Scorer(model, CHARACTERS, batch_size=8)
   *_, metric = [metric for metric in task.metrics.values() if metric.higher]

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import sacrebleu
 
+from gpt2_jax.evaluate import runner
 from gpt2_jax.evaluate.sources import decoded
+from gpt2_jax.evaluate.sweep.cells import parse_task
 from gpt2_jax.evaluate.task import Generated
 from gpt2_jax.evaluate.tasks import translation
 from gpt2_jax.evaluate.tasks.translation import (
@@ -19,7 +21,7 @@ from gpt2_jax.evaluate.tasks.translation import (
   read,
 )
 
-EN_FR, EN_FR_LINE, FR_EN, FR_EN_LINE = TASKS
+EN_FR, EN_FR_LINE, EN_FR_PROMPT, FR_EN, FR_EN_LINE, _ = TASKS
 ROW = {"en": "The cat sat.", "fr": "Le chat s'est assis."}
 WORDS = ("le", "chat", "noir", "s'est", "assis", "ici,", "3.5", "Où ?", "l'eau.", "&quot;non&quot;")
 
@@ -125,3 +127,31 @@ def test_without_sacrebleu_the_command_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
   with pytest.raises(ImportError, match=r"pip install 'gpt2_jax\[eval\]'"):
     translation._sacrebleu.__wrapped__()
+
+
+def test_paper_prompt_is_the_first_sentence_after_five_pairs():
+  rows = [{"en": f"It is {i}.", "fr": f"C'est {i}."} for i in range(9)]
+  pool = [{"en": f"Pair {i}.", "fr": f"Paire {i}."} for i in range(7)]
+  asked = {}
+
+  class Scorer:
+    def answers(self, requests, contiguous=False):
+      asked.setdefault(task.protocol, []).append([request.text for request in requests])
+      return [Generated(" C'est 1. Oui.", 1.0, 1, False)] * len(requests)
+
+  items = {}
+  for task, shots in ((EN_FR, 5), (EN_FR_PROMPT, None)):
+    items[task.protocol] = runner.run(task, rows, Scorer(), shots, pool=pool)
+  first, second = asked.values()
+  assert first == second and all(text.count("Pair ") == 5 for text in first[0])
+  for key, values in items["first_sentence"].items():
+    np.testing.assert_array_equal(items["paper_prompt"][key], values)
+
+  # another number of examples would be another protocol
+  for shots in (0, 3):
+    with pytest.raises(ValueError, match="paper_prompt puts 5 examples before each item, and not"):
+      runner.run(EN_FR_PROMPT, rows, Scorer(), shots, pool=pool)
+    with pytest.raises(ValueError, match="another protocol"):
+      parse_task(f"wmt14_en_fr:paper_prompt:{shots}")
+  assert parse_task("wmt14_en_fr:paper_prompt").name == "wmt14_en_fr:paper_prompt:5"
+  assert parse_task("wmt14_en_fr").name == "wmt14_en_fr:first_sentence:0"

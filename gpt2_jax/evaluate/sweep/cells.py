@@ -23,7 +23,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import gpt2_jax.distributed as distributed
-from gpt2_jax.evaluate import sources, tasks
+from gpt2_jax.evaluate import runner, sources, tasks
 from gpt2_jax.evaluate.sweep.models import SweptModel
 from gpt2_jax.evaluate.task import Task
 from gpt2_jax.files import (
@@ -111,7 +111,7 @@ def parse_task(text: str) -> SweptTask:
     raise ValueError(
       f"{task.name}:{task.protocol} takes no examples before an item; leave the {shots} shots out"
     )
-  return SweptTask(task, int(shots or 0))
+  return SweptTask(task, runner.number_of_shots(task, int(shots) if shots else None))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from gpt2_jax.evaluate import tasks
-from gpt2_jax.evaluate.sweep.paper import paper_scores
+from gpt2_jax.evaluate.sweep.paper import paper_references, paper_scores
 from gpt2_jax.files import atomic_write, summarize
 from gpt2_jax.sizes import SIZES
 
@@ -74,14 +74,17 @@ def size_figure(cells: Sequence[dict]) -> "Figure":
   axes = figure.subplots()
   axes.set_xscale("log")
 
-  # 1. The paper's curve and chance lie behind the points.
+  # 1. The paper's curve, its reference lines, and chance lie behind the points.
   metric = _first_metric(cells)
   identity = cells[0]["identity"]
-  reference = paper_scores(identity["task"], identity["protocol"], metric)
+  reference = paper_scores(identity, metric)
   if reference and any(cell["size"] for cell in cells):
     sizes = [SIZES[name].n_params for name in reference]
     scores = list(reference.values())
     axes.plot(sizes, scores, "--", marker="s", mfc="none", color="0.55", label="the paper")
+  for number, (name, score) in enumerate(paper_references(identity, metric).items()):
+    style = ("-.", (0, (1, 3)))[number % 2]
+    axes.axhline(score, linestyle=style, color="0.55", label=f"{name} (paper), {score:g}")
   _draw_chance(axes, cells)
 
   # 2. The models.

@@ -15,7 +15,7 @@ from gpt2_jax.evaluate import tasks
 from gpt2_jax.evaluate.sweep import bootstrap
 from gpt2_jax.evaluate.sweep.bootstrap import Difference
 from gpt2_jax.evaluate.sweep.cells import PLOTS, RESULTS, TABLE, Outcome, Sweep
-from gpt2_jax.evaluate.sweep.paper import paper, paper_scores
+from gpt2_jax.evaluate.sweep.paper import paper, paper_references, paper_scores
 from gpt2_jax.evaluate.sweep.plots import draw, metric_label
 from gpt2_jax.evaluate.task import Task
 from gpt2_jax.evaluate.tasks import natural_questions
@@ -41,6 +41,7 @@ def write(
   sections = [
     _heading(config, outcome.cells),
     _score_table(outcome.cells),
+    _reference_lines(outcome.cells),
     _difference_table(outcome.cells, config),
   ]
   if overlaps:
@@ -92,8 +93,7 @@ def drift(score: dict, reference: float) -> float | None:
 
 def _paper_score(cell: dict, metric: str) -> float | None:
   """The paper's score of a model of the cell's size."""
-  identity = cell["identity"]
-  return paper_scores(identity["task"], identity["protocol"], metric).get(cell["size"])
+  return paper_scores(cell["identity"], metric).get(cell["size"])
 
 
 # ---- results.jsonl
@@ -111,6 +111,9 @@ def _result(cell: dict) -> dict:
     chance = _task(cell).chance.get(name)
     if chance is not None:
       score = score | {"chance": chance}
+    references = paper_references(cell["identity"], name)
+    if references:
+      score = score | {"references": references}
     result["metrics"][name] = score
 
   # Natural Questions alone has a confidence.
@@ -184,6 +187,21 @@ def _entries(cell: dict | None, metric: str, in_paper: bool) -> list[str]:
   distance = None if reference is None else drift(score, reference)
   shown_distance = NONE if distance is None else f"{distance:+.1f}"
   return [_interval(score), _number(reference), shown_distance]
+
+
+def _reference_lines(cells: Sequence[dict]) -> list[str]:
+  """The paper's scores of methods that are no language model, a line for each metric."""
+  lines = []
+  for task_name, by_model in _by_task(cells).items():
+    identity = next(iter(by_model.values()))["identity"]
+    for metric, score in _metrics(by_model).items():
+      references = paper_references(identity, metric)
+      if references:
+        shown = ", ".join(f"{name} {_number(value)}" for name, value in references.items())
+        lines.append(f"- {task_name}, {metric_label(metric, score)}: {shown}")
+  if not lines:
+    return []
+  return [f"## Reference lines ({paper()['source']})", "", *lines]
 
 
 # ---- the table of differences

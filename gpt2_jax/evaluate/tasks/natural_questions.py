@@ -3,7 +3,8 @@
 
 Section 3.8 of the GPT-2 paper: 4.1 % at 1542M. The paper "seeds" the context with question-answer
 pairs, decodes greedily and counts exact matches, as SQuAD does. It says neither which pairs nor how
-many. Here they are drawn from the training questions, and the sweep says how many.
+many. Here they are drawn from the training questions. The protocol `paper_prompt` has five of them;
+`exact_match` has as many as the sweep asks for, none by default.
 
 The rows are the open-domain form of the set, NQ-open (Lee et al., 2019), whose 3,610 validation
 questions have short answers. The paper's figure is from before it. Confidence is the probability of
@@ -22,6 +23,7 @@ from gpt2_jax.evaluate.task import Generated, GenerateUntil, Task
 from gpt2_jax.evaluate.tasks.coqa import normalized
 
 N_NEW = 32  # an answer's most tokens; NQ-open keeps answers of up to five words
+PAPER_SHOTS = 5  # pairs of paper_prompt; the paper does not say how many it took
 BINS = 10  # of confidence
 GAPS = tuple(f"gap{i}" for i in range(BINS))  # each bin's sum of confidence minus correctness
 PUBLISHED = "https://github.com/google-research-datasets/natural-questions (nq_open)"
@@ -139,12 +141,12 @@ def _source(split: str, tfds_split: str, examples: Source | None = None) -> Sour
   )
 
 
-TASKS = (
-  Task(
+def _task(protocol: str, prompt: str, shots: int = 0) -> Task:
+  return Task(
     name="natural_questions",
-    protocol="exact_match",
-    description="exact match (SQuAD's normalization) of the greedy line after Q: and A:, NQ-open "
-    "(paper, 3.8)",
+    protocol=protocol,
+    description="exact match (SQuAD's normalization) of the greedy line after "
+    f"{prompt}Q: and A:, NQ-open (paper, 3.8)",
     source=_source("dev", "validation", examples=_source("train", "train")),
     requests=_requests,
     sums=_sums,
@@ -154,5 +156,11 @@ TASKS = (
     },
     example=_example,
     separator="\n",
-  ),
+    shots=shots,
+  )
+
+
+TASKS = (
+  _task("exact_match", ""),
+  _task("paper_prompt", f"{PAPER_SHOTS} pairs (count not published), ", PAPER_SHOTS),
 )

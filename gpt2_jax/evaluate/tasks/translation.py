@@ -4,8 +4,9 @@
 Section 3.7 of the GPT-2 paper: BLEU 5 and 11.5 at 1542M. The paper conditions on "example pairs of
 the format english sentence = french sentence", then `english sentence =`, decodes greedily and
 takes the first sentence. It says neither how many pairs nor from where. Here they are
-newstest2013's, each on its line, and the sweep says how many. BLEU is sacrebleu's (13a, cased,
-exponential smoothing), computed from sums.
+newstest2013's, each on its line. The protocol `paper_prompt` has five of them; the other protocols
+have as many as the sweep asks for, none by default. BLEU is sacrebleu's (13a, cased, exponential
+smoothing), computed from sums.
 """
 
 import functools
@@ -22,6 +23,7 @@ from gpt2_jax.evaluate.task import Generated, GenerateUntil, Task
 from gpt2_jax.evaluate.tasks.summarization import sentences
 
 N_NEW = 200  # a translation's most tokens; the end of a line ends it sooner
+PAPER_SHOTS = 5  # pairs of paper_prompt; the paper does not say how many it took
 ORDERS = (1, 2, 3, 4)  # of n-grams
 MATCHES = tuple(f"matches{n}" for n in ORDERS)
 NGRAMS = tuple(f"ngrams{n}" for n in ORDERS)
@@ -181,25 +183,30 @@ def _source(year: int, split: str, examples: Source | None = None) -> Source:
   )
 
 
-def _tasks(language: str, target: str) -> tuple[Task, Task]:
-  """The translation from `language` to `target` under both protocols."""
+def _tasks(language: str, target: str) -> tuple[Task, ...]:
+  """The translation from `language` to `target` under each protocol."""
 
-  def task(protocol: str, cut: Callable[[str], str]) -> Task:
+  def task(protocol: str, prompt: str, cut: Callable[[str], str], shots: int = 0) -> Task:
     # the examples are of the year before: newstest2014 is the test set
     return Task(
       name=f"wmt14_{language}_{target}",
       protocol=protocol,
-      description=f"BLEU (sacrebleu, 13a) of the {protocol.replace('_', ' ')} after `sentence =`, "
-      "greedy, newstest2014 (paper, 3.7)",
+      description=f"BLEU (sacrebleu, 13a) of the {prompt}, greedy, newstest2014 (paper, 3.7)",
       source=_source(2014, "test", examples=_source(2013, "validation")),
       requests=functools.partial(_requests, language),
       sums=functools.partial(_sums, target, cut),
       metrics={"bleu": Metric(bleu, KEYS, True, "BLEU")},
       example=functools.partial(_example, language, target),
       separator="\n",
+      shots=shots,
     )
 
-  return task("first_sentence", cut_at_sentence), task("first_line", cut_at_line)
+  after_pairs = f"first sentence after {PAPER_SHOTS} pairs (count not published) and `sentence =`"
+  return (
+    task("first_sentence", "first sentence after `sentence =`", cut_at_sentence),
+    task("first_line", "first line after `sentence =`", cut_at_line),
+    task("paper_prompt", after_pairs, cut_at_sentence, PAPER_SHOTS),
+  )
 
 
 TASKS = (*_tasks("en", "fr"), *_tasks("fr", "en"))

@@ -88,23 +88,70 @@ def entries(table: str, beginning: str) -> list[str]:
   return [entry.strip() for entry in line.strip("|").split(" | ")]
 
 
-def test_the_papers_figures_are_of_metrics_that_there_are():
+def figures(task: str, protocol: str, metric: str, shots: int = 0) -> dict:
+  """The paper's scores that a cell would have beside it."""
+  return paper.paper_scores({"task": task, "protocol": protocol, "shots": shots}, metric)
+
+
+def test_the_papers_figures_are_of_metrics_and_protocols_that_there_are():
   assert "Radford et al. 2019" in paper.paper()["source"]
   for one in paper.paper()["figures"]:
     assert set(one["sizes"]) <= set(SIZES), one
-    for protocol in one.get("protocols", tasks.TASKS[one["task"]]):
-      assert one["metric"] in tasks.get(one["task"], protocol).metrics, one
+    for protocol in one["protocols"]:
+      task = tasks.get(one["task"], protocol)
+      assert one["metric"] in task.metrics, one
+      # where the protocol has a number of examples, it is the figure's
+      assert task.shots == one.get("shots", 0), one
+  for one in paper.paper()["references"]:
+    for protocol in one["protocols"]:
+      assert set(one["scores"]) == set(tasks.get(one["task"], protocol).metrics), one
 
 
 def test_the_papers_lambada_is_with_a_filter_where_there_is_one():
-  assert paper.paper_scores("lambada", "stop_words", "accuracy")["1542M"] == 63.24
-  assert paper.paper_scores("lambada", "last_word", "accuracy") == {"1542M": 52.66}
-  assert paper.paper_scores("lambada", "last_word", "perplexity")["117M"] == 35.13
-  assert (
-    paper.paper_scores("lambada", "last_word", "f1")
-    == paper.paper_scores("piqa", "lm_eval", "accuracy")
-    == {}
-  )
+  assert figures("lambada", "stop_words", "accuracy")["1542M"] == 63.24
+  assert figures("lambada", "last_word", "accuracy") == {"1542M": 52.66}
+  assert figures("lambada", "last_word", "perplexity")["117M"] == 35.13
+  assert figures("lambada", "last_word", "f1") == figures("piqa", "lm_eval", "accuracy") == {}
+
+
+def test_no_figure_of_the_paper_is_beside_another_number_of_examples():
+  """Of all tasks, protocols and numbers of examples, those are few that ask as the paper asked."""
+  for name, protocols in tasks.TASKS.items():
+    for task in protocols.values():
+      for metric in task.metrics:
+        for shots in (0, 1, 5, 8):
+          compared = figures(name, task.protocol, metric, shots)
+          assert not compared or shots == task.shots, (name, task.protocol, metric, shots)
+  for name in ("wmt14_en_fr", "wmt14_fr_en", "natural_questions"):
+    with_figures = [
+      p for p in tasks.TASKS[name] for m in ("bleu", "exact_match") if figures(name, p, m, 5)
+    ]
+    assert with_figures == ["paper_prompt"]
+
+
+def test_table_4_has_its_mean_and_its_reference_lines(tmp_path, config):
+  means = {p: figures("cnn_dailymail", p, "rouge_mean").get("1542M") for p in ("tldr", "no_hint")}
+  assert means == {"tldr": 21.40, "no_hint": 15.03}
+  # each mean is that of its three
+  for protocol, mean in means.items():
+    three = [figures("cnn_dailymail", protocol, f"rouge{x}")["1542M"] for x in "12L"]
+    assert sum(three) / 3 == pytest.approx(mean, abs=0.006)
+  identity = {"task": "cnn_dailymail", "protocol": "tldr", "shots": 0}
+  assert paper.paper_references(identity, "rouge_mean") == {"lede-3": 31.55, "random-3": 20.98}
+  assert not paper.paper_references(identity | {"shots": 1}, "rouge_mean")
+  for one in paper.paper()["references"]:
+    scores = one["scores"]
+    three = sum(scores[f"rouge{x}"] for x in "12L") / 3
+    assert three == pytest.approx(scores["rouge_mean"], abs=0.006)
+
+  scored = cell("small", [1, 0], task="cnn_dailymail", protocol="tldr")
+  scored["metrics"] = {"rouge_mean": scored["metrics"]["accuracy"]}
+  table = write(tmp_path, config, [scored])
+  lines = table.split("## Reference lines (Radford et al. 2019")[1]
+  assert "- cnn_dailymail:tldr:0, rouge mean (%) ↑: lede-3 31.55, random-3 20.98" in lines
+  [result] = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+  assert result["metrics"]["rouge_mean"]["references"]["lede-3"] == 31.55
+  assert "Reference lines" not in write(tmp_path, config, [cell("small", [1, 0])])
 
 
 def test_all_tasks_of_the_config_exist():
@@ -265,15 +312,11 @@ def test_an_overlap_of_other_rows_splits_nothing_and_is_told(tmp_path, config, o
 
 
 def test_the_paper_is_beside_its_own_protocols_alone():
-  assert paper.paper_scores("wikitext2", "invertible", "perplexity") and paper.paper_scores(
-    "cbt_cn", "paper", "accuracy"
-  )
+  assert figures("wikitext2", "invertible", "perplexity") and figures("cbt_cn", "paper", "accuracy")
   for task, protocol in (("wikitext2", "lm_eval"), ("ptb", "megatron"), ("lm1b", "raw")):
-    assert paper.paper_scores(task, protocol, "perplexity") == {}
-  named = [
-    (one["task"], name) for one in paper.paper()["figures"] for name in one.get("protocols", [None])
-  ]
-  assert all(tasks.get(*pair) for pair in named), "no figure is of a protocol that there is not"
+    assert figures(task, protocol, "perplexity") == {}
+  for protocol in ("last_piece", "openai_last_piece", "original_stop_words"):
+    assert figures("lambada", protocol, "accuracy") == {}
 
 
 def test_confidence_is_told_beside_the_scores(tmp_path, config):
