@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 import gpt2_jax.distributed as distributed
 from gpt2_jax.evaluate import runner, sources, tasks
+from gpt2_jax.evaluate.sweep import bootstrap
 from gpt2_jax.evaluate.sweep.models import SweptModel
 from gpt2_jax.evaluate.task import Task
 from gpt2_jax.files import (
@@ -360,6 +361,9 @@ def _check_metric(name: str, score: dict, value: float) -> None:
   is_number = [x is None or math.isfinite(x) for x in numbers]
   if not all(is_number) or not isinstance(score["unit"], str):
     raise ValueError(f"its {name} has no value, low and high")
+  # Cells from before intervals had more than one method do not say it.
+  if score.get("method", bootstrap.PERCENTILE) not in bootstrap.METHODS:
+    raise ValueError(f"its {name} has an interval by {str(score['method'])[:40]!r}")
 
   # Not equal bit by bit: exp may differ between libraries of mathematics.
   same = score["value"] is None

@@ -393,19 +393,22 @@ def _metrics(task: Task, items: runner.Items, config: ConfigDict) -> dict:
   intervals = bootstrap.intervals(task.metrics, items, config.resamples, config.seed)
   metrics = {}
   for name, metric in task.metrics.items():
-    numbers = intervals[name]._asdict()
+    value, low, high, method = intervals[name]
+    numbers = {"value": value, "low": low, "high": high}
     metrics[name] = {key: x if math.isfinite(x) else None for key, x in numbers.items()}
-    metrics[name] |= {"unit": metric.unit, "higher": metric.higher}
+    metrics[name] |= {"unit": metric.unit, "higher": metric.higher, "method": method}
   return metrics
 
 
 def _refresh_intervals(path: pathlib.Path, cell: Cell, config: ConfigDict) -> None:
   """Draws a cell's intervals again, if the config asks for another number of resamples.
 
-  The items' sums are in the file, so that no model is needed.
+  Likewise those of a cell from before it said how they were found: all were percentiles then. The
+  items' sums are in the file, so that no model is needed.
   """
   content = cells.read(path, cell.identity)
-  if content["resamples"] != config.resamples:
+  says_how = all("method" in score for score in content["metrics"].values())
+  if content["resamples"] != config.resamples or not says_how:
     metrics = _metrics(cell.task.task, content["sums"], config)
     sums = _as_lists(content["sums"])
     cells.write(path, content | {"resamples": config.resamples, "metrics": metrics, "sums": sums})

@@ -132,10 +132,11 @@ def _heading(config: ConfigDict, cells: Sequence[dict]) -> list[str]:
     items = f"**The first {config.limit:,} items of each task, and no others.**"
   stride = config.stride or "the whole context"
   return [
-    "# Zero-shot scores",
+    "# Scores",
     "",
     f"{items} {config.dtype}, seed {config.seed}, windows over long texts slide by {stride}. In "
-    f"brackets 95 % intervals, a bootstrap over items with {config.resamples:,} resamples. Paper: "
+    f"brackets 95 % intervals, a bootstrap over items with {config.resamples:,} resamples: "
+    "bias-corrected and accelerated (BCa), or percentiles where a † stands. Paper: "
     f"{paper()['source']}, for models of its four sizes whatever their weights; drift: score minus "
     "paper, in half widths of the interval. Truncated: items whose context was cut to fit. An "
     "interval without width says only that all items are alike.",
@@ -405,7 +406,10 @@ def _number(x: float | None) -> str:
 
 
 def _interval(score: dict) -> str:
-  return f"{_number(score['value'])} [{_number(score['low'])}, {_number(score['high'])}]"
+  ends = f"[{_number(score['low'])}, {_number(score['high'])}]"
+  # Where all items are alike, no method would come to other ends.
+  is_percentile = score["method"] == bootstrap.PERCENTILE and score["low"] != score["high"]
+  return f"{_number(score['value'])} {ends}{'†' if is_percentile else ''}"
 
 
 def _difference(difference: Difference | None) -> str:

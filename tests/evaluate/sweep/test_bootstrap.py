@@ -3,6 +3,7 @@
 models."""
 
 import math
+import types
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from gpt2_jax.evaluate.sweep import bootstrap
 
 ACCURACY = {"accuracy": percent("correct")}
 PERPLEXITY = {"perplexity": perplexity("words")}
+LEVELS = (0.025, 0.975)
 
 
 def answers(correct) -> dict[str, np.ndarray]:
@@ -22,6 +24,14 @@ def texts(n: int, seed: int = 0) -> dict[str, np.ndarray]:
   rng = np.random.default_rng(seed)
   words = rng.integers(1, 40, n)
   return {"items": np.ones(n), "nats": words * rng.gamma(8, 0.4, n), "words": words.astype(float)}
+
+
+def resampled(metrics, items, seed: int = 0, resamples: int = 999) -> np.ndarray:
+  """The scores of the resamples that `intervals` draws."""
+  [name] = metrics
+  keys, items_NK = bootstrap._stack(metrics, items)
+  counts = np.concatenate(list(bootstrap.draw_counts(len(items_NK), resamples, seed)))
+  return bootstrap._scores(metrics, keys, counts @ items_NK)[name]
 
 
 def test_the_interval_of_a_share_is_the_binomials():
@@ -56,12 +66,15 @@ def test_a_lower_level_is_a_narrower_interval():
 
 def test_items_that_are_all_alike_have_no_spread():
   interval = bootstrap.intervals(ACCURACY | {"mean": mean("correct")}, answers(np.ones(50)), 200)
-  assert interval == {"accuracy": (100, 100, 100), "mean": (1, 1, 1)}
+  assert interval["accuracy"][:3] == (100, 100, 100) and interval["mean"][:3] == (1, 1, 1)
+  # BCa asks for a spread
+  assert {one.method for one in interval.values()} == {bootstrap.PERCENTILE}
 
 
 def test_one_item_has_a_score_and_no_interval():
   interval = bootstrap.intervals(ACCURACY, answers([1]), 50)["accuracy"]
   assert interval.value == 100 and math.isnan(interval.low) and math.isnan(interval.high)
+  assert interval.method == bootstrap.NO_INTERVAL
   difference = bootstrap.paired_differences(ACCURACY, answers([1]), answers([0]), 50)["accuracy"]
   assert (difference.value, difference.p) == (100, 1) and math.isnan(difference.low)
 
@@ -74,7 +87,8 @@ def test_a_perplexity_is_that_of_each_resample_in_a_plain_loop():
   assert interval.value == pytest.approx(
     math.exp(items["nats"].sum() / items["words"].sum()), rel=1e-12
   )
-  np.testing.assert_allclose(interval[1:], np.quantile(loop, [0.025, 0.975]), rtol=0.005)
+  ours = resampled(PERPLEXITY, items, resamples=20_000)
+  np.testing.assert_allclose(np.quantile(ours, LEVELS), np.quantile(loop, LEVELS), rtol=0.005)
 
 
 def test_the_seed_decides_and_the_size_of_a_part_does_not(monkeypatch):
@@ -87,7 +101,7 @@ def test_the_seed_decides_and_the_size_of_a_part_does_not(monkeypatch):
   )
   monkeypatch.setattr(bootstrap, "DRAWS", 7 * 90)
   parts = bootstrap.intervals(PERPLEXITY, items, 300, seed=3)
-  assert parts["perplexity"] == pytest.approx(first["perplexity"], rel=1e-12)
+  assert parts["perplexity"][:3] == pytest.approx(first["perplexity"][:3], rel=1e-12)
 
 
 def test_the_order_of_the_items_moves_no_end_by_more_than_the_draws_do():
@@ -95,7 +109,7 @@ def test_the_order_of_the_items_moves_no_end_by_more_than_the_draws_do():
   turned = {key: values[::-1] for key, values in items.items()}
   one, other = (bootstrap.intervals(PERPLEXITY, x)["perplexity"] for x in (items, turned))
   assert one.value == pytest.approx(other.value, rel=1e-12)
-  assert one[1:] == pytest.approx(other[1:], abs=0.05 * (one.high - one.low))
+  assert one[1:3] == pytest.approx(other[1:3], abs=0.05 * (one.high - one.low))
 
 
 def test_several_metrics_at_once_are_each_what_they_are_alone():
@@ -103,13 +117,13 @@ def test_several_metrics_at_once_are_each_what_they_are_alone():
   both = bootstrap.intervals(ACCURACY | PERPLEXITY, items, 500)
   for metrics in (ACCURACY, PERPLEXITY):
     [(name, alone)] = bootstrap.intervals(metrics, items, 500).items()
-    assert both[name] == pytest.approx(alone, rel=1e-12)
+    assert both[name][:3] == pytest.approx(alone[:3], rel=1e-12)
 
 
 def test_without_a_denominator_there_is_no_number_and_no_error():
   metrics = {"share": mean("correct", "answered")}
   none = answers([0, 0, 0]) | {"answered": np.zeros(3)}
-  assert all(map(math.isnan, bootstrap.intervals(metrics, none, 50)["share"][1:]))
+  assert all(map(math.isnan, bootstrap.intervals(metrics, none, 50)["share"][1:3]))
   # one resample in 27 divides by zero
   few = answers([1, 0, 0]) | {"answered": np.array([1.0, 0, 1])}
   assert bootstrap.intervals(metrics, few, 500)["share"].value == 0.5
@@ -166,7 +180,8 @@ def test_a_pair_turned_around_is_the_same_with_the_other_sign():
   )
   assert one.value == pytest.approx(-other.value) and one.p == pytest.approx(other.p, abs=1e-9)
   assert one.low == pytest.approx(-other.high, rel=0.05, abs=0.5)
-  assert bootstrap.paired_differences(PERPLEXITY, a, a, 100)["perplexity"] == (0, 0, 0, 1)
+  itself = bootstrap.paired_differences(PERPLEXITY, a, a, 100)["perplexity"]
+  assert itself == (0, 0, 0, bootstrap.PERCENTILE, 1)
 
 
 def test_only_the_same_number_of_items_pairs():
@@ -178,4 +193,98 @@ def test_a_metric_sees_the_sums_of_all_resamples_at_once():
   seen = []
   metric = Metric(lambda sums: seen.append(np.shape(sums["x"])) or sums["x"], ("x",), True, "")
   bootstrap.intervals({"": metric}, {"x": np.arange(5.0)}, 70)
-  assert seen == [(), (70,)]
+  assert seen == [(), (70,), (5,)]  # all items, the resamples, and all but one item
+
+
+# ---- BCa
+
+
+def scipy_edges(statistic, columns, scores_R):
+  """The ends of scipy's BCa interval of these resamples."""
+  from scipy import stats
+
+  drawn = types.SimpleNamespace(bootstrap_distribution=scores_R)
+  result = stats.bootstrap(
+    columns, statistic, n_resamples=0, paired=True, vectorized=False, bootstrap_result=drawn
+  )
+  return result.confidence_interval
+
+
+def between_neighbors(scores_R, end: float, expected: float) -> bool:
+  """Whether an end is the resample's score next to scipy's, which lies between two."""
+  in_order = np.sort(scores_R)
+  at = np.searchsorted(in_order, expected)
+  return in_order[max(0, at - 1)] <= end <= in_order[min(len(in_order) - 1, at + 1)]
+
+
+@pytest.mark.parametrize("n", [5, 12, 40])
+def test_bca_is_scipys(n):
+  pytest.importorskip("scipy.stats")
+  rng = np.random.default_rng(n)
+  words = rng.integers(1, 9, n).astype(float)
+  nats = words * rng.lognormal(0, 1, n)
+  items = {"items": np.ones(n), "words": words, "nats": nats, "correct": (nats > 3) * 1.0}
+  cases = [
+    (PERPLEXITY, lambda nats, words: np.exp(nats.sum() / words.sum()), (nats, words)),
+    ({"mean": mean("nats")}, lambda nats: nats.mean(), (nats,)),
+    (ACCURACY, lambda correct: 100 * correct.mean(), (items["correct"],)),
+  ]
+  for metrics, statistic, columns in cases:
+    scores_R = resampled(metrics, items)
+    [interval] = bootstrap.intervals(metrics, items, 999).values()
+    expected = scipy_edges(statistic, columns, scores_R)
+    assert interval.method == bootstrap.BCA
+    assert between_neighbors(scores_R, interval.low, expected.low)
+    assert between_neighbors(scores_R, interval.high, expected.high)
+    # and it is another than the percentiles': the perplexity is skewed to the right
+    if metrics is PERPLEXITY:
+      assert interval.high > np.quantile(scores_R, 0.975)
+
+
+def test_bca_of_a_difference_is_scipys():
+  pytest.importorskip("scipy.stats")
+  a, b = texts(30, 1), texts(30, 2)
+
+  def statistic(nats_a, words_a, nats_b, words_b):
+    return np.exp(nats_a.sum() / words_a.sum()) - np.exp(nats_b.sum() / words_b.sum())
+
+  scores_R = resampled(PERPLEXITY, a) - resampled(PERPLEXITY, b)
+  difference = bootstrap.paired_differences(PERPLEXITY, a, b, 999)["perplexity"]
+  columns = (a["nats"], a["words"], b["nats"], b["words"])
+  expected = scipy_edges(statistic, columns, scores_R)
+  assert difference.method == bootstrap.BCA
+  assert between_neighbors(scores_R, difference.low, expected.low)
+  assert between_neighbors(scores_R, difference.high, expected.high)
+
+
+def test_where_bca_is_not_defined_the_percentiles_stand_and_say_so():
+  metrics = {"share": mean("correct", "answered")}
+  # without the third item nothing is left to divide by
+  few = answers([1, 0, 1]) | {"answered": np.array([0.0, 0, 1])}
+  share = bootstrap.intervals(metrics, few, 500)["share"]
+  assert share.method == bootstrap.PERCENTILE and share.value == 2
+  scores_R = resampled(metrics, few, resamples=500)
+  ends = np.quantile(scores_R[~np.isnan(scores_R)], LEVELS, method="inverted_cdf")
+  assert (share.low, share.high) == tuple(ends)
+
+  # an infinite perplexity
+  many = {"nats": np.array([1e9, 1.0, 2]), "words": np.ones(3)}
+  assert bootstrap.intervals(PERPLEXITY, many, 99)["perplexity"].method == bootstrap.PERCENTILE
+  # a statistic that every resample exceeds
+  spread = Metric(lambda sums: np.abs(sums["x"]), ("x",), False, "")
+  x = np.random.default_rng(0).normal(size=9)
+  balanced = {"x": np.concatenate([x, -x])}
+  assert bootstrap.intervals({"": spread}, balanced, 99)[""].method == bootstrap.PERCENTILE
+
+
+def test_bca_covers_skewed_perplexities_more_often_than_the_percentiles():
+  rng = np.random.default_rng(0)
+  truth = math.exp(math.exp(0.5))
+  covered = {"BCa": 0, "percentile": 0}
+  for seed in range(200):
+    items = {"nats": rng.lognormal(0, 1, 50), "words": np.ones(50)}
+    interval = bootstrap.intervals(PERPLEXITY, items, 499, seed)["perplexity"]
+    covered["BCa"] += interval.low <= truth <= interval.high
+    low, high = np.quantile(resampled(PERPLEXITY, items, seed, 499), LEVELS)
+    covered["percentile"] += low <= truth <= high
+  assert covered["percentile"] < covered["BCa"] <= 197, covered

@@ -225,6 +225,34 @@ def test_another_number_of_resamples_draws_new_intervals_of_the_same_items(place
     np.testing.assert_array_equal(old["sums"]["nats"], new["sums"]["nats"])
 
 
+def test_a_cell_with_percentiles_gets_bca_of_the_same_sums_and_no_model_is_loaded(place):
+  before = run(place)
+  for path in (place.folder / "out" / "cells").iterdir():
+    old = json.loads(path.read_text())
+    del old["sha256"]
+    # as it was written before: the percentiles, and no word of how they were found
+    for score in old["metrics"].values():
+      del score["method"]
+      score["low"], score["high"] = score["value"] * 0.9, score["value"] * 1.1
+    cells.write(path, old)
+  after = run(place)
+  assert place.loads == ["a", "b"] and len(place.log()) == 4
+  assert scores(after) == scores(before)
+  assert after.cells[0]["metrics"]["perplexity"]["method"] == "BCa"
+
+
+def test_a_cell_says_of_each_interval_how_it_was_found(place):
+  run(place)
+  [path, *_] = (place.folder / "out" / "cells").iterdir()
+  content = json.loads(path.read_text())
+  assert {score["method"] for score in content["metrics"].values()} <= {"BCa", "percentile"}
+  content["metrics"]["perplexity"]["method"] = "guess"
+  del content["sha256"]
+  cells.write(path, content)
+  [text] = run(place).failed.values()
+  assert "interval by 'guess'" in text and str(path) in text
+
+
 def test_all_missing_datasets_are_one_error_before_any_model_is_loaded(place):
   place.config.tasks = ("first", "second", "taught::1")
   for name in ("second", "pool"):

@@ -58,11 +58,12 @@ def cell(
     "rows": "abc",
     "limit": 0,
   }
-  metrics = {
-    name: {key: x if math.isfinite(x) else None for key, x in intervals[name]._asdict().items()}
-    | {"unit": metric.unit, "higher": metric.higher}
-    for name, metric in METRICS.items()
-  }
+  metrics = {}
+  for name, metric in METRICS.items():
+    value, low, high, method = intervals[name]
+    ends = {"value": value, "low": low, "high": high}
+    metrics[name] = {key: x if math.isfinite(x) else None for key, x in ends.items()}
+    metrics[name] |= {"unit": metric.unit, "higher": metric.higher, "method": method}
   about = {
     "run": None,
     "step": None,
@@ -326,6 +327,18 @@ def test_confidence_is_told_beside_the_scores(tmp_path, config):
   )
   [line] = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
   assert line["calibration"]["most_confident"] == {"count": 1, "accuracy": 100.0}
+
+
+def test_percentiles_are_marked_where_they_stand_for_bca(tmp_path, config):
+  scored = cell("a", [1, 0, 0, 1, 1, 0, 0, 0])
+  assert scored["metrics"]["accuracy"]["method"] == "BCa"
+  assert "†" not in entries(write(tmp_path, config, [scored]), "lambada:last_word:0 | acc")[4]
+  scored["metrics"]["accuracy"]["method"] = "percentile"
+  table = write(tmp_path, config, [scored])
+  assert entries(table, "lambada:last_word:0 | acc")[4].endswith("]†")
+  assert "percentiles where a † stands" in table
+  # all items are alike: no interval
+  assert "†" not in entries(table, "lambada:last_word:0 | perp")[4]
 
 
 def test_a_pipe_in_a_name_does_not_end_its_column(tmp_path, config):
