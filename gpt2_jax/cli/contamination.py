@@ -50,12 +50,14 @@ _OUT = flags.DEFINE_string("out", None, "Where to write the overlap of each item
 
 
 def main() -> None:
-  from gpt2_jax.evaluate import contamination, sources, tasks
+  from gpt2_jax.evaluate import contamination, remote_data, sources, tasks
 
   # 1. The cheap checks first: the task, its rows, and that the results have a place.
   name, _, protocol = _TASK.value.partition(":")
   task = tasks.get(name, protocol or None)
   data_dir = user_path(_DATA_DIR.value) if _DATA_DIR.value is not None else None
+  if _DATA.value is not None and remote_data.is_file(_DATA.value):
+    tasks.check_file(task.source, _DATA.value)
   rows = sources.load(task.source, _DATA.value, data_dir)
   contamination.check_items(task, rows)
   check_places()

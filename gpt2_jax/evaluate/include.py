@@ -150,6 +150,8 @@ def _check_source(label: str, source: object) -> None:
   tuples = {
     "files": (source.files, str),
     "alternatives": (source.alternatives, str),
+    "other_names": (source.other_names, str),
+    "companions": (source.companions, str),
     "downloads": (source.downloads, Download),
   }
   for name, (values, kind) in tuples.items():

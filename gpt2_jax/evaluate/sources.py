@@ -30,6 +30,16 @@ MALFORMED = (
 # Halves of UTF-16 pairs: JSON can escape them, and no text has them.
 SURROGATE = re.compile("[\ud800-\udfff]")
 
+# How files begin that are no plain text.
+PACKED = {
+  b"\x1f\x8b": "gzip",
+  b"\x28\xb5\x2f\xfd": "zstd",
+  b"PK\x03\x04": "zip",
+  b"PAR1": "Parquet",
+}
+JSON_OBJECT = re.compile(rb'\[?\s*\{\s*"[^"\n]*"\s*:')
+MARKUP = re.compile(rb"<(\?xml|!doctype|srcset|refset|tstset|mteval)\b", re.IGNORECASE)
+
 
 @dataclasses.dataclass(frozen=True)
 class Download:
@@ -73,6 +83,9 @@ class Source:
   alternatives: tuple[
     str, ...
   ] = ()  # patterns that may stand for `files`, as an archive names them
+  other_names: tuple[str, ...] = ()  # patterns each of which alone may stand for `files`
+  companions: tuple[str, ...] = ()  # patterns of files that `read` opens beside those
+  any_file: bool = False  # for the user's own files: none is the published one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +106,28 @@ class DatasetRows(Sequence):
     """SHA-256 of the rows' content, in their order."""
     digest = hashlib.sha256()
     for row in self.rows:
-      digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+      digest.update(_canonical_json(row) + b"\n")
     return digest.hexdigest()
+
+  @functools.cached_property
+  def digests(self) -> frozenset[bytes]:
+    """SHA-256 of each row's content."""
+    return frozenset(map(_digest, self.rows))
+
+  def without(self, others: "DatasetRows") -> "DatasetRows":
+    """The rows that are not among others; itself if none is."""
+    if self.digests.isdisjoint(others.digests):
+      return self
+    rows = [row for row in self.rows if _digest(row) not in others.digests]
+    return DatasetRows(rows, self.origin)
+
+
+def _canonical_json(row: Row) -> bytes:
+  return json.dumps(row, sort_keys=True).encode()
+
+
+def _digest(row: Row) -> bytes:
+  return hashlib.sha256(_canonical_json(row)).digest()
 
 
 def load(source: Source, data: str | None = None, tfds_dir: str | None = None) -> DatasetRows:
@@ -141,7 +174,8 @@ def find_files(source: Source, data: str | None) -> list[pathlib.Path]:
     return [root]
 
   for folder in (root / source.name, root):
-    for patterns in (source.files, source.alternatives):
+    alone = [(pattern,) for pattern in source.other_names]
+    for patterns in (source.files, source.alternatives, *alone):
       matches = [sorted(folder.glob(pattern)) for pattern in patterns]
       # Every pattern has to match: a part of the files would be scored as if it were all.
       if all(matches) and matches:
@@ -223,6 +257,24 @@ def _json_object(line: str) -> dict:
   if not isinstance(value, dict):
     raise ValueError(f"a {type(value).__name__} where an object should be")
   return value
+
+
+def check_plain_text(path: pathlib.Path) -> None:
+  """Raises ValueError for a file that begins as packed files, JSON or markup do.
+
+  Read as lines of text it would get a score, which would be of its syntax.
+  """
+  with open(path, "rb") as file:
+    begin = file.read(4096)
+  for magic, name in PACKED.items():
+    if begin.startswith(magic):
+      raise ValueError(f"{path} is a {name} file, where plain text should be; unpack it first")
+
+  begin = begin.removeprefix(b"\xef\xbb\xbf").lstrip()
+  if JSON_OBJECT.match(begin):
+    raise ValueError(f"{path} is JSON, where plain text should be; is it the file of another task?")
+  if MARKUP.match(begin):
+    raise ValueError(f"{path} is XML or SGML, where plain text should be; is it of another task?")
 
 
 def text_field(record: dict, key: str) -> str:

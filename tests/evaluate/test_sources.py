@@ -2,6 +2,7 @@
 """Rows from published files and from TFDS, and what is said where there are none."""
 
 import dataclasses
+import gzip
 import json
 
 import numpy as np
@@ -93,6 +94,48 @@ def test_a_malformed_file_is_one_line(tmp_path, content, message):
   with pytest.raises(ValueError, match=message) as error:
     sources.load(TOY, str(path))
   one_line(error)
+
+
+@pytest.mark.parametrize(
+  "content, kind",
+  [
+    (gzip.compress(b"text"), "gzip file"),
+    (b"\x28\xb5\x2f\xfd\x00", "zstd file"),
+    (b"PK\x03\x04", "zip file"),
+    (b"PAR1\x15", "Parquet file"),
+    (b'{"text": "a"}\n', "is JSON"),
+    (b'\xef\xbb\xbf [\n {"text": "a"}]', "is JSON"),
+    (b'<refset setid="newstest2014">', "XML or SGML"),
+    (b"<?xml version='1.0'?>", "XML or SGML"),
+  ],
+)
+def test_what_is_no_plain_text_is_not_scored_as_one(tmp_path, content, kind):
+  path = tmp_path / "mine"
+  path.write_bytes(content)
+  readers = [("ptb", "invertible"), ("wikitext2", "invertible"), ("wikitext2", "megatron")]
+  readers += [("wikitext2", "lm_eval"), ("lm1b", "raw"), ("text", "whole")]
+  readers += [("lambada", "original_last_word")]
+  for reader in readers:
+    with pytest.raises(ValueError, match=kind) as error:
+      sources.load(tasks.get(*reader).source, str(path))
+    assert str(path) in one_line(error)
+
+
+def test_a_text_may_begin_as_json_does_under_a_texts_name(tmp_path):
+  path = tmp_path / "mine.txt"
+  path.write_text('{"a": 1}')
+  assert sources.load(tasks.get("text").source, str(path)).rows == [{"text": '{"a": 1}'}]
+  # these begin otherwise
+  for text in ("{ braces }", "[1] a note", "<unk> of the law", '"quoted": text'):
+    (tmp_path / "prose").write_text(text)
+    assert len(sources.load(tasks.get("ptb").source, str(tmp_path / "prose"))) == 1
+
+
+def test_rows_without_others_are_those_that_are_not_among_them():
+  rows = sources.DatasetRows([{"a": 1}, {"a": 2}, {"a": 1, "b": 0}], "here")
+  assert rows.without(sources.DatasetRows([{"a": 3}], "")) is rows
+  left = rows.without(sources.DatasetRows([{"b": 0, "a": 1}, {"a": 2}], ""))
+  assert left.rows == [{"a": 1}] and left.origin == "here"
 
 
 def test_a_file_without_rows_is_no_result(tmp_path):

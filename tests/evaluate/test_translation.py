@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
+import html
 import itertools
 import sys
+import time
 
 import numpy as np
 import pytest
 import sacrebleu
 
-from gpt2_jax.evaluate import runner
+from gpt2_jax.evaluate import remote_data, runner, sources
 from gpt2_jax.evaluate.sources import decoded
 from gpt2_jax.evaluate.sweep.cells import parse_task
 from gpt2_jax.evaluate.task import Generated
@@ -120,7 +122,80 @@ def test_files_that_are_not_parallel_are_refused(tmp_path):
   with pytest.raises(ValueError, match=r"segment 2 is empty"):
     list(read(path))
   with pytest.raises(ValueError, match=r"NAME-src.en.sgm"):
-    list(read(tmp_path / "newstest2014.fr"))
+    list(read(tmp_path / "newstest2014.de"))
+
+
+def write_sgm(folder, role: str, language: str, lines):
+  """A file of WMT's form: its names, its attributes, and entities."""
+  text = f'<{"src" if role == "src" else "ref"}set setid="newstest2014" srclang="any">\n'
+  for number, line in enumerate(lines, 1):
+    text += '<doc sysid="ref" docid="1012-bbc" genre="news" origlang="en">\n<hl>\n'
+    text += f'<seg id="{number}"> {html.escape(line)} </seg>\n</hl></doc>\n'
+  path = folder / f"newstest2014-fren-{role}.{language}.sgm"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(text + "</refset>\n", encoding="utf-8")
+  return path
+
+
+@pytest.mark.parametrize("folder", ["wmt14", "wmt14/test-full", ""])
+@pytest.mark.parametrize("roles", [("src", "ref"), ("ref", "src")])
+def test_the_files_of_wmts_archive_are_found_in_either_direction(tmp_path, folder, roles):
+  rows = [{"en": f"A & B {i}", "fr": f"A et <B> {i}"} for i in range(3)]
+  paths = []
+  for role, language in zip(roles, ("en", "fr"), strict=True):
+    paths.append(write_sgm(tmp_path / folder, role, language, [row[language] for row in rows]))
+  for task in (EN_FR, FR_EN):
+    assert sources.load(task.source, str(tmp_path)).rows == rows
+    # either file of the pair may be given
+    for path in paths:
+      assert sources.load(task.source, str(path)).rows == rows
+
+
+def test_both_files_of_a_pair_are_read_from_a_bucket(bucket, tmp_path):
+  bucket.put("data/wmt14/newstest2014.en", b"a\n")
+  bucket.put("data/wmt14/newstest2014.fr", b"b\n")
+  assert remote_data.load(EN_FR.source, "gs://bucket/data").rows == [{"en": "a", "fr": "b"}]
+  file = "gs://bucket/data/wmt14/newstest2014.fr"
+  assert remote_data.load(FR_EN.source, file).rows == [{"en": "a", "fr": "b"}]
+  for role, language in (("src", "en"), ("ref", "fr")):
+    path = write_sgm(tmp_path, role, language, ["c"])
+    bucket.put(f"sgm/test-full/{path.name}", path.read_bytes())
+  assert remote_data.load(EN_FR.source, "gs://bucket/sgm").rows == [{"en": "c", "fr": "c"}]
+
+
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    ('<seg id="1">a', "segment '1' has no end"),
+    ('<seg id="1">a<seg id="2">b</seg>', "two <seg> or two </seg> at character 13"),
+    ("a</seg>", "two <seg> or two </seg> at character 1"),
+    ('<doc docid="x"><seg id="2">a</seg></doc>', "segment 1 is 'x 2' here and '1' in"),
+    ("<refset></refset>", "has 0 segments and newstest2014-fren-ref.fr.sgm has 1"),
+    ('<!DOCTYPE x [<!ENTITY e SYSTEM "/etc/passwd">]><seg id="1">&e;</seg>', None),
+  ],
+)
+def test_sgml_that_is_not_parallel_is_refused_and_no_entity_is_a_file(tmp_path, content, message):
+  (tmp_path / "newstest2014-fren-ref.fr.sgm").write_text('<seg id="1">b</seg>')
+  path = tmp_path / "newstest2014-fren-src.en.sgm"
+  path.write_text(content)
+  if message is None:
+    assert list(read(path)) == [{"en": "&e;", "fr": "b"}]
+    return
+  with pytest.raises(ValueError, match=message) as error:
+    list(read(path))
+  assert "\n" not in str(error.value)
+
+
+def test_sgml_is_read_in_one_pass(tmp_path):
+  """Of many tags without an end, the second is refused; those that are no tags are passed over."""
+  path = tmp_path / "newstest2014-fren-src.en.sgm"
+  (tmp_path / "newstest2014-fren-ref.fr.sgm").write_text("<seg " * 300_000)
+  begin = time.perf_counter()
+  path.write_text("<seg id=1>" * 300_000)
+  with pytest.raises(ValueError, match="two <seg>"):
+    list(read(path))
+  path.write_text("<seg " * 300_000)
+  assert list(read(path)) == [] and time.perf_counter() - begin < 5
 
 
 def test_without_sacrebleu_the_command_is_named(monkeypatch):

@@ -95,6 +95,16 @@ class SweptTask:
     return [self.rows_source, self.examples_source]
 
 
+def example_rows(task: SweptTask, datasets: Datasets) -> sources.DatasetRows | None:
+  """The rows that few-shot examples are drawn from; None if they are the task's other rows.
+
+  No row under test is among them, even where one file serves for both.
+  """
+  if task.examples_source is None:
+    return None
+  return datasets[task.examples_source].without(datasets[task.rows_source])
+
+
 def parse_task(text: str) -> SweptTask:
   """Parses `task`, `task:protocol` or `task:protocol:shots`; an empty protocol is the task's first.
 
@@ -138,9 +148,8 @@ class Cell:
 def make_cell(model: SweptModel, task: SweptTask, datasets: Datasets, config: ConfigDict) -> Cell:
   """A cell with its identity; a limit that all rows are within is none."""
   rows = datasets[task.rows_source]
-  examples = []
-  if task.examples_source is not None:
-    examples = [datasets[task.examples_source].fingerprint]
+  pool = example_rows(task, datasets)
+  examples = [] if pool is None else [pool.fingerprint]
 
   # Batch size, mesh and number of resamples are not in it: scores do not depend on them.
   identity = {

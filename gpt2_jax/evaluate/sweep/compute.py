@@ -9,6 +9,7 @@ until it is through. A GPT-2 fits the devices of any one host, so no model is sp
 
 import contextlib
 import math
+import os
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 import gpt2_jax.distributed as distributed
 from gpt2_jax.convert.pretrained import load_pretrained
-from gpt2_jax.evaluate import remote_data, runner, sources
+from gpt2_jax.evaluate import remote_data, runner, sources, tasks
 from gpt2_jax.evaluate.scorers import Scorer
 from gpt2_jax.evaluate.sweep import bootstrap, cells
 from gpt2_jax.evaluate.sweep.cells import Cell, Datasets, Outcome, Sweep, SweptTask
@@ -81,6 +82,9 @@ def prepare(config: ConfigDict, out: str, skip_missing: bool = False) -> Sweep:
   absent = _tasks_without(requested, missing)
   failed = _tasks_without(requested, broken)
   ready = [task for name, task in requested.items() if name not in absent | failed]
+
+  failed |= _without_examples(ready, datasets)
+  ready = [task for task in ready if task.name not in failed]
 
   # 4. The cells. Those that are not there yet will ask for every row: all are written out now.
   of_tasks = {}
@@ -201,13 +205,25 @@ def _load_datasets(
 ) -> tuple[Datasets, dict[sources.Source, str], dict[sources.Source, str]]:
   """The rows of all sources; the sources that are missing, and the broken ones, with the reason."""
   datasets, missing, broken = {}, {}, {}
+
+  # 1. Where each source is looked for. A file in --data holds the rows under test and nothing else:
+  #    the examples of a task are files beside it.
+  is_file = data is not None and remote_data.is_file(data)
+  folder = data
+  if is_file:
+    folder = os.path.dirname(data) or "."
+  tested = {task.rows_source for task in requested}
   needed = {}
   for task in requested:
-    needed |= dict.fromkeys(task.all_sources)
+    for source in task.all_sources:
+      needed[source] = data if source in tested else folder
 
-  for source in needed:
+  # 2. Load each.
+  for source, place in needed.items():
     try:
-      datasets[source] = remote_data.load(source, data, tfds_dir)
+      if is_file and source in tested:
+        tasks.check_file(source, data)
+      datasets[source] = remote_data.load(source, place, tfds_dir)
     except FileNotFoundError as error:
       missing[source] = first_line(error, limit=ERROR_LENGTH)
     except (OSError, ImportError, *sources.MALFORMED) as error:
@@ -235,13 +251,28 @@ def _rows_and_pool(
 ) -> tuple[Sequence[sources.Row], int, int, Sequence[sources.Row]]:
   """What the runner takes of a task: the rows that are scored, shots, seed, and the examples."""
   rows = datasets[task.rows_source]
-  pool = rows
-  if task.examples_source is not None:
-    examples = datasets[task.examples_source]
-    # If one file serves for both, the runner must see the same rows: no item is its own example.
-    if examples.fingerprint != rows.fingerprint:
-      pool = examples
-  return rows[: config.limit or None], task.shots, config.seed, pool
+  pool = cells.example_rows(task, datasets)
+  return rows[: config.limit or None], task.shots, config.seed, rows if pool is None else pool
+
+
+def _without_examples(ready: Sequence[SweptTask], datasets: Datasets) -> dict[str, str]:
+  """The tasks whose examples are all under test, with the reason; says where some of them are."""
+  failed = {}
+  for task in ready:
+    pool = cells.example_rows(task, datasets)
+    if pool is None:
+      continue
+    total = len(datasets[task.examples_source])
+    text = (
+      f"{total - len(pool):,} of the {total:,} examples in {pool.origin[-200:]} are rows under test"
+    )
+    if not len(pool):
+      failed[task.name] = (
+        f"{text}, and no others are there; put {summarize(task.examples_source.files)} there"
+      )
+    elif len(pool) < total and distributed.is_primary():
+      print(f"{task.name}: {text}, and are not drawn", file=sys.stderr)
+  return failed
 
 
 def _tasks_without(

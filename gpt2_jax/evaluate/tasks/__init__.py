@@ -5,6 +5,7 @@ import difflib
 import fnmatch
 from collections.abc import Iterable
 
+from gpt2_jax.evaluate.sources import Source
 from gpt2_jax.evaluate.task import Task
 from gpt2_jax.evaluate.tasks import (
   cbt,
@@ -50,6 +51,37 @@ def add(task: Task, place: str) -> None:
       f"{place}: {task.name} has the protocol {task.protocol} already; take another name for it"
     )
   protocols[task.protocol] = task
+
+
+def published_datasets(name: str) -> list[str]:
+  """The datasets that publish a file of this name, by the names of their folders."""
+  datasets = {}
+  for protocols in TASKS.values():
+    for task in protocols.values():
+      for source in (task.source, task.source.examples):
+        if source is not None and name in _published_names(source):
+          datasets[source.name] = None
+  return list(datasets)
+
+
+def _published_names(source: Source) -> set[str]:
+  """The names of a source's files, as far as they are known: a pattern is no name."""
+  patterns = (*source.files, *source.alternatives, *source.other_names)
+  return {pattern.rpartition("/")[2] for pattern in patterns if "*" not in pattern}
+
+
+def check_file(source: Source, path: str) -> None:
+  """Raises ValueError if a file is by its name that of another dataset than `source` is of.
+
+  A name that no dataset has says nothing, and the file is then what its reader takes it for.
+  """
+  name = path.rpartition("/")[2]
+  owners = published_datasets(name)
+  if owners and source.name not in owners and not source.any_file:
+    raise ValueError(
+      f"{path[-200:]} is by its name the file of {', '.join(owners[:4])}, and {source.name} reads "
+      f"{source.files[0]}; give its own file, or the folder of both with --data=FOLDER"
+    )
 
 
 def matching(texts: Iterable[str]) -> list[str]:

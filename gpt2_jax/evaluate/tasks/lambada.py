@@ -35,6 +35,7 @@ from gpt2_jax.evaluate.sources import (
   Row,
   Source,
   at_place,
+  check_plain_text,
   json_lines,
   text_field,
 )
@@ -83,6 +84,7 @@ def _tfds_row(record: dict) -> Row:
 
 def read_original(path: pathlib.Path) -> Iterator[Row]:
   """Reads the authors' file, one passage a line."""
+  check_plain_text(path)
   with open(path, encoding="utf-8") as file:
     for number, line in enumerate(file, 1):
       # the last line may be empty

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 from gpt2_jax.evaluate import detokenizers
 from gpt2_jax.evaluate.metric import Metric, bits, mean, perplexity
-from gpt2_jax.evaluate.sources import Download, Row, Source
+from gpt2_jax.evaluate.sources import Download, Row, Source, check_plain_text
 from gpt2_jax.evaluate.task import Answer, Request, RollingLoglikelihood, Task
 from gpt2_jax.files import read_text
 
@@ -70,7 +70,7 @@ SEAM = "\ue000"  # a character for private use, in no text: it marks where artic
 
 def wikitext_articles(path: pathlib.Path) -> Iterator[Row]:
   """Reads WikiText by article; the text before the first heading belongs to the first."""
-  text = read_text(path)
+  text = _published_text(path)
   for article in _cut(text, _article_begins(text)):
     # an empty file is one empty article
     if article:
@@ -83,7 +83,7 @@ def megatron_articles(path: pathlib.Path) -> Iterator[Row]:
   Its rules see the whole file, and pair quotes across articles. The file is therefore detokenized
   in one piece, with marks at which it is cut afterwards.
   """
-  text = read_text(path)
+  text = _published_text(path)
   begins = _article_begins(text)
   published = _cut(text, begins)
 
@@ -106,7 +106,7 @@ def harness_pages(path: pathlib.Path) -> Iterator[Row]:
   the test set among them, and loses the newline between pages.
   """
   page = []
-  for line in read_text(path).split("\n"):
+  for line in _published_text(path).split("\n"):
     # a heading of a lower level has more equals signs
     heading = line.replace("= = =", "===").replace("= =", "==").strip()
     if heading.startswith("= ") and heading.endswith(" ="):
@@ -122,7 +122,7 @@ def harness_pages(path: pathlib.Path) -> Iterator[Row]:
 
 def read_lines(path: pathlib.Path, n: int = 1) -> Iterator[Row]:
   """Reads lines, `n` to a row, each with its line end."""
-  lines = re.findall(r"[^\n]*\n|[^\n]+", read_text(path))
+  lines = re.findall(r"[^\n]*\n|[^\n]+", _published_text(path))
   for begin in range(0, len(lines), n):
     yield {"text": "".join(lines[begin : begin + n])}
 
@@ -152,11 +152,21 @@ def held_out_end(path: pathlib.Path) -> Iterator[Row]:
 
 
 def whole_file(path: pathlib.Path) -> Iterator[Row]:
-  """Reads a file as one row. Raises ValueError if it is empty."""
+  """Reads a file as one row. Raises ValueError if it is empty.
+
+  JSON is a text only under the name of one: under another, its texts are meant, and not its syntax.
+  """
+  if path.suffix.lower() != ".txt":
+    check_plain_text(path)
   text = read_text(path)
   if not text:
     raise ValueError(f"{path} is empty: there is nothing to score")
   yield {"text": text}
+
+
+def _published_text(path: pathlib.Path) -> str:
+  check_plain_text(path)
+  return read_text(path)
 
 
 def _whole_characters(content: bytes) -> bytes:
@@ -341,7 +351,7 @@ def _mahoney(name: str) -> Source:
 
 ENWIK8 = _mahoney("enwik8")
 TEXT8 = _mahoney("text8")
-FILES = Source("text", ("*.txt",), whole_file, "anywhere")
+FILES = Source("text", ("*.txt",), whole_file, "anywhere", any_file=True)
 
 TASKS = (
   *_wikitext("wikitext2", "2"),

@@ -14,11 +14,12 @@ import html
 import pathlib
 import re
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from gpt2_jax.evaluate.metric import Metric, Sums
-from gpt2_jax.evaluate.sources import Download, Row, Source
+from gpt2_jax.evaluate.sources import Download, Row, Source, check_plain_text
 from gpt2_jax.evaluate.task import Generated, GenerateUntil, Task
 from gpt2_jax.evaluate.tasks.summarization import sentences
 
@@ -29,46 +30,98 @@ MATCHES = tuple(f"matches{n}" for n in ORDERS)
 NGRAMS = tuple(f"ngrams{n}" for n in ORDERS)
 KEYS = (*MATCHES, *NGRAMS, "length", "reference_length")
 
+FILE_NAME = re.compile(r"(?P<stem>.+?)(?P<role>-src|-ref)?\.(?P<language>en|fr)(?P<suffix>\.sgm)?")
+SGML_TAG = re.compile(r"<(/?)(doc|seg)\b([^<>]*)>", re.IGNORECASE)
+
 # ---- files to rows
 
 
 def read(path: pathlib.Path) -> Iterator[Row]:
-  """Reads parallel text: `NAME.en` and `NAME.fr`, one sentence a line.
+  """Reads parallel text: `NAME.en` and `NAME.fr`, one sentence a line; `path` is either of them.
 
-  Or `NAME-src.en.sgm` and `NAME-ref.fr.sgm`, as WMT packs them.
+  Or `NAME-src.en.sgm` and `NAME-ref.fr.sgm`, as WMT packs them, and the same with the languages in
+  the other direction. Both files of a pair lie in one folder.
   """
-  # 1. The other language's file lies in the same folder.
-  if path.name.endswith("-src.en.sgm"):
-    other = path.with_name(path.name.removesuffix("-src.en.sgm") + "-ref.fr.sgm")
-  elif path.suffix == ".en":
-    other = path.with_suffix(".fr")
-  else:
-    raise ValueError(
-      f"{path} is neither NAME.en, with NAME.fr beside it, nor NAME-src.en.sgm, with "
-      "NAME-ref.fr.sgm"
-    )
+  english_path, french_path = _pair_of_files(path)
+  english, french = _segments(english_path), _segments(french_path)
 
-  # 2. Segments pair by their place, so that both files must have as many.
-  english, french = _segments(path), _segments(other)
+  # Segments pair by their place, so that both files must have as many.
   if len(english) != len(french):
     raise ValueError(
-      f"{path} has {len(english):,} segments and {other.name} has {len(french):,}; they must be "
-      "parallel"
+      f"{english_path} has {len(english):,} segments and {french_path.name} has {len(french):,}; "
+      "they must be parallel"
     )
   for number, (en, fr) in enumerate(zip(english, french, strict=True), 1):
-    if not en or not fr:
-      raise ValueError(f"{path}: segment {number:,} is empty here or in {other.name}")
-    yield {"en": en, "fr": fr}
+    # The documents and numbers of SGML say whether the place is the right one.
+    if en.key != fr.key:
+      raise ValueError(
+        f"{english_path}: segment {number:,} is {en.key[:80]!r} here and {fr.key[:80]!r} in "
+        f"{french_path.name}; they must be parallel"
+      )
+    if not en.text or not fr.text:
+      raise ValueError(f"{english_path}: segment {number:,} is empty here or in {french_path.name}")
+    yield {"en": en.text, "fr": fr.text}
 
 
-def _segments(path: pathlib.Path) -> list[str]:
+class Segment(NamedTuple):
+  """A sentence of one language, and which it is: its document and number, where the file says."""
+
+  key: str
+  text: str
+
+
+def _pair_of_files(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+  """The English and the French file of a pair, of which `path` is one."""
+  name = FILE_NAME.fullmatch(path.name)
+  if not name:
+    raise ValueError(
+      f"{path} is neither NAME.en or NAME.fr, with the other beside it, nor NAME-src.en.sgm, with "
+      "NAME-ref.fr.sgm, nor the same with the languages exchanged"
+    )
+  stem, role, language, suffix = name.group("stem", "role", "language", "suffix")
+  other_language = {"en": "fr", "fr": "en"}[language]
+  # A source pairs with a reference. WMT publishes the same text in both roles.
+  other_role = {"-src": "-ref", "-ref": "-src", "": ""}[role or ""]
+  other = path.with_name(f"{stem}{other_role}.{other_language}{suffix or ''}")
+  return (path, other) if language == "en" else (other, path)
+
+
+def _segments(path: pathlib.Path) -> list[Segment]:
+  """The sentences of a file, in their order."""
   text = path.read_text(encoding="utf-8")
   if path.suffix == ".sgm":
-    segments = map(html.unescape, re.findall(r"<seg\b[^>]*>(.*?)</seg>", text, re.S))
-  else:
-    # not splitlines(), which would also split at U+2028 within a sentence
-    segments = text.removesuffix("\n").split("\n")
-  return list(map(str.strip, segments))
+    return list(_sgml_segments(path, text))
+
+  check_plain_text(path)
+  # not splitlines(), which would also split at U+2028 within a sentence
+  lines = text.removesuffix("\n").split("\n")
+  return [Segment("", line.strip()) for line in lines]
+
+
+def _sgml_segments(path: pathlib.Path, text: str) -> Iterator[Segment]:
+  """The segments of WMT's SGML: one pass over its tags, of which only doc and seg count.
+
+  Entities are those of characters. Nothing else of SGML is read: neither a DTD nor another file.
+  """
+  document, key, begin = "", None, 0
+  for tag in SGML_TAG.finditer(text):
+    is_end, name, attributes = tag.group(1) == "/", tag.group(2).lower(), tag.group(3)
+    if name == "doc":
+      document = _attribute(attributes, "docid")
+    elif not is_end and key is None:
+      key, begin = f"{document} {_attribute(attributes, 'id')}".strip(), tag.end()
+    elif is_end and key is not None:
+      yield Segment(key, html.unescape(text[begin : tag.start()]).strip())
+      key = None
+    else:
+      raise ValueError(f"{path} is malformed: two <seg> or two </seg> at character {tag.start():,}")
+  if key is not None:
+    raise ValueError(f"{path} is malformed: segment {key[:80]!r} has no end")
+
+
+def _attribute(attributes: str, name: str) -> str:
+  match = re.search(rf"\b{name}\s*=\s*[\"']?([^\s\"']*)", attributes, re.IGNORECASE)
+  return match.group(1) if match else ""
 
 
 def _tfds_row(record: dict) -> Row:
@@ -168,11 +221,32 @@ DOWNLOADS = {
 }
 
 
+# As WMT's archives name them, unpacked here or into their own folder, in either direction.
+OTHER_NAMES = {
+  2014: (
+    "newstest2014-fren-ref.en.sgm",
+    "test-full/newstest2014-fren-src.en.sgm",
+    "test-full/newstest2014-fren-ref.en.sgm",
+    "test/newstest2014-fren-src.en.sgm",
+    "test/newstest2014-fren-ref.en.sgm",
+  ),
+  2013: (
+    "newstest2013-src.en.sgm",
+    "newstest2013-ref.en.sgm",
+    "dev/newstest2013.en",
+    "dev/newstest2013-src.en.sgm",
+    "dev/newstest2013-ref.en.sgm",
+  ),
+}
+
+
 def _source(year: int, split: str, examples: Source | None = None) -> Source:
   return Source(
     name="wmt14",
     files=(f"newstest{year}.en",),
     alternatives=(f"newstest{year}-fren-src.en.sgm",),
+    other_names=OTHER_NAMES[year],
+    companions=(f"newstest{year}.[ef][nr]", f"newstest{year}*.sgm"),
     read=read,
     url=f"https://www.statmt.org/wmt14 (newstest{year}.en and newstest{year}.fr)",
     tfds="wmt14_translate/fr-en",

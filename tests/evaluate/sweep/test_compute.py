@@ -67,8 +67,8 @@ def place(tmp_path, monkeypatch):
     write_rows(tmp_path, name)
   pool = Source("pool", ("rows.jsonl",), json_lines, "https://example.org/pool")
   monkeypatch.setitem(tasks.TASKS, "taught", {"plain": toy("taught", examples=pool)})
-  for name in ("taught", "pool"):
-    write_rows(tmp_path, name)
+  write_rows(tmp_path, "taught")
+  write_rows(tmp_path, "pool", begin=30)
   config = zero_shot.get_config()
   with config.unlocked():
     config.models = tuple(str(model(tmp_path, name)) for name in "ab")
@@ -373,12 +373,74 @@ def test_nothing_to_do_is_said(place):
     run(place)
 
 
-def test_no_item_is_its_own_example_where_one_file_serves_for_both(place):
+def test_no_row_under_test_is_an_example_where_one_file_would_serve_for_both(place):
   place.config.tasks, place.config.models = ("taught::1",), place.config.models[:1]
   place.config.data = str(place.folder / "data" / "taught" / "rows.jsonl")
+  with pytest.raises(ValueError, match="9 of the 9 examples in .*taught/rows.jsonl are rows under"):
+    run(place)
+  assert not place.loads
+  # without examples the file serves
+  place.config.tasks = ("taught",)
+  assert len(run(place).cells) == 1
+
+
+def test_examples_of_a_file_lie_beside_it(place, monkeypatch):
+  pool = Source("pool", ("pool.jsonl",), json_lines, "https://example.org/pool")
+  monkeypatch.setitem(tasks.TASKS, "taught", {"plain": toy("taught", examples=pool)})
+  place.config.tasks, place.config.models = ("taught::1",), place.config.models[:1]
+  path = write_rows(place.folder, "taught")
+  place.config.data = str(path)
+  with pytest.raises(FileNotFoundError, match="pool: pool.jsonl not found.*--skip_missing"):
+    run(place)
+  write_rows(place.folder, "pool", begin=50).rename(path.parent / "pool.jsonl")
   run(place)
-  parts = [request.context.replace(" w", "").split("\n\n") for request in place.requests]
-  assert len(parts) == 9 and all(example != own for example, own in parts)
+  examples = [request.context.split(" w\n\n")[0] for request in place.requests]
+  assert len(examples) == 9 and all(len(example) >= 50 for example in examples)
+
+
+def test_rows_under_test_are_left_out_of_the_examples_and_said(place, capfd):
+  write_rows(place.folder, "pool", n=20)
+  place.config.tasks = ("taught::1",)
+  run(place)
+  assert "9 of the 20 examples in" in capfd.readouterr().err
+  tested = {"x" * n for n in range(3, 12)}
+  examples = {request.context.split(" w\n\n")[0] for request in place.requests}
+  assert examples and not examples & tested
+
+  # what is left is what the cell is of
+  [[cell], _] = compute.prepare(place.config, place.out).cells
+  write_rows(place.folder, "pool", n=11, begin=12)
+  [[alone], _] = compute.prepare(place.config, place.out).cells
+  assert alone.identity == cell.identity
+
+
+@pytest.mark.parametrize(
+  "task, name, owners",
+  [
+    ("ptb", "wiki.test.tokens", "wikitext2, wikitext103"),
+    ("lambada", "NQ-open.dev.jsonl", "natural_questions"),
+    ("wmt14_en_fr", "ptb.test.txt", "ptb"),
+    ("coqa", "newstest2014-fren-src.en.sgm", "wmt14"),
+  ],
+)
+def test_a_file_that_is_by_its_name_another_tasks_is_refused(
+  place, monkeypatch, task, name, owners
+):
+  path = place.folder / name
+  path.write_text(" = A =\n")
+  place.config.tasks, place.config.data = (task,), str(path)
+  with pytest.raises(ValueError, match=f"{name} is by its name the file of {owners}, and"):
+    run(place)
+  assert not place.loads
+
+
+def test_the_other_tasks_of_a_sweep_read_the_file_that_is_theirs(place):
+  path = place.folder / "ptb.test.txt"
+  path.write_text(" no it was n't black monday \n" * 40)
+  place.config.tasks, place.config.data = ("ptb", "wikitext2", "text"), str(path)
+  sweep = compute.prepare(place.config, place.out)
+  assert [cell.task.name for cell in sweep.cells[0]] == ["ptb:invertible:0", "text:whole:0"]
+  assert "is by its name the file of ptb" in sweep.failed["wikitext2:invertible:0"]
 
 
 # ---- what can be known at the start is said at the start
