@@ -175,7 +175,18 @@ class Scorer:
     self, requests: Sequence[RollingLoglikelihood], numbers
   ) -> list[Likelihood]:
     texts = [request.text for request in requests]
-    return self.rolling_loglikelihoods(encode_texts(self.tokenizer, texts))
+    if self.tokenizer.eot is not None:
+      return self.rolling_loglikelihoods(encode_texts(self.tokenizer, texts))
+
+    # Without `<|endoftext|>` each text's first token has no score.
+    ids, unscored = [], []
+    for text in texts:
+      ids_of_text, starts = encode_with_starts(self.tokenizer, text)
+      ids.append(ids_of_text)
+      unscored.append(text[: _first_token_end(starts, text)])
+    scores = self.rolling_loglikelihoods(ids)
+    pairs = zip(scores, unscored, strict=True)
+    return [dataclasses.replace(likelihood, unscored=text) for likelihood, text in pairs]
 
   def _contiguous_loglikelihoods(
     self, requests: Sequence[RollingLoglikelihood], numbers
@@ -183,7 +194,9 @@ class Scorer:
     """Rolling log-likelihood of one text in parts: a token belongs to the part it begins in."""
     # 1. Score the parts as one text. Without `<|endoftext|>` its first token has no score.
     texts = [request.text for request in requests]
-    ids, starts = encode_with_starts(self.tokenizer, "".join(texts))
+    whole = "".join(texts)
+    ids, starts = encode_with_starts(self.tokenizer, whole)
+    first_end = 0 if self.tokenizer.eot is not None else _first_token_end(starts, whole)
     [(nats_T, first_T)] = self._score_windows([ids])
     scored_starts = starts[len(ids) - len(nats_T) :]
 
@@ -192,7 +205,13 @@ class Scorer:
     part_T = np.searchsorted(ends, scored_starts, side="right")
     cuts = np.searchsorted(part_T, np.arange(1, len(requests)))
     parts = zip(np.split(nats_T, cuts), np.split(first_T, cuts), strict=True)
-    return list(map(_likelihood, parts))
+
+    # 3. The token without a score may reach over several parts.
+    likelihoods = []
+    for text, end, scores in zip(texts, ends, parts, strict=True):
+      in_part = max(0, first_end - (int(end) - len(text)))
+      likelihoods.append(dataclasses.replace(_likelihood(scores), unscored=text[:in_part]))
+    return likelihoods
 
   def _generate_until(
     self, requests: Sequence[GenerateUntil], numbers: Sequence[int]
@@ -336,6 +355,11 @@ class Scorer:
   @functools.cached_property
   def _inference_model(self) -> InferenceModel:
     return for_inference(self.model)
+
+
+def _first_token_end(starts: np.ndarray, text: str) -> int:
+  """The character at which a text's second token begins; its end if there is none."""
+  return int(starts[1]) if len(starts) > 1 else len(text)
 
 
 def _check_pair(context: Ids, continuation: Ids, n_ctx: int) -> None:

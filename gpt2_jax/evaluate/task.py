@@ -31,7 +31,7 @@ class Loglikelihood:
 class RollingLoglikelihood:
   """Request for the log-likelihood of a text of any length, in sliding windows.
 
-  The text's first token is scored after `<|endoftext|>`.
+  The text's first token is scored after `<|endoftext|>`; without such a token it has no score.
   """
 
   text: str
@@ -76,6 +76,9 @@ class Likelihood:
   greedy: bool  # whether each of them was the model's first choice
   # Whether the context lost its beginning, so that all fits n_ctx. Never for a rolling request.
   truncated: bool
+  # Of a rolling request, the beginning of the text that has no score: its first token, if the
+  # tokenizer has no `<|endoftext|>` to predict it from. Count words and bytes without it.
+  unscored: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

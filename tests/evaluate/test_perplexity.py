@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -15,7 +16,7 @@ from gpt2_jax.evaluate.scorers import Scorer
 from gpt2_jax.evaluate.task import Likelihood
 from gpt2_jax.evaluate.tasks import perplexity
 from gpt2_jax.model import ModelConfig
-from gpt2_jax.tokenizer import Gpt2Bpe
+from gpt2_jax.tokenizer import Characters, Gpt2Bpe
 
 needs_data = pytest.mark.skipif(
   "GPT2_JAX_TEST_DATA" not in os.environ, reason="GPT2_JAX_TEST_DATA is not set"
@@ -150,7 +151,8 @@ def test_an_article_begins_at_a_heading_between_empty_lines(tmp_path):
 def test_the_units_are_those_of_the_published_text():
   task, row = TASKS["ptb", "invertible"], {"text": " it was n't \n é \n"}
   items = [task.sums(row, [Likelihood(12.0, 4, False, False)])]
-  assert items == [{"nats": 12.0, "tokens": 4.0, "words": 6.0, "bytes": 18.0, "characters": 17.0}]
+  units = {"words": 6.0, "bytes": 18.0, "characters": 17.0}
+  assert items == [{"nats": 12.0, "tokens": 4.0, "unscored": 0.0} | units]
   assert task.requests(row)[0].text == "it wasn't\né\n"
   assert value(task, "perplexity", items * 2) == pytest.approx(math.exp(2))
   assert value(task, "bits_per_byte", items) == pytest.approx(12 / math.log(2) / 18)
@@ -227,6 +229,47 @@ def test_a_text_is_read_as_it_is_or_refused(tmp_path):
   (tmp_path / "a.txt").write_bytes(b"a\xff")
   with pytest.raises(ValueError, match="a.txt is not UTF-8 at byte 1"):
     sources.load(task.source, str(tmp_path))
+
+
+@pytest.fixture
+def letters(mesh, parameters, place):
+  """A uniform model of characters, whose tokenizer has no <|endoftext|>."""
+  config = ModelConfig(n_layer=1, n_head=1, n_embd=8, n_ctx=8, n_vocab=64, dtype="float32")
+  characters = "".join(map(chr, range(32, 95))) + "\n"
+  with mesh(1, 1, 1):
+    model = place(config, {name: np.zeros_like(x) for name, x in parameters(config).items()})
+    yield Scorer(model, Characters(characters), batch_size=4)
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_what_has_no_score_is_in_no_denominator(letters, contiguous):
+  """Each character costs a uniform model of 64 six bits, however many texts have no score for
+  their first."""
+  task = dataclasses.replace(TASKS["text", "whole"], contiguous=contiguous)
+  texts = ["A", "AB C\nD", "E" * 20]
+  items = run(task, [{"text": text} for text in texts], letters)
+  sums = totals(items)
+  for metric in ("bits_per_byte", "bits_per_character"):
+    assert task.metrics[metric].value(sums) == pytest.approx(6, rel=1e-6)
+  assert sums["tokens"] == sums["bytes"] == 28 - (1 if contiguous else 3)
+  assert items["unscored"].tolist() == ([1, 0, 0] if contiguous else [1, 1, 1])
+
+
+def test_a_text_of_which_nothing_has_a_score_has_no_bits_per_byte(letters):
+  task = TASKS["text", "whole"]
+  sums = {key: np.array(x) for key, x in totals(run(task, [{"text": "A"}], letters)).items()}
+  with np.errstate(invalid="ignore"):
+    assert np.isnan(task.metrics["bits_per_byte"].value(sums))
+
+
+def test_the_place_in_the_published_text_is_after_as_many_characters():
+  published = " = Robert <unk> = \n"
+  assert perplexity.scored_text(published, "") == published
+  assert perplexity.scored_text(published, " = Rob") == "ert <unk> = \n"
+  # of a detokenized text, which has lost a space
+  assert perplexity.scored_text(published, "= R") == "obert <unk> = \n"
+  assert perplexity.scored_text("( a )", "(a") == " )"
+  assert perplexity.scored_text("a", "abc") == ""
 
 
 @needs_data

@@ -181,7 +181,8 @@ def test_rolling_loglikelihoods_slide_their_windows(model, tokenizer, stride):
 def test_without_an_end_of_text_the_first_token_is_not_scored(model):
   letters = Scorer(model, Characters("ab"), 4)
   [found] = letters.answers([RollingLoglikelihood("abba")])
-  assert same([found], letters.answers([Loglikelihood("a", "bba")])) and found.tokens == 3
+  [wanted] = letters.answers([Loglikelihood("a", "bba")])
+  assert same([found], [dataclasses.replace(wanted, unscored="a")]) and found.tokens == 3
 
 
 def test_contiguous_texts_are_one_text_in_parts(model, tokenizer):
@@ -193,6 +194,7 @@ def test_contiguous_texts_are_one_text_in_parts(model, tokenizer):
   )
   assert tokenizer.encode("".join(texts))[:3] == [ABC, AB, TOKENS.index("a")]
   assert [answer.tokens for answer in found] == [1, 1, 0, 5, 2]
+  assert not any(answer.unscored for answer in found)
   assert same(
     [sum_of(found)], Scorer(model, tokenizer, 4).answers([RollingLoglikelihood("".join(texts))])
   )
@@ -202,12 +204,31 @@ def test_contiguous_texts_are_one_text_in_parts(model, tokenizer):
     contiguous=True,
   )
   assert [part.tokens for part in parts] == [0, 2, 1]
+  assert [part.unscored for part in parts] == ["a", "", ""]
   assert same([sum_of(parts)], letters.answers([RollingLoglikelihood("aabb")]))
+
+
+def test_the_unscored_token_may_reach_over_several_parts(model):
+  """The first token is "abc", without a score; nothing else is left out."""
+  vocab = {token: i for i, token in enumerate(TOKENS[:-1])}
+  merges = [("a", "b"), ("ab", "c"), ("\u0120", "a")]
+  scorer = Scorer(model, HuggingFace.from_merges(vocab, merges), 4)
+  assert scorer.tokenizer.eot is None
+  texts = ["ab", "", "cab", "b!"]
+  answers = scorer.answers([RollingLoglikelihood(text) for text in texts], contiguous=True)
+  assert [answer.unscored for answer in answers] == ["ab", "", "c", ""]
+  alone = scorer.answers([RollingLoglikelihood(text) for text in ("abc!", "abc", "", "b")])
+  assert [answer.unscored for answer in alone] == ["abc", "abc", "", "b"]
+  assert [answer.tokens for answer in alone] == [1, 0, 0, 0]
 
 
 def sum_of(parts: list[Likelihood]) -> Likelihood:
   return Likelihood(
-    sum(p.nats for p in parts), sum(p.tokens for p in parts), all(p.greedy for p in parts), False
+    sum(p.nats for p in parts),
+    sum(p.tokens for p in parts),
+    all(p.greedy for p in parts),
+    False,
+    "".join(p.unscored for p in parts),
   )
 
 

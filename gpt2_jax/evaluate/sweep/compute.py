@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import gpt2_jax.distributed as distributed
-from gpt2_jax.convert.pretrained import load_pretrained
+from gpt2_jax.convert.pretrained import load_pretrained, open_weights
 from gpt2_jax.evaluate import remote_data, runner, sources, tasks
 from gpt2_jax.evaluate.scorers import Scorer
 from gpt2_jax.evaluate.sweep import bootstrap, cells
@@ -329,7 +329,7 @@ def _complete(
   # 1. Keep the finished ones.
   todo = []
   for cell in cells_of_model:
-    if cell.file not in there:
+    if cell.file not in there or _counts_unscored_bytes(folder / cell.file, cell):
       todo.append(cell)
       continue
     with _reporting(cell, "kept", failed, bar, config):
@@ -429,6 +429,22 @@ def _metrics(task: Task, items: runner.Items, config: ConfigDict) -> dict:
     metrics[name] = {key: x if math.isfinite(x) else None for key, x in numbers.items()}
     metrics[name] |= {"unit": metric.unit, "higher": metric.higher, "method": method}
   return metrics
+
+
+def _counts_unscored_bytes(path: pathlib.Path, cell: Cell) -> bool:
+  """Whether a cell counts the bytes of a first token that has no score, as cells once did.
+
+  That is so where the tokenizer has no `<|endoftext|>`; a newer cell says what was not scored.
+  """
+  try:
+    sums = cells.read(path, cell.identity)["sums"]
+    if not {"nats", "tokens", "bytes"} <= sums.keys() or "unscored" in sums:
+      return False
+    tokenizer = open_weights(cell.model.path).tokenizer
+  except CELL_ERRORS:
+    # What is wrong with the cell, or with the model, is said where it is needed.
+    return False
+  return tokenizer is not None and tokenizer.eot is None
 
 
 def _refresh_intervals(path: pathlib.Path, cell: Cell, config: ConfigDict) -> None:

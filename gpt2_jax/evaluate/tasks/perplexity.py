@@ -4,7 +4,8 @@
 Nats are summed over the text that the model reads. Words, bytes and characters are counted in the
 text as published, before any detokenizer, so that protocols share their denominators: perplexity is
 per original token, as in the GPT-2 paper (section 3.1). A word is what stands between spaces, and
-each end of a line is one more, the field's `<eos>`.
+each end of a line is one more, the field's `<eos>`. What has no score is not counted: the first
+token of a text, with a tokenizer that has no `<|endoftext|>`.
 
 The rows of a `contiguous` task are parts of one text, and are there only to be resampled. Any other
 row is read on its own, after `<|endoftext|>`. The paper says neither which it did nor with which
@@ -221,7 +222,26 @@ def text_units(text: str) -> dict[str, float]:
 
 def _sums(row: Row, answers: list[Answer]) -> dict[str, float]:
   [answer] = answers
-  return {"nats": answer.nats, "tokens": float(answer.tokens)} | text_units(row["text"])
+  sums = {"nats": answer.nats, "tokens": float(answer.tokens)}
+  sums |= {"unscored": float(len(answer.unscored))}
+  return sums | text_units(scored_text(row["text"], answer.unscored))
+
+
+def scored_text(published: str, unscored: str) -> str:
+  """The rest of a published text after the beginning that has no score.
+
+  `unscored` is of the text that the model read. A detokenizer moves spaces, so that the place in
+  the published text is after as many other characters.
+  """
+  if published.startswith(unscored):
+    return published[len(unscored) :]
+
+  left = sum(not character.isspace() for character in unscored)
+  for place, character in enumerate(published):
+    if not left:
+      return published[place:]
+    left -= not character.isspace()
+  return ""
 
 
 def _harness_sums(row: Row, answers: list[Answer]) -> dict[str, float]:
@@ -229,7 +249,8 @@ def _harness_sums(row: Row, answers: list[Answer]) -> dict[str, float]:
 
   It counts the empty strings before and after a page's whitespace, too.
   """
-  gaps = sum(1 for _ in SPACES.finditer(row["text"]))
+  text = scored_text(row["text"], answers[0].unscored)
+  gaps = sum(1 for _ in SPACES.finditer(text))
   return _sums(row, answers) | {"words": float(gaps + 1)}
 
 

@@ -2,6 +2,7 @@
 """A finished cell is computed once, and its identity decides which cell it is. Answers come from a
 fake scorer here."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 
 from configs import zero_shot
 from gpt2_jax.evaluate import tasks
-from gpt2_jax.evaluate.metric import percent, perplexity
+from gpt2_jax.evaluate.metric import bits, percent, perplexity
 from gpt2_jax.evaluate.sources import Source, json_lines
 from gpt2_jax.evaluate.sweep import cells, compute, report
 from gpt2_jax.evaluate.task import Likelihood, Loglikelihood, Task
@@ -239,6 +240,36 @@ def test_a_cell_with_percentiles_gets_bca_of_the_same_sums_and_no_model_is_loade
   assert place.loads == ["a", "b"] and len(place.log()) == 4
   assert scores(after) == scores(before)
   assert after.cells[0]["metrics"]["perplexity"]["method"] == "BCa"
+
+
+def test_a_cell_that_counted_unscored_bytes_is_computed_again(place, monkeypatch):
+  """A tokenizer without <|endoftext|> leaves a text's first token without a score."""
+  task = toy("first")
+  metrics = {"bits_per_byte": bits("bytes")}
+  older = {"nats": 1.0, "tokens": 1.0, "bytes": 4.0}
+
+  def protocol(extra: dict) -> dict:
+    sums = lambda row, answers: older | extra  # noqa: E731
+    return {"plain": dataclasses.replace(task, sums=sums, metrics=metrics)}
+
+  eots = {"a": None, "b": 0}
+
+  def opened(path):
+    tokenizer = types.SimpleNamespace(eot=eots[os.path.basename(path)])
+    return types.SimpleNamespace(tokenizer=tokenizer)
+
+  monkeypatch.setattr(compute, "open_weights", opened)
+  place.config.tasks = ("first",)
+  monkeypatch.setitem(tasks.TASKS, "first", protocol({}))
+  run(place)
+  assert place.loads == ["a", "b"]
+
+  # cells of before: that of the tokenizer without it is computed again, once
+  monkeypatch.setitem(tasks.TASKS, "first", protocol({"unscored": 1.0}))
+  run(place)
+  assert place.loads == ["a", "b", "a"]
+  run(place)
+  assert place.loads == ["a", "b", "a"]
 
 
 def test_a_cell_says_of_each_interval_how_it_was_found(place):
