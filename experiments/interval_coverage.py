@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Coverage of bootstrap intervals by simulation: how often they hold the truth, percentile and BCa.
 
-  python experiments/interval_coverage.py            # 4,000 samples a line, two minutes on one core
+  python experiments/interval_coverage.py    # 4,000 samples a line, five minutes on one core
 
 Each sample has n items whose true score is known, and gets one 95 % interval by each method from
 the same 1,000 resamples, those of gpt2_jax/evaluate/sweep/bootstrap.py. Printed are the shares of

@@ -61,6 +61,13 @@ _LOGITS = flags.DEFINE_string(
 _TEXT = flags.DEFINE_string(
   "text", None, "A text file whose tokens both run over; default: 2 windows of random tokens."
 )
+_WINDOWS = flags.DEFINE_integer(
+  "windows",
+  None,
+  "Windows whose logits are compared; 0 is all. Default: all of --logits, and of a text as many as "
+  "1 GiB holds, two at least. The loss is compared in all.",
+  lower_bound=0,
+)
 _TOLERANCE = flags.DEFINE_float(
   "tolerance", 1e-4, "The largest difference of logits that counts as the same model."
 )
@@ -68,7 +75,7 @@ _OUT = flags.DEFINE_string("out", "parity.json", "Where the result goes; it must
 
 # Of a flag of the other half of this script, nothing would be heard.
 _ONLY_FROM = (_TO, _FORMAT, _ADAPTER, _MERGE, _DTYPE, _OTHER_GELU, _REVISION)
-_ONLY_VERIFY = (_AGAINST, _ORACLE, _LOGITS, _TEXT, _TOLERANCE, _OUT)
+_ONLY_VERIFY = (_AGAINST, _ORACLE, _LOGITS, _TEXT, _WINDOWS, _TOLERANCE, _OUT)
 
 
 def convert() -> None:
@@ -159,8 +166,12 @@ def _verify() -> None:
     b = load(_AGAINST.value)
     windows = _windows(a, b, text)
 
-  # 3. Compare and report.
-  result = parity.compare(a, b, *windows, _TOLERANCE.value)
+  # 3. Compare and report. Recorded logits are in memory already, all of them.
+  n_windows, T = windows[0].shape
+  kept = _WINDOWS.value
+  if kept is None and not _LOGITS.present:
+    kept = parity.windows_that_fit(n_windows, T, max(a.config.n_vocab, b.config.n_vocab))
+  result = parity.compare(a, b, *windows, _TOLERANCE.value, kept_windows=kept or n_windows)
   with atomic_write(out) as partial:
     partial.write_text(json.dumps(result, indent=2) + "\n")
   print(parity.table(result))

@@ -20,8 +20,10 @@ from gpt2_jax.files import first_line, local_path, progress
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.sharding import BATCH, ROWS, axis_size
 
-# Windows whose logits are kept and compared; of the others it is the loss of every token.
+# Windows whose logits are kept and compared, at least; of the others it is the loss of every token.
 KEPT = 2
+# Bytes of one model's logits that are kept where nobody says how many windows.
+KEPT_BYTES = 2**30
 
 # The fields of a config that decide what is computed.
 FUNCTION = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer", "use_bias", "gelu")
@@ -44,7 +46,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-  """Logits of the first KEPT windows, and the loss in nats of every predicted token."""
+  """Logits of the first windows, and the loss in nats of every predicted token."""
 
   logits_NTV: np.ndarray
   nats_NT: np.ndarray  # 0 where no token is predicted
@@ -225,43 +227,59 @@ def kl_divergence(x_TV: np.ndarray, y_TV: np.ndarray) -> np.ndarray:
   return (np.exp(p) * (p - q)).sum(-1)
 
 
+def windows_that_fit(n_windows: int, T: int, n_vocab: int) -> int:
+  """How many windows' logits KEPT_BYTES hold: all of a short text, and KEPT at least."""
+  fitting = KEPT_BYTES // (T * n_vocab * np.dtype(np.float32).itemsize)
+  return min(n_windows, max(KEPT, fitting))
+
+
 def measure(
-  model: Model, inputs_NT: np.ndarray, labels_NT: np.ndarray, rows: int = 1
+  model: Model,
+  inputs_NT: np.ndarray,
+  labels_NT: np.ndarray,
+  rows: int = 1,
+  kept_windows: int = KEPT,
 ) -> Measurement:
-  """Runs a model over the windows, `rows` at a time.
+  """Runs a model over the windows, `rows` at a time, and keeps the logits of the first windows.
 
   Raises ValueError for logits that are not finite.
   """
   run = model.load()
-  kept, nats = [], []
+  logits, nats = [], []
   for start in progress(range(0, len(inputs_NT), rows), "measuring"):
     logits_BTV = run(inputs_NT[start : start + rows])
     if not np.isfinite(logits_BTV).all():
       raise ValueError(f"{model.source} gives logits that are not finite; are its weights?")
 
     # Logits of a whole text do not fit in memory: after the first windows only the loss is kept.
-    kept += list(logits_BTV[: max(0, KEPT - start)])
+    logits += list(logits_BTV[: max(0, kept_windows - start)])
     labels_BT = labels_NT[start : start + rows]
     has_label_BT = labels_BT >= 0
     indices_BT1 = np.maximum(labels_BT, 0)[..., None]
     logp_BT = np.take_along_axis(log_softmax(logits_BTV), indices_BT1, -1)[..., 0]
     nats += list(np.where(has_label_BT, -logp_BT, 0.0))
-  return Measurement(np.stack(kept), np.stack(nats))
+  return Measurement(np.stack(logits), np.stack(nats))
 
 
 def compare(
-  a: Model, b: Model, inputs_NT: np.ndarray, labels_NT: np.ndarray, tolerance: float, rows: int = 1
+  a: Model,
+  b: Model,
+  inputs_NT: np.ndarray,
+  labels_NT: np.ndarray,
+  tolerance: float,
+  rows: int = 1,
+  kept_windows: int = KEPT,
 ) -> dict:
   """Compares two models on the same windows; `table` formats the result, parity.json holds it.
 
   They are the same model if sizes agree, logits differ by `tolerance` at most in the first
-  windows, and the loss of no token differs by more than twice that: no logits closer than
-  `tolerance` move a loss further.
+  `kept_windows` windows, and the loss of no token differs by more than twice that: no logits
+  closer than `tolerance` move a loss further.
   """
   # 1. Measure, one model in memory at a time.
-  measured_a = measure(a, inputs_NT, labels_NT, rows)
+  measured_a = measure(a, inputs_NT, labels_NT, rows, kept_windows)
   gc.collect()
-  measured_b = measure(b, inputs_NT, labels_NT, rows)
+  measured_b = measure(b, inputs_NT, labels_NT, rows, kept_windows)
   gc.collect()
 
   # 2. Compare over the tokens that both have; a difference of size is another model anyway.
@@ -286,6 +304,8 @@ def compare(
     "b": _summary(b, measured_b, tokens),
     "same_weights": None if None in (a.sha256, b.sha256) else a.sha256 == b.sha256,
     "config_differences": differences,
+    "windows": len(inputs_NT),
+    "windows_compared": len(kl_NT),
     "positions": kl_NT.size,
     "max_abs_logit_difference": max_logit,
     "max_abs_nats_difference": max_nats,
@@ -326,10 +346,11 @@ def table(parity: dict) -> str:
 
   max_logit, positions = parity["max_abs_logit_difference"], parity["positions"]
   max_nats, tokens = parity["max_abs_nats_difference"], parity["a"]["tokens"]
+  windows = f"{parity['windows_compared']:,} of {parity['windows']:,} windows"
   kl_mean, kl_max = parity["kl_nats_mean"], parity["kl_nats_max"]
   verdict = "the same model" if parity["same_model"] else "NOT the same model"
   lines += [
-    f"max |d logit|   {max_logit:.3e} over {positions:,} positions",
+    f"max |d logit|   {max_logit:.3e} over {positions:,} positions, {windows}",
     f"max |d nats|    {max_nats:.3e} over all {tokens:,} tokens",
     f"KL(A || B)      mean {kl_mean:.3e}, max {kl_max:.3e} nats",
     f"greedy          {100 * parity['greedy_agreement']:.2f} % of positions agree",

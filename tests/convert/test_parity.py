@@ -221,6 +221,33 @@ def test_recorded_logits(mesh, same, tmp_path):
   assert result["b"]["sha256"] is None and "not known" in parity.table(result)
 
 
+def test_logits_of_every_recorded_window_may_be_compared(mesh, same, tmp_path):
+  """The last position of a window predicts no label: only its logits tell the two apart."""
+  with mesh(1, 1, 1):
+    model = parity.load_ours(same)
+    tokens = np.random.default_rng(0).integers(0, 131, (6, 16))
+    logits = np.array(parity.forward(pretrained.load_pretrained(same)[0])(tokens))
+    logits[5, 15, 3] += 1
+    np.savez(tmp_path / "last.npz", tokens=tokens, logits=logits)
+    results = []
+    for kept in (parity.KEPT, 5, 6):
+      other, windows = parity.load_recorded(str(tmp_path / "last.npz"), model.config)
+      results.append(parity.compare(model, other, *windows, 1e-4, kept_windows=kept))
+  assert [result["same_model"] for result in results] == [True, True, False]
+  assert [result["positions"] for result in results] == [32, 80, 96]
+  assert "96 positions, 6 of 6 windows" in parity.table(results[-1])
+
+
+def test_all_windows_of_a_short_text_fit(monkeypatch):
+  assert parity.windows_that_fit(7, 16, 131) == 7
+  # a window of GPT-2 has 206 MB of logits
+  assert parity.windows_that_fit(1742, 1024, 50257) == 5
+  monkeypatch.setattr(parity, "KEPT_BYTES", 0)
+  assert (
+    parity.windows_that_fit(7, 16, 131) == parity.KEPT and parity.windows_that_fit(1, 8, 9) == 1
+  )
+
+
 def test_invalid_recordings_are_one_line(tmp_path):
   good = {"tokens": np.zeros((2, 4), np.int32), "logits": np.zeros((2, 4, 131), np.float32)}
   cases = [
