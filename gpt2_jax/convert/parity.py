@@ -290,11 +290,7 @@ def compare(
   max_logit = float(np.abs(x_NTV - y_NTV).max())
   max_nats = float(np.abs(measured_a.nats_NT - measured_b.nats_NT).max())
 
-  differences = {}
-  for field in FUNCTION:
-    pair = [getattr(a.config, field), getattr(b.config, field)]
-    if pair[0] != pair[1]:
-      differences[field] = pair
+  differences = _config_differences(a.config, b.config)
   same_size = not {"n_vocab", "n_ctx"} & differences.keys()
 
   # 3. The figures. A recorded model has no weights to hash.
@@ -315,6 +311,16 @@ def compare(
     "tolerance": tolerance,
     "same_model": same_size and max_logit <= tolerance and max_nats <= 2 * tolerance,
   }
+
+
+def _config_differences(a: ModelConfig, b: ModelConfig) -> dict:
+  """The fields that decide what is computed and are not equal, with both values."""
+  differences = {}
+  for field in FUNCTION:
+    pair = [getattr(a, field), getattr(b, field)]
+    if pair[0] != pair[1]:
+      differences[field] = pair
+  return differences
 
 
 def _summary(model: Model, measured: Measurement, tokens: int) -> dict:

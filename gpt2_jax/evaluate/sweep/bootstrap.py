@@ -102,9 +102,9 @@ def paired_differences(
   """Each metric of `a` minus that of `b`; the same item has the same place in both.
 
   The interval is that of the differences of the same resamples of both. The two-sided p-value is
-  that of approximate randomization (Noreen 1989). A coin decides, item by item, which of its two
-  results is whose; p is how often a difference at least as large comes about, (1 + count) / (1 +
-  resamples). Raises ValueError if the items are not as many.
+  by approximate randomization (Noreen 1989). A coin decides which of an item's two results is
+  whose; p is how often a difference at least as large comes about, (1 + count) / (1 + resamples).
+  Raises ValueError if the items are not as many.
   """
   keys, a_NK = _stack(metrics, a)
   _, b_NK = _stack(metrics, b)
@@ -136,12 +136,10 @@ def paired_differences(
   # 3. The differences themselves, and those without one item.
   value = differences(a_K, b_K)
   without_one_N = differences(a_K - a_NK, b_K - b_NK)
-
   results = {}
   for name in metrics:
     ends = _ends(spread_R[name], value[name], without_one_N[name], level)
-    p = _p_value(value[name], swapped_R[name])
-    results[name] = Difference(float(value[name]), *ends, p)
+    results[name] = Difference(float(value[name]), *ends, _p_value(value[name], swapped_R[name]))
   return results
 
 

@@ -82,7 +82,6 @@ def prepare(config: ConfigDict, out: str, skip_missing: bool = False) -> Sweep:
   absent = _tasks_without(requested, missing)
   failed = _tasks_without(requested, broken)
   ready = [task for name, task in requested.items() if name not in absent | failed]
-
   failed |= _without_examples(ready, datasets)
   ready = [task for task in ready if task.name not in failed]
 
