@@ -4,12 +4,12 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpt2_jax.tokenizer.interface import EOT, check_unicode, hash_vocabulary
+from gpt2_jax.tokenizer.interface import EOT, check_unicode, hash_vocabulary, parsed_tokens
 
 if TYPE_CHECKING:
   import tiktoken
@@ -21,6 +21,9 @@ class Gpt2Bpe:
 
   Without a network, TIKTOKEN_CACHE_DIR must name a folder that holds tiktoken's two files.
   """
+
+  special_tokens = (EOT,)
+  byte_run_ids = frozenset()
 
   @functools.cached_property
   def _encoding(self) -> "tiktoken.Encoding":
@@ -51,13 +54,17 @@ class Gpt2Bpe:
   def special_id(self, token: str) -> int | None:
     return self.eot if token == EOT else None
 
-  def encode(self, text: str, allow_eot: bool = False) -> list[int]:
+  def encode(
+    self, text: str, allow_eot: bool = False, special: bool | Sequence[str] = ()
+  ) -> list[int]:
     # tiktoken would put U+FFFD in place of a lone surrogate, without a word.
     check_unicode(text)
 
     # tiktoken raises for a special token that is neither allowed nor expected. Nothing is
-    # disallowed here: without `allow_eot`, it is encoded as the characters it is written with.
-    allowed = {EOT} if allow_eot else set()
+    # disallowed here: what is not allowed is encoded as the characters it is written with.
+    allowed = set(parsed_tokens(special, self.special_tokens))
+    if allow_eot:
+      allowed.add(EOT)
     return self._encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
   def encode_batch(self, texts: list[str]) -> list[list[int]]:

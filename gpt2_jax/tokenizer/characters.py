@@ -3,11 +3,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from gpt2_jax.tokenizer.interface import check_unicode, hash_vocabulary
+from gpt2_jax.tokenizer.interface import check_unicode, hash_vocabulary, parsed_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +19,8 @@ class Characters:
 
   alphabet: str
   eot = None
+  special_tokens = ()
+  byte_run_ids = frozenset()
 
   @functools.cached_property
   def _alphabet_codepoints(self) -> np.ndarray:
@@ -37,8 +39,11 @@ class Characters:
   def fingerprint(self) -> str:
     return hash_vocabulary("characters", self.alphabet.encode())
 
-  def encode(self, text: str, allow_eot: bool = False) -> list[int]:
+  def encode(
+    self, text: str, allow_eot: bool = False, special: bool | Sequence[str] = ()
+  ) -> list[int]:
     """Encodes a text. Raises ValueError at the first character that the alphabet lacks."""
+    parsed_tokens(special, self.special_tokens)
     codepoints = _codepoints(text)
     alphabet = self._alphabet_codepoints
 

@@ -4,16 +4,17 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gpt2_jax.files import first_line
 from gpt2_jax.tokenizer.byte_bpe import byte_alphabet, hash_byte_vocabulary
-from gpt2_jax.tokenizer.interface import EOT, check_unicode, join_ids
+from gpt2_jax.tokenizer.interface import EOT, check_unicode, join_ids, parsed_tokens
 
 if TYPE_CHECKING:
   import tokenizers
@@ -60,23 +61,12 @@ class HuggingFace:
 
   @functools.cached_property
   def _tokenizer(self) -> "tokenizers.Tokenizer":
-    import tokenizers
+    return _open(self.payload)
 
-    try:
-      with _silent_stderr():
-        tokenizer = _call(tokenizers.Tokenizer.from_str, self.payload)
-    except ValueError as error:
-      raise ValueError(
-        f"{len(self.payload):,} characters are no tokenizer.json ({error})"
-      ) from error
-
-    # What looks like a special token is text.
-    tokenizer.encode_special_tokens = True
-
-    # Files of sentence embedders and others ask for both; a corpus wants neither.
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
+  @functools.cached_property
+  def _parsers(self) -> dict[tuple[str, ...], "tokenizers.Tokenizer"]:
+    """Tokenizers that parse special tokens, by those that they parse."""
+    return {}
 
   @property
   def vocab_size(self) -> int:
@@ -114,13 +104,54 @@ class HuggingFace:
   def special_id(self, token: str) -> int | None:
     return self.eot if token == EOT else self._tokenizer.token_to_id(token)
 
-  def encode(self, text: str, allow_eot: bool = False) -> list[int]:
+  @functools.cached_property
+  def special_tokens(self) -> tuple[str, ...]:
+    """Added tokens, and the one that ends a text where it is not among them."""
+    tokens = {i: token.content for i, token in self._tokenizer.get_added_tokens_decoder().items()}
+    if self.end_token is not None:
+      tokens.setdefault(self.eot, self.end_token)
+    return tuple(tokens[i] for i in sorted(tokens))
+
+  @functools.cached_property
+  def byte_run_ids(self) -> frozenset[int]:
+    """Ids of the bytes <0x00> to <0xFF> of a byte fallback: a bad byte spoils the run it is in."""
+    ids = [self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+    if None in ids:
+      return frozenset()
+    # A vocabulary may hold them as texts.
+    is_fallback = self.decode([ids[0xC3], ids[0xA9]]).strip() == "\u00e9"
+    return frozenset(ids) if is_fallback else frozenset()
+
+  def encode(
+    self, text: str, allow_eot: bool = False, special: bool | Sequence[str] = ()
+  ) -> list[int]:
     if allow_eot and self.eot is not None:
-      return join_ids([self.eot], map(self.encode, text.split(EOT)))
+      parts = text.split(EOT)
+      return join_ids([self.eot], (self.encode(part, special=special) for part in parts))
 
     # No special tokens: a file may put one before each text, which no text of a corpus has.
     check_unicode(text)
-    return _call(self._tokenizer.encode, text, add_special_tokens=False).ids
+    tokenizer = self._parser(parsed_tokens(special, self.special_tokens))
+    return _call(tokenizer.encode, text, add_special_tokens=False).ids
+
+  def _parser(self, tokens: tuple[str, ...]) -> "tokenizers.Tokenizer":
+    """The same tokenizer, in which these special tokens are parsed and the others are text.
+
+    The library parses added tokens of its file, but for special ones: so these become ordinary
+    ones there. How spaces beside them are read stays with each token's flags.
+    """
+    if not tokens:
+      return self._tokenizer
+    if tokens not in self._parsers:
+      payload = json.loads(self.payload)
+      added = {token["content"]: token for token in payload["added_tokens"] or ()}
+      for token in tokens:
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        entry = {"id": self._tokenizer.token_to_id(token), "content": token} | flags
+        added[token] = entry | added.get(token, {}) | {"special": False}
+      payload["added_tokens"] = sorted(added.values(), key=lambda token: token["id"])
+      self._parsers[tokens] = _open(json.dumps(payload))
+    return self._parsers[tokens]
 
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
     for text in texts:
@@ -153,6 +184,8 @@ class HuggingFace:
     # U+FFFD stands for a part of a character. Only then is the token's spelling needed, which is
     # bytes in a byte-level vocabulary and text in others.
     text = self.decode([token])
+    if token in self.byte_run_ids:
+      return bytes([int(written[len("<0x") : -1], 16)])
     bytes_of = {character: byte for byte, character in byte_alphabet().items()}
     if "\ufffd" in text and bytes_of.keys() >= set(written):
       return bytes(map(bytes_of.get, written))
@@ -160,6 +193,25 @@ class HuggingFace:
 
   def to_json(self) -> dict:
     return {"kind": "huggingface", "payload": self.payload, "end": self.end}
+
+
+def _open(payload: str) -> "tokenizers.Tokenizer":
+  """Reads a tokenizer.json. Raises ValueError for a text that is none."""
+  import tokenizers
+
+  try:
+    with _silent_stderr():
+      tokenizer = _call(tokenizers.Tokenizer.from_str, payload)
+  except ValueError as error:
+    raise ValueError(f"{len(payload):,} characters are no tokenizer.json ({error})") from error
+
+  # What looks like a special token is text.
+  tokenizer.encode_special_tokens = True
+
+  # Files of sentence embedders and others ask for both; a corpus wants neither.
+  tokenizer.no_padding()
+  tokenizer.no_truncation()
+  return tokenizer
 
 
 def _call(function: Callable, *args, **kwargs):

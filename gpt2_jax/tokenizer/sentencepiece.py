@@ -7,12 +7,19 @@ import functools
 import io
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gpt2_jax.tokenizer.interface import EOT, check_unicode, hash_vocabulary, join_ids
+from gpt2_jax.tokenizer.interface import (
+  EOT,
+  check_unicode,
+  hash_vocabulary,
+  join_ids,
+  parsed_tokens,
+  split_at_tokens,
+)
 
 if TYPE_CHECKING:
   import sentencepiece
@@ -29,6 +36,7 @@ class SentencePiece:
   """
 
   proto: bytes = dataclasses.field(repr=False)
+  byte_run_ids = frozenset()
 
   @functools.cached_property
   def _processor(self) -> "sentencepiece.SentencePieceProcessor":
@@ -71,10 +79,28 @@ class SentencePiece:
       return piece
     return self.eot if token == EOT else None
 
-  def encode(self, text: str, allow_eot: bool = False) -> list[int]:
+  @functools.cached_property
+  def special_tokens(self) -> tuple[str, ...]:
+    """Control pieces, which no text encodes to, and the piece of what is unknown."""
+    model = self._processor
+    ids = [i for i in range(self.vocab_size) if model.is_control(i) or model.is_unknown(i)]
+    return tuple(model.id_to_piece(i) for i in ids)
+
+  def encode(
+    self, text: str, allow_eot: bool = False, special: bool | Sequence[str] = ()
+  ) -> list[int]:
     check_unicode(text)
     if allow_eot and self.eot is not None:
-      return join_ids([self.eot], map(self.encode, text.split(EOT)))
+      parts = text.split(EOT)
+      return join_ids([self.eot], (self.encode(part, special=special) for part in parts))
+
+    # Each part between special tokens is a text of its own.
+    tokens = parsed_tokens(special, self.special_tokens)
+    if tokens:
+      ids = []
+      for part, is_token in split_at_tokens(text, tokens):
+        ids += [self._processor.piece_to_id(part)] if is_token else self.encode(part)
+      return ids
 
     # A space symbol in the text is written in bytes, so that it does not come back as a space.
     if self._space_symbol_ids and SPACE_SYMBOL in text:
