@@ -21,7 +21,7 @@ from gpt2_jax.decoding.kv_cache import (
   prefill,
 )
 from gpt2_jax.decoding.prompts import pad_prompts, shard_rows
-from gpt2_jax.decoding.stream import CONTEXT, STEPS, Stopper, StreamDecoder
+from gpt2_jax.decoding.stream import STEPS, Stopper, StreamDecoder, decoding_tail
 from gpt2_jax.tokenizer import Tokenizer
 
 # Tokens of a word at most: each takes a slot of the cache.
@@ -74,7 +74,7 @@ class _Text:
     self.stream_decoder, self.stopper = StreamDecoder(tokenizer, prompt), Stopper(stop)
     self.text, self.done = "", False
     self.ids, self.nats = [], []
-    self.decoded = functools.partial(_decoded, tokenizer, prompt)
+    self.decoded = functools.partial(_decoded, tokenizer, decoding_tail(tokenizer, prompt))
 
   def push(self, new: Completion, last: bool) -> None:
     # One token at a time: those after the stop string must not count.
@@ -103,10 +103,8 @@ class _Text:
     return sum(self.nats[:n]), n
 
 
-def _decoded(tokenizer: Tokenizer, before: Ids, ids: Ids) -> str:
+def _decoded(tokenizer: Tokenizer, tail: list[int], ids: Ids) -> str:
   """The text of tokens after others: SentencePiece drops a space at the very beginning."""
-  # A few of the tokens before will do: a token's text depends on those next to it.
-  tail = list(before[-CONTEXT:])
   return tokenizer.decode([*tail, *ids])[len(tokenizer.decode(tail)) :]
 
 
@@ -157,7 +155,7 @@ class _Word:
 
   def __init__(self, tokenizer: Tokenizer, context: Ids):
     self.eot = tokenizer.eot
-    self.decoded = functools.partial(_decoded, tokenizer, context)
+    self.decoded = functools.partial(_decoded, tokenizer, decoding_tail(tokenizer, context))
     self.ids = []
     self.text, self.nats, self.done = "", 0.0, False
 

@@ -149,7 +149,7 @@ def test_an_error_is_one_line_and_the_session_goes_on(say, line, answer):
 class Faulty(Characters):
   """A tokenizer with a defect."""
 
-  def encode(self, text, allow_eot=False):
+  def encode(self, text, allow_eot=False, special=()):
     return {}[text] if text == "abc" else super().encode(text)
 
 
