@@ -83,7 +83,6 @@ def convert() -> None:
   from gpt2_jax.convert import pretrained
   from gpt2_jax.convert.weights import cast_weights, weights_sha256
   from gpt2_jax.runs.workdir import is_remote
-  from gpt2_jax.tokenizer import Gpt2Bpe, HuggingFace
 
   # 1. Refuse what can be told before the weights are read.
   if not _TO.value:
@@ -117,10 +116,20 @@ def convert() -> None:
     print(f"rounded from {original}: --verify shows by how much the logits differ")
   if weights.tokenizer is None:
     print("there was no tokenizer to write")
-  elif _FORMAT.value != "orbax" and not isinstance(weights.tokenizer, Gpt2Bpe | HuggingFace):
+  elif _has_own_form(weights.tokenizer):
     print(
       "its tokenizer lies beside the weights in this project's own form, which others do not read"
     )
+
+
+def _has_own_form(tokenizer) -> bool:
+  """Whether the tokenizer was written in a form that only this project reads."""
+  from gpt2_jax.convert.vocabulary import as_tokenizer_json
+  from gpt2_jax.tokenizer import Gpt2Bpe, HuggingFace
+
+  if _FORMAT.value == "hf":
+    return not isinstance(tokenizer, Gpt2Bpe) and as_tokenizer_json(tokenizer) is None
+  return _FORMAT.value != "orbax" and not isinstance(tokenizer, Gpt2Bpe | HuggingFace)
 
 
 def _write_adapter() -> None:

@@ -4,9 +4,11 @@
 import pathlib
 import re
 
-from gpt2_jax.convert.vocabulary import OWN_TOKENIZER
 from gpt2_jax.files import first_line
 from gpt2_jax.sizes import ALIASES
+from gpt2_jax.tokenizer import OWN_TOKENIZER
+from gpt2_jax.tokenizer.companion_files import COMPANIONS, MORE_CHAT_TEMPLATES
+from gpt2_jax.tokenizer.folder import VOCABULARIES
 
 
 def _published_names() -> dict[str, str]:
@@ -21,10 +23,10 @@ def _published_names() -> dict[str, str]:
 PUBLISHED = _published_names()
 CONFIG_AND_TOKENIZER = [
   "config.json",
-  "tokenizer.json",
-  "vocab.json",
-  "merges.txt",
   OWN_TOKENIZER,
+  *VOCABULARIES,
+  *COMPANIONS,
+  f"{MORE_CHAT_TEMPLATES}/*.jinja",
 ]
 SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
 PICKLED = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]

@@ -14,6 +14,7 @@ import gpt2_jax.quantization as quantization
 from gpt2_jax.compat import get_mesh
 from gpt2_jax.convert import hf, hub, llmc, nanogpt, openai
 from gpt2_jax.convert.safe_load import import_torch
+from gpt2_jax.convert.vocabulary import check_pair
 from gpt2_jax.convert.weights import (
   DTYPES,
   Weights,
@@ -36,7 +37,7 @@ from gpt2_jax.files import (
 from gpt2_jax.model import GPT2
 from gpt2_jax.runs.workdir import as_path, exists, is_remote
 from gpt2_jax.sharding import make_mesh
-from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.tokenizer import Gpt2Bpe, Tokenizer
 
 WRITABLE = ("hf", "orbax", "nanogpt", "llmc")
 
@@ -335,6 +336,10 @@ def write(
   """Saves weights of any source: see `save_pretrained`."""
   # 1. Refuse what can be told before anything is read.
   path = check_target(path, form, dtype)
+  # nanoGPT and llm.c take GPT-2's tokenizer for granted, and get no file of it.
+  is_written = form in ("hf", "orbax") or not isinstance(weights.tokenizer, Gpt2Bpe)
+  if weights.tokenizer is not None and is_written:
+    check_pair(weights.tokenizer, weights.config.n_vocab)
   if not is_remote(path):
     check_writable(pathlib.Path(path), weights.config.n_params * np.dtype(DTYPES[dtype]).itemsize)
 

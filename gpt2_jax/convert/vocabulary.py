@@ -1,36 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizer files in a checkpoint's folder: tokenizer.json, or a vocabulary and its merges.
-
-The two have different names with Hugging Face and with OpenAI.
-"""
+"""The tokenizer in a checkpoint's folder: read, compared with the model, written for others."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
+import sys
 from collections.abc import Iterator
 
-from gpt2_jax.convert.safe_load import read_json
-from gpt2_jax.files import first_line, read_text
-from gpt2_jax.tokenizer import EOT, Gpt2Bpe, HuggingFace, Tokenizer, byte_alphabet, from_json
+from gpt2_jax.files import first_line, summarize
+from gpt2_jax.tokenizer import (
+  EOT,
+  OWN_TOKENIZER,
+  Characters,
+  Gpt2Bpe,
+  HuggingFace,
+  SentencePiece,
+  Tokenizer,
+  byte_alphabet,
+  characters_as_json,
+  check_tokenizer_json,
+  read_tokenizer_folder,
+  sentencepiece_as_json,
+)
 
-# For tokenizers that the other files cannot hold.
-OWN_TOKENIZER = "gpt2_jax_tokenizer.json"
-
-# The vocabulary and its merges, by Hugging Face's names and by OpenAI's.
-VOCAB_AND_MERGES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+GPT2_TOKENS = 50257
 
 
 def read_vocabulary(path: pathlib.Path, n_vocab: int) -> Tokenizer | None:
-  """Reads the tokenizer of a folder, or takes the default one for `n_vocab` tokens.
+  """Reads the tokenizer of a folder, or takes GPT-2's for a folder without any and `n_vocab` of it.
 
-  Raises ValueError for a damaged one, and for one with more tokens than the model has.
+  Raises ValueError for a damaged one, for one of a kind that is not read, and for one with more
+  tokens than the model has. Where only added tokens are beyond the model, a text with one is
+  refused later, which a line on stderr says.
   """
   with checked(path):
-    tokenizer = _read_tokenizer(path)
+    tokenizer = read_tokenizer_folder(path)
   if tokenizer is None:
-    return default_tokenizer(n_vocab)
+    tokenizer = default_tokenizer(n_vocab)
+    if tokenizer is not None:
+      print(
+        f"note: {path} has no tokenizer and {n_vocab:,} tokens: GPT-2's are assumed",
+        file=sys.stderr,
+      )
+    return tokenizer
+  tokenizer = _limited(tokenizer, n_vocab, path)
   check_tokenizer(tokenizer, n_vocab, path)
   return tokenizer
+
+
+def _limited(tokenizer: Tokenizer, n_vocab: int, path: pathlib.Path) -> Tokenizer:
+  """The tokenizer, which refuses the tokens that were added without resizing the model."""
+  with checked(path):
+    if not isinstance(tokenizer, HuggingFace) or tokenizer.largest_id < n_vocab:
+      return tokenizer
+    beyond = tokenizer.added_from(n_vocab)
+    if beyond is None:
+      return tokenizer
+
+  listed = summarize((f"{token!r} {i}" for token, i in beyond.items()), 4, each=40)
+  print(
+    f"note: {path} has {len(beyond):,} added tokens beyond the model's {n_vocab:,} ({listed}); a "
+    f"text that holds one is refused",
+    file=sys.stderr,
+  )
+  return dataclasses.replace(tokenizer, limit=n_vocab)
 
 
 @contextlib.contextmanager
@@ -40,7 +74,7 @@ def checked(path: pathlib.Path) -> Iterator[None]:
     yield
   except ValueError as error:
     raise ValueError(
-      f"the vocabulary in {path} is damaged ({first_line(error)}); fetch it again"
+      f"the vocabulary in {path} cannot be used ({first_line(error, 400)})"
     ) from error
 
 
@@ -50,6 +84,10 @@ def check_tokenizer(tokenizer: Tokenizer, n_vocab: int, path: pathlib.Path) -> N
     vocab_size = tokenizer.vocab_size
     # Ids need not be those from 0 on: one that the model lacks would read another's embedding.
     largest = tokenizer.largest_id if isinstance(tokenizer, HuggingFace) else vocab_size - 1
+
+    end = tokenizer.eot
+    if isinstance(tokenizer, HuggingFace) and end is not None and tokenizer.end_token is None:
+      raise ValueError(f"a text ends with id {end}, which is no token")
 
   if vocab_size > n_vocab:
     raise ValueError(
@@ -61,55 +99,108 @@ def check_tokenizer(tokenizer: Tokenizer, n_vocab: int, path: pathlib.Path) -> N
     )
 
 
-def _read_tokenizer(path: pathlib.Path) -> Tokenizer | None:
-  """The tokenizer of a folder's files, the most specific first; None without any."""
-  if (path / OWN_TOKENIZER).is_file():
-    return from_json(read_json(path / OWN_TOKENIZER))
-  if (path / "tokenizer.json").is_file():
-    return HuggingFace(read_text(path / "tokenizer.json"))
-
-  for vocab, merges in VOCAB_AND_MERGES:
-    if (path / vocab).is_file() and (path / merges).is_file():
-      return HuggingFace.from_merges(read_json(path / vocab), _read_merges(path / merges))
-  return None
-
-
-def _read_merges(path: pathlib.Path) -> list[tuple[str, ...]]:
-  """The pairs of a merges file, after its line of version if it has one."""
-  lines = read_text(path).split("\n")
-  if lines[0].startswith("#version"):
-    lines = lines[1:]
-  return [tuple(line.split()) for line in lines if line]
+def check_pair(tokenizer: Tokenizer, n_vocab: int) -> None:
+  """Raises ValueError if a model of `n_vocab` tokens and its tokenizer would not load again."""
+  largest = tokenizer.vocab_size - 1
+  if isinstance(tokenizer, HuggingFace):
+    check_tokenizer_json(tokenizer.payload, "the tokenizer")
+    is_readable = tokenizer.added_from(n_vocab) is not None
+    largest = min(tokenizer.largest_id, n_vocab - 1) if is_readable else tokenizer.largest_id
+  if largest >= n_vocab:
+    raise ValueError(
+      f"the tokenizer has ids up to {largest:,}, and the model {n_vocab:,} tokens: they could not "
+      f"be loaded again; give the model's own tokenizer, or None"
+    )
 
 
 def default_tokenizer(n_vocab: int) -> Tokenizer | None:
   """GPT-2's tokenizer for a model of its vocabulary, padded to a multiple of 64 or not."""
-  return Gpt2Bpe() if n_vocab in (50257, 50304) else None
+  return Gpt2Bpe() if n_vocab in (GPT2_TOKENS, 50304) else None
 
 
 def write_vocabulary(tokenizer: Tokenizer | None, path: pathlib.Path, n_ctx: int) -> None:
-  """Writes the tokenizer's files, which `transformers`, or at least `read_vocabulary`, loads."""
+  """Writes the tokenizer's files, which `transformers` loads with the same ids.
+
+  Where tokenizer.json cannot say a kind, only `read_vocabulary` loads it (`is_readable_by_others`).
+  """
   # 1. GPT-2's BPE also as the older pair of files.
   if isinstance(tokenizer, Gpt2Bpe):
     tokenizer = _write_vocab_and_merges(tokenizer, path)
 
-  # 2. tokenizer.json, and the config that transformers wants with it. The class is one that adds
-  #    no token of its own: GPT2Tokenizer would add <|endoftext|>.
-  if isinstance(tokenizer, HuggingFace):
-    (path / "tokenizer.json").write_text(tokenizer.payload, encoding="utf-8")
-    end = tokenizer.end_token
-    if end is None:
-      config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    else:
-      config = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end)
-      config["tokenizer_class"] = "GPT2Tokenizer"
-    config["model_max_length"] = n_ctx
-    (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+  # 2. tokenizer.json, and the config that transformers wants with it.
+  converted = as_tokenizer_json(tokenizer)
+  if converted is not None:
+    (path / "tokenizer.json").write_text(converted.payload, encoding="utf-8")
+    config = _transformers_config(converted, n_ctx)
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (path / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
-  # 3. What tokenizer.json cannot say: other kinds, and another end of text.
-  fits = isinstance(tokenizer, HuggingFace) and tokenizer.end is None
+  # 3. What these files cannot say, and `read_vocabulary` reads first: another kind, another end.
+  fits = isinstance(tokenizer, HuggingFace) and tokenizer.end_token in (
+    EOT,
+    config.get("eos_token"),
+  )
   if tokenizer is not None and not fits:
     (path / OWN_TOKENIZER).write_text(json.dumps(tokenizer.to_json()))
+
+
+def as_tokenizer_json(tokenizer: Tokenizer) -> HuggingFace | None:
+  """The tokenizer as a tokenizer.json with the same ids; None if there is no such form."""
+  try:
+    match tokenizer:
+      case HuggingFace():
+        return tokenizer
+      case Characters():
+        return characters_as_json(tokenizer)
+      case SentencePiece():
+        return sentencepiece_as_json(tokenizer)
+  except ValueError:
+    # The two libraries cut its texts in two ways.
+    return None
+  return None
+
+
+def _transformers_config(tokenizer: HuggingFace, n_ctx: int) -> dict:
+  """The content of tokenizer_config.json: what was beside the tokenizer, or what it says itself."""
+  if tokenizer.config is not None:
+    config = json.loads(tokenizer.config)
+  elif tokenizer.end_token is not None:
+    config = dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.end_token)
+  else:
+    config = {}
+  if tokenizer.config is None:
+    # A text that is decoded is what was encoded, spaces before commas included.
+    config["clean_up_tokenization_spaces"] = False
+  config.setdefault("model_max_length", n_ctx)
+
+  # GPT2Tokenizer builds GPT-2's byte-level BPE anew, whatever tokenizer.json says besides, and adds
+  # <|endoftext|> for what is not named. The other class reads the file as it is.
+  payload = json.loads(tokenizer.payload)
+  is_named = all(config.get(name) for name in ("bos_token", "eos_token", "unk_token"))
+  if is_named and _is_gpt2_bpe(payload):
+    config["tokenizer_class"] = "GPT2Tokenizer"
+    config["add_prefix_space"] = payload["pre_tokenizer"]["add_prefix_space"]
+  else:
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+  return config
+
+
+def _is_gpt2_bpe(payload: dict) -> bool:
+  """Whether a tokenizer.json is GPT-2's byte-level BPE, with any vocabulary."""
+  model = payload["model"]
+  switches = ("unk_token", "byte_fallback", "ignore_merges", "fuse_unk", "dropout")
+  switches += ("continuing_subword_prefix", "end_of_word_suffix")
+  is_plain = model.get("type") == "BPE" and not any(model.get(name) for name in switches)
+
+  pre_tokenizer = payload.get("pre_tokenizer") or {}
+  cuts_as_gpt2 = pre_tokenizer.get("type") == "ByteLevel" and pre_tokenizer.get("use_regex", True)
+  decoder = payload.get("decoder") or {}
+  return (
+    is_plain
+    and cuts_as_gpt2
+    and decoder.get("type") == "ByteLevel"
+    and payload.get("normalizer") is None
+  )
 
 
 def _write_vocab_and_merges(tokenizer: Gpt2Bpe, path: pathlib.Path) -> HuggingFace:

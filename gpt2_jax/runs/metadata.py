@@ -32,8 +32,15 @@ def run_identity(metadata: dict) -> dict:
   """The knobs, and short hashes of the data and the tokenizer: the same on all processes."""
   identity = knobs.flatten(metadata["config"])
   identity["the data"] = json_sha256(data_sums(metadata))[:12]
-  identity["the tokenizer"] = json_sha256(metadata["tokenizer"])[:12]
+  identity["the tokenizer"] = _tokenizer_sha256(metadata["tokenizer"])[:12]
   return identity
+
+
+def _tokenizer_sha256(payload: object) -> str:
+  """SHA-256 of a tokenizer's JSON, without what changes no id: older runs do not have it."""
+  if isinstance(payload, dict):
+    payload = {key: value for key, value in payload.items() if key not in ("config", "limit")}
+  return json_sha256(payload)
 
 
 def data_sums(metadata: dict) -> dict[str, dict[str, str]]:
@@ -65,7 +72,7 @@ def content_differences(saved: dict, metadata: dict) -> list[str]:
       hashes = f"{json_sha256(old)[:8]} -> {json_sha256(new)[:8]}"
       lines.append(f"data.{name}: other data (sha256 {hashes}, {same} of {len(old)} parts alike)")
 
-  old, new = json_sha256(saved.get("tokenizer")), json_sha256(metadata.get("tokenizer"))
+  old, new = _tokenizer_sha256(saved.get("tokenizer")), _tokenizer_sha256(metadata.get("tokenizer"))
   if old != new:
     lines.append(f"tokenizer: another one (sha256 {old[:8]} -> {new[:8]})")
   return lines

@@ -27,14 +27,20 @@ _stderr_lock = threading.Lock()
 class HuggingFace:
   """Hugging Face tokenizer (byte-level BPE, mostly), held as the text of its tokenizer.json.
 
-  `end` is the id that ends a text, for vocabularies that do not call it `<|endoftext|>`.
+  `end` is the id that ends a text, for vocabularies that do not call it `<|endoftext|>`. `config`
+  is what transformers keeps beside it, as JSON: names of special tokens, a chat template. `limit`
+  is the model's vocabulary where added tokens have ids beyond it: a text with one is refused.
   """
 
   payload: str = dataclasses.field(repr=False)
   end: int | None = None
+  config: str | None = dataclasses.field(default=None, repr=False)
+  limit: int | None = None
 
   @classmethod
-  def from_merges(cls, vocab: dict[str, int], merges: list[tuple[str, str]]) -> "HuggingFace":
+  def from_merges(
+    cls, vocab: dict[str, int], merges: list[tuple[str, str]], add_prefix_space: bool = False
+  ) -> "HuggingFace":
     """Byte-level BPE from the content of GPT-2's files.
 
     `vocab` is a vocab.json (OpenAI's encoder.json), `merges` a merges.txt (OpenAI's vocab.bpe).
@@ -53,15 +59,27 @@ class HuggingFace:
 
     bpe = _call(tokenizers.models.BPE, vocab, merges)
     tokenizer = tokenizers.Tokenizer(bpe)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     if EOT in vocab:
       tokenizer.add_special_tokens([tokenizers.AddedToken(EOT, normalized=False)])
     return cls(tokenizer.to_str())
 
+  @classmethod
+  def from_word_pieces(cls, vocab: dict[str, int], unknown: str, **settings) -> "HuggingFace":
+    """BERT's WordPiece: `##` begins a piece inside a word. `settings` are of BertNormalizer."""
+    import tokenizers
+
+    model = _call(tokenizers.models.WordPiece, vocab, unk_token=unknown)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(clean_text=True, **settings)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = tokenizers.decoders.WordPiece(prefix="##")
+    return cls(tokenizer.to_str())
+
   @functools.cached_property
   def _tokenizer(self) -> "tokenizers.Tokenizer":
-    return _open(self.payload)
+    return open_tokenizer_json(self.payload)
 
   @functools.cached_property
   def _parsers(self) -> dict[tuple[str, ...], "tokenizers.Tokenizer"]:
@@ -70,12 +88,22 @@ class HuggingFace:
 
   @property
   def vocab_size(self) -> int:
-    return self._tokenizer.get_vocab_size(with_added_tokens=True)
+    size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+    return size if self.limit is None else min(size, self.limit)
 
   @functools.cached_property
   def largest_id(self) -> int:
     """The largest id of a token; -1 for a vocabulary without any. Ids may leave some out."""
-    return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    return largest if self.limit is None else min(largest, self.limit - 1)
+
+  def added_from(self, first: int) -> dict[str, int] | None:
+    """The tokens with ids from `first` on; None if not all were added to the vocabulary later."""
+    own = self._tokenizer.get_vocab(with_added_tokens=False)
+    if max(own.values(), default=-1) >= first:
+      return None
+    added = self._tokenizer.get_added_tokens_decoder()
+    return {added[i].content: i for i in sorted(added) if i >= first}
 
   @functools.cached_property
   def eot(self) -> int | None:
@@ -132,7 +160,17 @@ class HuggingFace:
     # No special tokens: a file may put one before each text, which no text of a corpus has.
     check_unicode(text)
     tokenizer = self._parser(parsed_tokens(special, self.special_tokens))
-    return _call(tokenizer.encode, text, add_special_tokens=False).ids
+    return self._checked(_call(tokenizer.encode, text, add_special_tokens=False).ids)
+
+  def _checked(self, ids: list[int]) -> list[int]:
+    """The ids. Raises ValueError for one that the model lacks."""
+    if self.limit is not None and max(ids, default=-1) >= self.limit:
+      beyond = next(i for i in ids if i >= self.limit)
+      raise ValueError(
+        f"the text has the token {self._tokenizer.id_to_token(beyond)!r} with id {beyond:,}, and "
+        f"the model {self.limit:,} tokens: the token was added without resizing the model"
+      )
+    return ids
 
   def _parser(self, tokens: tuple[str, ...]) -> "tokenizers.Tokenizer":
     """The same tokenizer, in which these special tokens are parsed and the others are text.
@@ -150,14 +188,14 @@ class HuggingFace:
         entry = {"id": self._tokenizer.token_to_id(token), "content": token} | flags
         added[token] = entry | added.get(token, {}) | {"special": False}
       payload["added_tokens"] = sorted(added.values(), key=lambda token: token["id"])
-      self._parsers[tokens] = _open(json.dumps(payload))
+      self._parsers[tokens] = open_tokenizer_json(json.dumps(payload))
     return self._parsers[tokens]
 
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
     for text in texts:
       check_unicode(text)
     encodings = _call(self._tokenizer.encode_batch, texts, add_special_tokens=False)
-    return [encoding.ids for encoding in encodings]
+    return [self._checked(encoding.ids) for encoding in encodings]
 
   def encode_with_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
     """Encodes a text, with the character at which each token begins.
@@ -171,7 +209,7 @@ class HuggingFace:
     # The reshape gives an empty text two columns, too.
     begins, ends = np.array(encoding.offsets, int).reshape(-1, 2).T
     previous_ends = np.concatenate([[0], ends])[:-1]
-    return encoding.ids, np.minimum(begins, previous_ends)
+    return self._checked(encoding.ids), np.minimum(begins, previous_ends)
 
   def decode(self, ids: Iterable[int]) -> str:
     return _call(self._tokenizer.decode, list(map(int, ids)), skip_special_tokens=False)
@@ -192,10 +230,16 @@ class HuggingFace:
     return text.encode()
 
   def to_json(self) -> dict:
-    return {"kind": "huggingface", "payload": self.payload, "end": self.end}
+    content = {"kind": "huggingface", "payload": self.payload, "end": self.end}
+    # Only where they say something: files from before they were kept have neither.
+    if self.config is not None:
+      content["config"] = self.config
+    if self.limit is not None:
+      content["limit"] = self.limit
+    return content
 
 
-def _open(payload: str) -> "tokenizers.Tokenizer":
+def open_tokenizer_json(payload: str) -> "tokenizers.Tokenizer":
   """Reads a tokenizer.json. Raises ValueError for a text that is none."""
   import tokenizers
 

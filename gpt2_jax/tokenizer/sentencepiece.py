@@ -108,6 +108,17 @@ class SentencePiece:
       return join_ids(self._space_symbol_ids, map(self._processor.encode, parts))
     return self._processor.encode(text)
 
+  def control_names(self) -> dict[str, str]:
+    """How the model writes its special tokens, by transformers' names for them."""
+    model = self._processor
+    ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id()}
+    ids |= {"unk_token": model.unk_id(), "pad_token": model.pad_id()}
+    return {name: model.id_to_piece(i) for name, i in ids.items() if i >= 0}
+
+  def library_ids(self, text: str) -> list[int]:
+    """The ids as the library alone gives them: a space symbol in the text is a space."""
+    return self._processor.encode(text)
+
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
     return list(map(self.encode, texts))
 
