@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 from gpt2_jax.cli import shell
 from gpt2_jax.cli.settings import Settings, setting_examples, slide_past_context
 from gpt2_jax.cli.terminal import Completions, Terminal
+from gpt2_jax.cli.turns import add_stops, check_special_tokens, prompt_ids
 from gpt2_jax.files import atomic_write, local_path
 
 if TYPE_CHECKING:
+  from gpt2_jax.data.templates import Template
   from gpt2_jax.decoding import Generation
 
 # Each command, and what completion says of it.
@@ -26,6 +28,7 @@ COMMANDS = {
   "/set": "NAME VALUE: change a setting",
   "/more": "go on from the end of the last text",
   "/again": "the last prompt once more",
+  "/new": "begin a new chat",
   "/history": "the texts so far",
   "/save": "FILE: write them to a file",
   "/quit": "end the session",
@@ -35,6 +38,7 @@ COMMANDS = {
 HELP = """  a line          a prompt to continue; a \\ at its end goes on to the next line
   /more           go on from the end of the last text, with the next seed
   /again          the last prompt once more, with the next seed
+  /new            begin a new chat, with --template: no turn so far is remembered
   /NAME VALUE     change a setting, as in /temperature 0.7 (none: its default);
                   /set NAME VALUE does the same, /settings shows them all
   /history        the texts so far
@@ -47,7 +51,14 @@ SETTINGS = {field.name: field.metadata["help"] for field in dataclasses.fields(S
 class Console:
   """An interactive session: every line is a prompt, or a command that begins with a slash."""
 
-  def __init__(self, model, tokenizer, settings: Settings, terminal: Terminal):
+  def __init__(
+    self,
+    model,
+    tokenizer,
+    settings: Settings,
+    terminal: Terminal,
+    template: "Template | None" = None,
+  ):
     from gpt2_jax.decoding import for_inference
 
     with terminal.waiting("preparing the model"):
@@ -55,6 +66,8 @@ class Console:
     self.tokenizer = tokenizer
     self.settings = settings
     self.terminal = terminal
+    self.template = template  # a line is a message of a chat that it writes
+    self.turns: list[tuple[str, str]] = []  # messages of the chat, and the answer to each
     self.texts: list[tuple[str, str]] = []  # prompts, and what was added to each
 
   def run(self) -> None:
@@ -78,7 +91,8 @@ class Console:
 
   def _greet(self) -> None:
     tab = "; Tab completes commands" if self.terminal.editing else ""
-    self.terminal.write(f"Type a text to continue, or /help{tab}.")
+    what = "a text to continue" if self.template is None else "a message"
+    self.terminal.write(f"Type {what}, or /help{tab}.")
     if self.terminal.is_terminal and not self.terminal.editing:
       self.terminal.write("pip install 'gpt2_jax[console]' adds completion to this line", "dim")
     self._say_error(self._check, self.settings)
@@ -135,12 +149,12 @@ class Console:
           self.terminal.write(added)
       case "/save" if rest:
         self._save(rest)
+      case "/more" | "/again" if self.template is None:
+        self._continue_last(command)
       case "/more" | "/again":
-        # With the same seed the same random numbers would come again.
-        prompt, added = self._last()
-        seed = (self.settings.seed + 1) % 2**32
-        self.settings = dataclasses.replace(self.settings, seed=seed)
-        self._continue(prompt + added if command == "/more" else prompt)
+        self._answer_again(command)
+      case "/new":
+        self.turns = []
       case _:
         names = [*COMMANDS, *(f"/{name}" for name in SETTINGS)]
         near = difflib.get_close_matches(command, names, 1, cutoff=0)[0]
@@ -163,6 +177,7 @@ class Console:
 
   def _check(self, settings: Settings) -> None:
     """Raises ValueError for settings with which this model can continue no prompt."""
+    check_special_tokens(self.tokenizer, settings, self.template)
     window = settings.generation().window
     if window is not None:
       window.check(self.decoder.model.config.n_ctx)
@@ -175,10 +190,18 @@ class Console:
 
   # Texts
 
-  def _last(self) -> tuple[str, str]:
+  def _continue_last(self, command: str) -> None:
+    """Goes on from the end of the last text, or continues its prompt once more."""
     if not self.texts:
       raise ValueError("there is no text yet; type one to continue")
-    return self.texts[-1]
+    prompt, added = self.texts[-1]
+    self._take_next_seed()
+    self._continue(prompt + added if command == "/more" else prompt)
+
+  def _take_next_seed(self) -> None:
+    """With the same seed the same random numbers would come again."""
+    seed = (self.settings.seed + 1) % 2**32
+    self.settings = dataclasses.replace(self.settings, seed=seed)
 
   def _save(self, file: str) -> None:
     """Nothing is overwritten, and no half of a file is left."""
@@ -194,23 +217,28 @@ class Console:
 
     # 1. Read the prompt, which raises here if it cannot be continued, and make the first token:
     #    what has not run before is compiled.
-    generation = self._fit_context(prompt)
+    ids = prompt_ids(self.tokenizer, self.settings, self.template, self.turns, prompt)
+    generation = self._fit_context(len(ids))
     begin = time.monotonic()
     with self.terminal.waiting("compiling and reading the prompt"):
-      chunks = stream_counted(self.decoder, self.tokenizer, prompt, generation)
+      chunks = stream_counted(self.decoder, self.tokenizer, ids, generation)
       first, n_first = next(chunks)
     first_at = time.monotonic()
 
     # 2. Write what comes. Each chunk is remembered before it is written: Ctrl-C, or a defect, may
     #    come at any moment.
     place, text, n_tokens = len(self.texts), "", 0
+    self.turns.append((prompt, ""))
+    # The answer of a chat begins a line of its own.
+    shown = prompt if self.template is None else f"{prompt}\n"
     try:
-      self.terminal.write(prompt, "dim", end="")
+      self.terminal.write(shown, "dim", end="")
       for chunk, n_new in itertools.chain([(first, n_first)], chunks):
         n_tokens += n_new
         if chunk:
           text += chunk
-          self.texts[place:] = [(prompt, text)]
+          self.texts[place:] = [(shown, text)]
+          self.turns[-1] = (prompt, text)
           self.terminal.write(chunk, end="")
     finally:
       # Also after Ctrl-C, and before the line of an error.
@@ -221,16 +249,30 @@ class Console:
       seconds = time.monotonic() - first_at
       self.terminal.write(_speed(n_tokens, n_tokens - n_first, seconds, first_at - begin), "dim")
 
-  def _fit_context(self, prompt: str) -> "Generation":
-    """The options for this prompt, after a line about it if the context is too short."""
-    from gpt2_jax.decoding.stream import encode_prompt
+  def _answer_again(self, command: str) -> None:
+    """Answers the last message of a chat once more, in place of the answer that it has."""
+    if command == "/more":
+      raise ValueError("an answer ends its turn; /again draws another, and a message goes on")
+    if not self.turns:
+      raise ValueError("there is no message yet; type one")
 
-    n_prompt = len(encode_prompt(self.tokenizer, prompt))
+    turns = self.turns
+    self.turns = turns[:-1]
+    self._take_next_seed()
+    try:
+      self._continue(turns[-1][0])
+    finally:
+      # The former answer stays unless another one was begun.
+      if len(self.turns) < len(turns):
+        self.turns = turns
+
+  def _fit_context(self, n_prompt: int) -> "Generation":
+    """The options for a prompt of so many tokens, after a line if the context is too short."""
     n_ctx = self.decoder.model.config.n_ctx
     generation, note = slide_past_context(self.settings.generation(), n_prompt, n_ctx)
     if note:
       self.terminal.write(note, "dim")
-    return generation
+    return add_stops(generation, self.template, self.tokenizer)
 
 
 def split_command(line: str) -> tuple[str, str]:

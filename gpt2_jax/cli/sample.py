@@ -4,6 +4,8 @@
 gpt2-jax sample --model=gpt2 --prompt='Once upon a time' --temperature=0.8 --top_k=40
 gpt2-jax sample --model=runs/117M --step=best --samples=3 --n_new=200 --window=256
 gpt2-jax sample --model=gpt2-xl --quantize=int8 --interactive
+gpt2-jax sample --model=chat.hf --template=dialogpt --interactive
+gpt2-jax sample --model=chat.hf --special=all --prompt='<|user|>Hello<|assistant|>'
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ from gpt2_jax.cli import shell
 from gpt2_jax.cli.console import Console, complete_line
 from gpt2_jax.cli.settings import Settings, newlines, shorten_to_context
 from gpt2_jax.cli.terminal import Terminal, open_terminal
+from gpt2_jax.cli.turns import add_stops, check_special_tokens, prompt_ids
 from gpt2_jax.files import user_path
 
 _MODEL = flags.DEFINE_string(
@@ -37,6 +40,11 @@ _PROMPT = flags.DEFINE_multi_string(
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Continuations of each prompt.", lower_bound=1)
 _INTERACTIVE = flags.DEFINE_bool(
   "interactive", False, "Read prompts from the terminal, one after another."
+)
+_TEMPLATE = flags.DEFINE_string(
+  "template",
+  None,
+  "A prompt is a message of a chat, written by this template: a name, or a .json file.",
 )
 _DTYPE = flags.DEFINE_enum(
   "dtype", "float32", ["float32", "bfloat16"], "Of activations and matmuls."
@@ -71,6 +79,7 @@ def main() -> None:
     raise ValueError(
       "--interactive reads prompts from the terminal, one text each; leave out --prompt, --samples"
     )
+  template = _load_template()
   if _INTERACTIVE.value and sys.stdin is None:
     raise ValueError("the standard input is closed, and --interactive reads it; give --prompt")
 
@@ -87,21 +96,34 @@ def main() -> None:
   )
   if tokenizer is None:
     raise ValueError(f"{_MODEL.value} has no tokenizer; put its files beside the checkpoint")
+  check_special_tokens(tokenizer, settings, template)
 
   # 3. Generate: in a session, one text as it comes, or several when all of them are there.
   if _INTERACTIVE.value:
-    _run_console(model, tokenizer, settings)
+    _run_console(model, tokenizer, settings, template)
   else:
-    _print_texts(model, tokenizer, settings)
+    _print_texts(model, tokenizer, settings, template)
 
 
 def _settings() -> Settings:
   """The settings of the flags."""
   values = {name: flag.value for name, flag in _SETTINGS.items()}
-  return Settings(**values | {"stop": tuple(map(newlines, values["stop"]))})
+  texts = {name: tuple(map(newlines, values[name])) for name in ("stop", "special")}
+  return Settings(**values | texts)
 
 
-def _run_console(model, tokenizer, settings: Settings) -> None:
+def _load_template():
+  """The template of the flag, or None. Raises ValueError for flags that make no sense with it."""
+  from gpt2_jax.data.templates import load_template
+
+  if not _TEMPLATE.value:
+    return None
+  if not _INTERACTIVE.value and not _PROMPT.value:
+    raise ValueError("--template writes a message: give it as --prompt, or --interactive")
+  return load_template(_TEMPLATE.value)
+
+
+def _run_console(model, tokenizer, settings: Settings, template) -> None:
   # Bytes that are no UTF-8 make an error of their line, and not of the session; so does what the
   # terminal has no sign for.
   if sys.stdin.encoding:
@@ -112,21 +134,26 @@ def _run_console(model, tokenizer, settings: Settings) -> None:
   if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-  Console(model, tokenizer, settings, open_terminal(complete_line)).run()
+  Console(model, tokenizer, settings, open_terminal(complete_line), template).run()
 
 
-def _print_texts(model, tokenizer, settings: Settings) -> None:
+def _print_texts(model, tokenizer, settings: Settings, template) -> None:
   from gpt2_jax.decoding import complete, for_inference, stream
-  from gpt2_jax.decoding.stream import encode_prompt
 
-  prompts = _PROMPT.value or [""]
+  texts = _PROMPT.value or [""]
+  prompts = [prompt_ids(tokenizer, settings, template, [], text) for text in texts]
   generation = dataclasses.replace(settings.generation(), samples=_SAMPLES.value)
+  generation = add_stops(generation, template, tokenizer)
   n_texts = len(prompts) * _SAMPLES.value
   terminal, waiting = Terminal(sys.stdout), Terminal(sys.stderr)
 
+  # An answer begins a line of its own.
+  if template is not None:
+    texts = [f"{text}\n" for text in texts]
+
   # 1. The default number of tokens is for contexts that have room for it.
   if not _SETTINGS["n_new"].present:
-    longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
+    longest = max(map(len, prompts))
     generation, note = shorten_to_context(generation, longest, model.config.n_ctx)
     if note:
       waiting.write(note, "dim")
@@ -137,18 +164,17 @@ def _print_texts(model, tokenizer, settings: Settings) -> None:
       decoder = for_inference(model)
       chunks = stream(decoder, tokenizer, prompts[0], generation=generation)
       first = next(chunks, "")
-    terminal.write(prompts[0], "dim", end="")
+    terminal.write(texts[0], "dim", end="")
     for chunk in itertools.chain([first], chunks):
       terminal.write(chunk, end="")
     terminal.write()
     return
 
   # 3. Several, when all of them are there; `complete` says so if it takes a while.
-  texts = complete(model, tokenizer, prompts, generation=generation)
-  for row, text in enumerate(texts):
+  for row, added in enumerate(complete(model, tokenizer, prompts, generation=generation)):
     terminal.write("-" * 80, "dim")
-    terminal.write(prompts[row // _SAMPLES.value], "dim", end="")
-    terminal.write(text)
+    terminal.write(texts[row // _SAMPLES.value], "dim", end="")
+    terminal.write(added)
 
 
 def run() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
   from gpt2_jax.decoding import Generation, Greedy, Sample
+  from gpt2_jax.tokenizer import Tokenizer
 
 
 def setting(default, what: str, value_type: type, examples: str = ""):
@@ -56,6 +57,9 @@ class Settings:
   stop: tuple[str, ...] = setting(
     (), "End before this text; may be repeated.", str, "\\n \\n\\n none"
   )
+  special: tuple[str, ...] = setting(
+    (), "Special tokens to parse in a prompt: all, or TOKEN,...; may be repeated.", str, "all none"
+  )
   window: int | None = setting(
     None, "Past the context, forget so many of the oldest tokens at a time.", int, "none"
   )
@@ -88,6 +92,21 @@ class Settings:
 
     window = None if self.window is None else SlidingWindow(self.window)
     return Generation(self.n_new, self.sampler(), self.seed, stop=self.stop, window=window)
+
+  def special_tokens(self, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The special tokens that are parsed in a prompt. Raises ValueError for one that is none."""
+    from gpt2_jax.tokenizer.interface import parsed_tokens
+
+    tokens = []
+    for value in self.special:
+      if value == "all":
+        tokens += tokenizer.special_tokens
+      elif value in tokenizer.special_tokens:
+        # It may have a comma in it.
+        tokens.append(value)
+      else:
+        tokens += value.split(",")
+    return parsed_tokens(tokens, tokenizer.special_tokens)
 
   def changed(self, name: str, text: str) -> Settings:
     """These settings with one set to what the text says.

@@ -9,13 +9,13 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-import re
+from collections.abc import Sequence
 
 import numpy as np
 
 from gpt2_jax.files import read_json_object, summarize, user_path
 from gpt2_jax.tokenizer import Tokenizer
-from gpt2_jax.tokenizer.interface import EOT
+from gpt2_jax.tokenizer.interface import EOT, split_at_tokens
 
 # What is scored: the responses with the marker that ends them, or every token but the first.
 LOSSES = ("responses", "all")
@@ -177,6 +177,25 @@ class Encoded:
   last_response: int
 
 
+def stop_strings(template: Template, tokenizer: Tokenizer) -> tuple[str, ...]:
+  """Stop strings of a template, but for <|endoftext|> where it is a token, which ends a text."""
+  return tuple(text for text in template.stop if text != EOT or tokenizer.eot is None)
+
+
+def write_prompt(
+  template: Template, tokenizer: Tokenizer, messages: Sequence[Message]
+) -> list[int]:
+  """The token ids after which a model writes the next response: the turns so far, and its marker.
+
+  Special tokens of the template are ids; one that a message spells is plain text. Raises ValueError
+  if the tokenizer lacks a special token of the template.
+  """
+  # A response without a text: its prompt is what stands before it.
+  answer = Message(template.response, "")
+  encoded = ExampleEncoder(template, tokenizer).encode((*messages, answer))
+  return encoded.ids[: encoded.last_response].tolist()
+
+
 @dataclasses.dataclass(frozen=True)
 class Piece:
   """A text that is encoded, or a special token; part of a response, or not."""
@@ -262,12 +281,5 @@ class ExampleEncoder:
 
   def _marker(self, text: str, is_response: bool) -> list[Piece]:
     """A marker, cut at its special tokens."""
-    if not self.template.special_tokens:
-      return [Piece(text, False, is_response)]
-    specials = "|".join(map(re.escape, self.template.special_tokens))
-    pieces = []
-    for n, part in enumerate(re.split(f"({specials})", text)):
-      # Every second part is what the group matched.
-      if part:
-        pieces.append(Piece(part, n % 2 == 1, is_response))
-    return pieces
+    parts = split_at_tokens(text, self.template.special_tokens)
+    return [Piece(part, is_special, is_response) for part, is_special in parts]
