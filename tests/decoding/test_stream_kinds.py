@@ -213,6 +213,16 @@ def test_a_bad_byte_spoils_its_run_only():
   assert decoder.push(fox) == "" and decoder.push(fox[:2], last=True) == "\ufffd" * 6
 
 
+def test_spaces_at_the_beginning_are_dropped_as_at_once():
+  """However many of them there are before the first word."""
+  tokenizer, rng = KINDS["SentencePiece"](), np.random.default_rng(0)
+  word = tokenizer.encode("cat")
+  ids = [tokenizer.special_id("\u2581")] * 40 + word
+  assert tokenizer.decode(ids) == "cat"
+  for cut in (0, 3, 20, 40):
+    assert streamed(tokenizer, ids[:cut], ids[cut:], rng, 3) == "cat"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_tokens_are_decoded_again(kind):
   """However long a text of words is: a stream costs time in proportion to its length."""
