@@ -28,7 +28,7 @@ def get_config(size: str = "117M") -> ConfigDict:
       "data": {
         "train": "data/train",  # token store, from gpt2-jax tokenize; local or gs://
         "validation": "data/validation",  # token store to validate on
-        "tokenizer": "gpt2",  # or a SentencePiece .model, or a .json; must be the stores'
+        "tokenizer": "gpt2",  # or a .model, a .json, a vocab.txt, a folder; must be the stores'
       },
       **finetuning(),
       "mesh": {"replica": 1, "data": -1, "model": 1},  # -1 takes the devices that are left

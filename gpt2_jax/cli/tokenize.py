@@ -85,7 +85,10 @@ _CHARACTERS = flags.DEFINE_string(
   "characters", None, "Slice of the text as FROM:TO, in characters or %: ':90%' or '90%:'."
 )
 _TOKENIZER = flags.DEFINE_string(
-  "tokenizer", "gpt2", "Tokenizer: gpt2, a SentencePiece .model file, or a tokenizer .json file."
+  "tokenizer",
+  "gpt2",
+  "Tokenizer: gpt2, a SentencePiece .model, a .json (also Hugging Face's tokenizer.json), WordPiece's "
+  "vocab.txt, or a folder with one.",
 )
 _TRAIN = flags.DEFINE_enum(
   "train_tokenizer",

@@ -175,11 +175,14 @@ def add_tokens(
     if not is_known:
       pending[content] = spec
 
-  # 2. Special tokens that are not among them. A class's default is no reason for a new id.
+  # 2. Special tokens that are not among them, or not as special ones. A class's default is no
+  #    reason for a new id.
   stated = {spec["content"] for spec in companions.special_tokens()}
   for content, spec in special.items():
     is_there = content in stated or has_token(tokenizer, content)
-    if is_there and content not in known and content not in pending:
+    if content in known and not known[content]["special"]:
+      pending[content] = pending.get(content, known[content]) | {"special": True}
+    elif is_there and content not in known and content not in pending:
       pending[content] = spec
   tokenizer.add_tokens([tokenizers.AddedToken(**spec) for spec in pending.values()])
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -178,23 +179,53 @@ class HuggingFace:
     The library parses added tokens of its file, but for special ones: so these become ordinary
     ones there. How spaces beside them are read stays with each token's flags.
     """
-    if not tokens:
-      return self._tokenizer
     if tokens not in self._parsers:
       payload = json.loads(self.payload)
-      added = {token["content"]: token for token in payload["added_tokens"] or ()}
+      is_masked = self._mask(payload, tokens)
+      added = {token["content"]: token for token in payload.get("added_tokens") or ()}
       for token in tokens:
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         entry = {"id": self._tokenizer.token_to_id(token), "content": token} | flags
         added[token] = entry | added.get(token, {}) | {"special": False}
+
       payload["added_tokens"] = sorted(added.values(), key=lambda token: token["id"])
-      self._parsers[tokens] = open_tokenizer_json(json.dumps(payload))
+      is_other = is_masked or bool(tokens)
+      self._parsers[tokens] = (
+        open_tokenizer_json(json.dumps(payload)) if is_other else self._tokenizer
+      )
     return self._parsers[tokens]
+
+  def _mask(self, payload: dict, parsed: tuple[str, ...]) -> bool:
+    """Renames special tokens in the vocabulary, but for the parsed ones, so that no text has them.
+
+    BPE cannot merge its way to a special token. The other models look up any part of a text, and
+    would take `</s>` in a document for the end of it. Returns whether any was renamed.
+    """
+    model = payload["model"]
+    if model.get("type") not in ("Unigram", "WordLevel", "WordPiece"):
+      return False
+    added = payload.get("added_tokens") or ()
+    hidden = {token["content"] for token in added if token["special"]} | {self.end_token}
+    # What is unknown is looked up by its name, and means as little when a text writes it.
+    hidden -= {*parsed, model.get("unk_token")}
+
+    # A name that nobody can write into a text beforehand.
+    secret = secrets.token_hex(16)
+    vocab = model["vocab"]
+    pieces = vocab if isinstance(vocab, dict) else [piece for piece, _ in vocab]
+    hidden &= set(pieces)
+    names = {piece: secret + piece if piece in hidden else piece for piece in pieces}
+    if isinstance(vocab, dict):
+      model["vocab"] = {names[piece]: i for piece, i in vocab.items()}
+    else:
+      model["vocab"] = [(names[piece], score) for piece, score in vocab]
+    payload["added_tokens"] = [token for token in added if token["content"] not in hidden]
+    return bool(hidden)
 
   def encode_batch(self, texts: list[str]) -> list[list[int]]:
     for text in texts:
       check_unicode(text)
-    encodings = _call(self._tokenizer.encode_batch, texts, add_special_tokens=False)
+    encodings = _call(self._parser(()).encode_batch, texts, add_special_tokens=False)
     return [self._checked(encoding.ids) for encoding in encodings]
 
   def encode_with_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
@@ -204,7 +235,7 @@ class HuggingFace:
     of the offsets: a token then begins where the one before it ends.
     """
     check_unicode(text)
-    encoding = _call(self._tokenizer.encode, text, add_special_tokens=False)
+    encoding = _call(self._parser(()).encode, text, add_special_tokens=False)
 
     # The reshape gives an empty text two columns, too.
     begins, ends = np.array(encoding.offsets, int).reshape(-1, 2).T

@@ -2,6 +2,7 @@
 """Tokenizers as they lie in the folders of GPT-2s: each is read as transformers reads it, is
 written so that transformers reads the same, or is refused in one line."""
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -9,8 +10,18 @@ import random
 
 import pytest
 
-from gpt2_jax.convert.vocabulary import read_vocabulary, write_vocabulary
-from gpt2_jax.tokenizer import Characters, Gpt2Bpe, from_json, load_tokenizer
+from gpt2_jax.convert import pretrained
+from gpt2_jax.convert.vocabulary import as_tokenizer_json, read_vocabulary, write_vocabulary
+from gpt2_jax.model import ModelConfig
+from gpt2_jax.tokenizer import (
+  Characters,
+  Gpt2Bpe,
+  HuggingFace,
+  SentencePiece,
+  from_json,
+  load_tokenizer,
+  train_sentencepiece,
+)
 
 T = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -334,6 +345,7 @@ def test_ids_are_transformers_and_what_is_written_keeps_them(kind, folder, tmp_p
   theirs = transformers.AutoTokenizer.from_pretrained(folder)
   ours = read_vocabulary(folder, N_VOCAB)
   check_same_ids(ours, theirs)
+  check_literal(ours, theirs)
   named = {name: theirs.convert_tokens_to_ids(t) for name, t in theirs.special_tokens_map.items()}
   assert named.get("eos_token") == ours.eot
 
@@ -362,6 +374,22 @@ def check_same_ids(ours, theirs) -> None:
     ids = ours.encode(text, special=True)
     assert ids == theirs(text, add_special_tokens=False).input_ids, text
     assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def check_literal(ours, theirs) -> None:
+  """No text has a special token in it, but for the one that stands for what is unknown."""
+  special = set(theirs.all_special_ids) - {theirs.unk_token_id}
+  if theirs.unk_token == EOT:
+    special.add(theirs.unk_token_id)
+  for text in random_texts(tuple(theirs.all_special_tokens)):
+    try:
+      ids = ours.encode(text)
+    except ValueError:
+      # Characters and words that the vocabulary lacks.
+      continue
+    assert not special & set(ids), text
+    assert ours.encode_batch([text, ""]) == [ids, []]
+    assert ours.encode_with_offsets(text)[0] == ids
 
 
 CLASS = {"tokenizer_class": "OpenAIGPTTokenizer"}
@@ -481,3 +509,55 @@ def test_more_chat_templates_than_one_are_kept(folder, tmp_path):
   write_vocabulary(read_vocabulary(folder, N_VOCAB), tmp_path / "out", 64)
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
   assert theirs.chat_template == {"default": "D", "tools": "T"}
+
+
+def sentencepieces() -> dict[str, SentencePiece]:
+  """Models of this project's own training, and of others that it holds."""
+  lossless = train_sentencepiece(CORPUS, 320)
+  return {
+    "lossless": lossless,
+    "unigram": SentencePiece(sentencepiece_model(vocab_size=50)),
+    "blanks kept": SentencePiece(
+      sentencepiece_model(vocab_size=60, model_type="bpe", remove_extra_whitespaces=False)
+    ),
+  }
+
+
+@pytest.mark.parametrize("kind", ["lossless", "unigram", "blanks kept"])
+def test_a_sentencepiece_model_is_written_for_transformers(kind, folder):
+  ours = sentencepieces()[kind]
+  write_vocabulary(ours, folder, 64)
+  assert read_vocabulary(folder, N_VOCAB) == ours, "as it was, for this project"
+  theirs = transformers.AutoTokenizer.from_pretrained(folder)
+  assert len(theirs) == ours.vocab_size and theirs.eos_token_id == ours.eot
+  for text in random_texts():
+    # A space symbol is a space to the library; this project writes it in bytes, apart from a space.
+    text = text.replace("\u2581", "")
+    ids = theirs(text).input_ids
+    assert ids == ours.encode(text)
+    if kind == "lossless":
+      assert theirs.decode(ids) == text
+
+
+@pytest.mark.parametrize("options", [{"model_type": "char"}, {"treat_whitespace_as_suffix": True}])
+def test_a_model_without_a_form_for_others_is_kept_for_this_project(options, folder):
+  ours = SentencePiece(sentencepiece_model(vocab_size=50, **options))
+  assert as_tokenizer_json(ours) is None
+  write_vocabulary(ours, folder, 64)
+  assert {path.name for path in folder.iterdir()} == {"config.json", "gpt2_jax_tokenizer.json"}
+  assert read_vocabulary(folder, N_VOCAB) == ours
+
+
+@pytest.mark.parametrize("form", ["hf", "orbax", "nanogpt", "llmc"])
+def test_no_pair_is_written_that_is_not_read(form, made, tmp_path):
+  weights = made(ModelConfig(n_vocab=N_BASE - 1, n_ctx=8, n_embd=8, n_head=2, n_layer=1))
+  merges = HuggingFace(json.dumps(BYTE_LEVEL))
+  for tokenizer, message in (
+    (merges, f"ids up to {N_BASE - 1}, and the model {N_BASE - 1} tokens"),
+    (Characters("".join(map(chr, range(N_BASE)))), f"ids up to {N_BASE - 1}, and"),
+    (HuggingFace(json.dumps(DROPOUT)), "BPE dropout 0.1"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      pair = dataclasses.replace(weights, tokenizer=tokenizer)
+      pretrained.write(pair, str(tmp_path / "out"), form, other_gelu=True)
+    assert not list(tmp_path.iterdir())
