@@ -87,8 +87,8 @@ _CHARACTERS = flags.DEFINE_string(
 _TOKENIZER = flags.DEFINE_string(
   "tokenizer",
   "gpt2",
-  "Tokenizer: gpt2, a SentencePiece .model, a .json (also Hugging Face's tokenizer.json), WordPiece's "
-  "vocab.txt, or a folder with one.",
+  "Tokenizer: gpt2, a SentencePiece .model, a .json (also Hugging Face's tokenizer.json), "
+  "WordPiece's vocab.txt, or a folder with one.",
 )
 _TRAIN = flags.DEFINE_enum(
   "train_tokenizer",
