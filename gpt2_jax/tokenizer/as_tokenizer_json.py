@@ -8,6 +8,7 @@ import functools
 import re
 from typing import TYPE_CHECKING
 
+from gpt2_jax.files import first_line
 from gpt2_jax.tokenizer.characters import Characters
 from gpt2_jax.tokenizer.huggingface import HuggingFace
 from gpt2_jax.tokenizer.sentencepiece import SPACE_SYMBOL, SentencePiece
@@ -47,23 +48,29 @@ def characters_as_json(tokenizer: Characters) -> HuggingFace:
 
 def sentencepiece_as_json(tokenizer: SentencePiece) -> HuggingFace:
   """A SentencePiece model as a tokenizer.json. Raises ValueError if the ids would be others."""
+  import tokenizers
+
   proto = _parse(tokenizer.proto)
   # The other library looks up a line's \r\n as one character. Where this model makes the same of
   # it as of two line feeds, it is given those.
   joins_crlf = tokenizer.library_ids("a\r\nb") == tokenizer.library_ids("a\n\nb")
-  converted = _build(proto, joins_crlf)
+  try:
+    converted = _build(proto, joins_crlf)
+  except ValueError:
+    raise
+  except Exception as error:
+    # The library raises plain ones for what it cannot parse.
+    reason = first_line(error, 120)
+    raise ValueError(f"the SentencePiece model has no tokenizer.json ({reason})") from error
 
   # What control pieces there are is special; what the user defined is never cut.
-  import tokenizers
-
   special = []
   for piece in proto.pieces:
     if piece.type in (CONTROL, UNKNOWN):
       special.append(tokenizers.AddedToken(piece.piece, normalized=False, special=True))
   converted.add_tokens(special)
 
-  end = tokenizer.eot
-  result = HuggingFace(converted.to_str(), end)
+  result = HuggingFace(converted.to_str(), tokenizer.eot)
   _check_same_ids(tokenizer, result, proto)
   return result
 
