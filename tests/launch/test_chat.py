@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chats with fine-tuned models, text for text as transformers holds them.
 
-The model is random and small; its tokenizer has the special tokens of chats.
+The model is small and knows three conversations by heart, so that its answers end as they should.
 """
 
 import io
@@ -21,8 +21,14 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-N_NEW = 24
-SAID = ("hello world", "the cat sat", f"a {EOT} that is text", "and <|user|> too")
+N_NEW = 15
+SAID = ("hello world", "the cat")
+ANSWERS = ("hello cat", "sat")
+CONVERSATIONS = (
+  "hello world{0}hello cat{0}the cat{0}sat{0}",
+  "<|user|>hello<|assistant|>the cat{0}<|user|>sat<|assistant|>world{0}",
+  "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nworld sat<|im_end|>\n",
+)
 GREEDY = Settings(n_new=N_NEW, greedy=True)
 CHAT_TEMPLATE = (
   "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|endoftext|>\n{% endfor %}"
@@ -52,7 +58,7 @@ def theirs(tmp_path_factory):
   torch.manual_seed(3)
   config = transformers.GPT2Config(
     vocab_size=300,
-    n_positions=256,
+    n_positions=128,
     n_embd=32,
     n_layer=2,
     n_head=2,
@@ -60,11 +66,12 @@ def theirs(tmp_path_factory):
     eos_token_id=0,
   )
   model = transformers.GPT2LMHeadModel(config).eval()
-  with torch.no_grad():
-    for parameter in model.parameters():
-      parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.15))
-    # What ends an answer is likely, so that some answers end before they are full.
-    model.transformer.wte.weight[0] *= 2.5
+  rows = [tokenizer(text.format(EOT), return_tensors="pt").input_ids for text in CONVERSATIONS]
+  optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+  for _ in range(60):
+    optimizer.zero_grad()
+    sum(model(row, labels=row).loss for row in rows).backward()
+    optimizer.step()
 
   folder = tmp_path_factory.mktemp("chat")
   model.save_pretrained(folder)
@@ -94,23 +101,21 @@ def their_answer(theirs, prompt: str) -> str:
 
 def test_a_conversation_of_turns_that_end_in_endoftext(theirs, ours):
   """As DialoGPT's own code holds it: all turns so far, each with <|endoftext|> behind it."""
-  history, answers = "", []
-  for said in SAID[:2]:
+  history = ""
+  for said, expected in zip(SAID, ANSWERS, strict=True):
     history += said + EOT
     answer = complete(*ours, history, N_NEW, greedy=True, special=(EOT,))
-    assert answer == their_answer(theirs, history)
+    assert answer == their_answer(theirs, history) == expected
     assert answer == "".join(stream(*ours, history, N_NEW, greedy=True, special=True))
-    answers.append(answer)
     history += answer + EOT
-  assert len(set(answers)) == 2
-  assert answers[0] != complete(*ours, SAID[0] + EOT, N_NEW, greedy=True), "letters, by default"
+  assert complete(*ours, SAID[0] + EOT, N_NEW, greedy=True) != ANSWERS[0], "letters, by default"
 
 
 def test_a_chat_of_roles_in_special_tokens(theirs, ours):
   prompt = "<|user|>hello<|assistant|>the cat<|endoftext|><|user|>sat<|assistant|>"
   named = ("<|user|>", "<|assistant|>", EOT)
   answer = complete(*ours, prompt, N_NEW, greedy=True, special=named)
-  assert answer == their_answer(theirs, prompt)
+  assert answer == their_answer(theirs, prompt) == "world"
   assert answer == complete(*ours, [prompt], N_NEW, greedy=True, special=True)[0]
   ids = ours[1].encode(prompt, special=True)
   assert answer == complete(*ours, ids, N_NEW, greedy=True), "token ids are a prompt too"
@@ -161,50 +166,40 @@ def chat(ours, *lines, template=DIALOGPT, settings=GREEDY) -> tuple[str, Console
 def test_a_session_remembers_the_turns(theirs, ours):
   """Special tokens of the template are ids, and those that a person types are text."""
   text, console = chat(ours, *SAID)
-  assert [said for said, _ in console.turns] == list(SAID)
+  assert console.turns == list(zip(SAID, ANSWERS, strict=True))
+  for said, answer in console.turns:
+    assert f"{said}\n{answer}\n" in text
 
-  answers = [answer for _, answer in console.turns]
-  for n in range(2):
-    history = "".join(said + EOT + answer + EOT for said, answer in console.turns[:n])
-    assert answers[n] == their_answer(theirs, history + SAID[n] + EOT)
-    assert f"{SAID[n]}\n{answers[n]}\n" in text
-  ids = prompt_ids(ours[1], GREEDY, DIALOGPT, console.turns[:2], SAID[2])
+  ids = prompt_ids(ours[1], GREEDY, DIALOGPT, console.turns, f"a {EOT} that is text")
   assert ids.count(0) == 5, "an id for each turn, and none for what was typed"
 
 
 def test_a_new_chat_forgets_and_again_takes_the_answer_back(ours):
-  text, console = chat(ours, SAID[0], SAID[1], "/again", "/more", "/new", SAID[0])
-  assert console.turns == [console.turns[0]], "the turns since /new"
-  assert console.turns[0][0] == SAID[0]
-  assert len(console.texts) == 4 and "error: an answer ends its turn" in text
+  _, console = chat(ours, *SAID, "/again")
+  assert console.turns == list(zip(SAID, ANSWERS, strict=True)), "the same answer in its place"
+  assert len(console.texts) == 3, "no text is lost"
 
-  _, console = chat(ours, SAID[0], SAID[1], "/again")
-  assert [said for said, _ in console.turns] == list(SAID[:2])
-  assert console.turns[1][1] == console.texts[1][1], "greedy: the same answer to the same turns"
-  assert "error: there is no message yet" in chat(ours, "/again")[0]
+  text, console = chat(ours, "/again", *SAID, "/more", "/new", SAID[0])
+  assert console.turns == [(SAID[0], ANSWERS[0])]
+  assert "error: there is no message yet" in text and "error: an answer ends its turn" in text
 
 
 def test_an_answer_ends_where_the_template_says(ours):
-  """At a stop string that is a special token, which is no end of text to the tokenizer."""
-  model, tokenizer = ours
-  ids = write_prompt(CHATML, tokenizer, [Message("user", "hello")])
-  whole = complete(model, tokenizer, ids, N_NEW, greedy=True)
-  assert len(whole) > 8
-  # The first characters of an answer stand for the marker that a trained model would write.
-  stops = load_template("chatml").stop
-  assert stops == ("<|im_end|>",)
-  settings = Settings(n_new=N_NEW, greedy=True, stop=(whole[4:6],))
-  _, console = chat(ours, "hello", template=CHATML, settings=settings)
-  assert console.turns == [("hello", whole[: whole.find(whole[4:6])])]
+  """At a special token that is no end of text to the tokenizer."""
+  ids = write_prompt(CHATML, ours[1], [Message("user", "hello")])
+  assert complete(*ours, ids, N_NEW, greedy=True).startswith("world sat<|im_end|>")
+  _, console = chat(ours, "hello", template=CHATML)
+  assert console.turns == [("hello", "world sat")]
 
 
 def test_special_tokens_are_a_setting(theirs, ours):
   prompt = "<|user|>hello<|assistant|>"
+  answer = their_answer(theirs, prompt)
   text, console = chat(
     ours, "/special <user>", "/special all", prompt, "/special <|user|>", prompt, template=None
   )
   assert "error: '<user>' is none of the tokenizer's 5 special tokens; the nearest are" in text
-  assert console.texts[0] == (prompt, their_answer(theirs, prompt))
+  assert console.texts[0] == (prompt, answer) and answer == "the cat"
   assert console.settings.special == ("<|user|>",)
 
   tokenizer = ours[1]
