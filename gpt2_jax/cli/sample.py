@@ -116,7 +116,7 @@ def _load_template():
   """The template of the flag, or None. Raises ValueError for flags that make no sense with it."""
   from gpt2_jax.data.templates import load_template
 
-  if not _TEMPLATE.value:
+  if _TEMPLATE.value is None:
     return None
   if not _INTERACTIVE.value and not _PROMPT.value:
     raise ValueError("--template writes a message: give it as --prompt, or --interactive")

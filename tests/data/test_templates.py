@@ -20,6 +20,8 @@ from gpt2_jax.data.templates import (
   Template,
   Turn,
   load_template,
+  stop_strings,
+  write_prompt,
 )
 from gpt2_jax.tokenizer import Characters, Gpt2Bpe, HuggingFace
 
@@ -107,6 +109,20 @@ def test_tokens_and_masks_are_those_of_transformers(template):
   encoded = ExampleEncoder(template, tokenizer()).encode(HELLO)
   assert encoded.ids.tolist() == expected["input_ids"]
   assert encoded.is_scored.astype(int).tolist() == expected["assistant_masks"]
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.name)
+def test_a_prompt_is_what_stands_before_a_response(template):
+  """Of any turn: so a model continues what it was trained on."""
+  encoder = ExampleEncoder(template, tokenizer())
+  for n in (1, 3):
+    encoded = encoder.encode(HELLO[: n + 1])
+    prompt = write_prompt(template, tokenizer(), HELLO[:n])
+    assert prompt == encoded.ids[: encoded.last_response].tolist()
+
+  # Where <|endoftext|> is a token, it ends a text by its id.
+  assert stop_strings(template, tokenizer()) == tuple(t for t in template.stop if t != SPECIALS[0])
+  assert stop_strings(template, Characters("a")) == template.stop
 
 
 def test_all_tokens_but_the_first_can_be_scored():

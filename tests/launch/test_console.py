@@ -210,7 +210,7 @@ def test_a_setting_is_a_command_of_its_own(say):
   "line, words",
   [
     ("/te", {"/temperature"}),
-    ("/s", {"/set", "/settings", "/save", "/stop", "/seed"}),
+    ("/s", {"/set", "/settings", "/save", "/special", "/stop", "/seed"}),
     ("/set t", {"temperature", "top_k", "top_p", "typical"}),
     ("/greedy ", {"true", "false"}),
     ("/set greedy t", {"true"}),
