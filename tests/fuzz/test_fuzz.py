@@ -265,6 +265,36 @@ def write_characters(folder: pathlib.Path):
   (folder / "it.json").write_text(json.dumps(tokenizer_lib.train_characters([TEXT]).to_json()))
 
 
+def write_folder(folder: pathlib.Path):
+  """A vocabulary and its merges, with the files of transformers beside them."""
+  save_byte_pairs("vocab.json", "merges.txt")(folder)
+  for path in (folder / "it").iterdir():
+    if path.name not in ("vocab.json", "merges.txt"):
+      path.unlink()
+  n_vocab = len(json.loads((folder / "it/vocab.json").read_text()))
+  user = {"content": "<|user|>", "lstrip": True, "special": True}
+  files = {
+    "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True},
+    "special_tokens_map.json": {"eos_token": user, "additional_special_tokens": ["<|user|>"]},
+    "added_tokens.json": {"<|user|>": n_vocab},
+  }
+  for name, content in files.items():
+    (folder / "it" / name).write_text(json.dumps(content))
+
+
+def write_word_pieces(folder: pathlib.Path):
+  (folder / "it").mkdir()
+  (folder / "it/vocab.txt").write_text("\n".join(["[UNK]", "[SEP]", "a", "##b", "##c", "abc"]))
+  config = {"tokenizer_class": "BertTokenizer", "do_lower_case": False, "eos_token": "[SEP]"}
+  (folder / "it/tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_model_folder(folder: pathlib.Path):
+  write_sentencepiece(folder)
+  (folder / "it").mkdir()
+  (folder / "it.model").rename(folder / "it/tokenizer.model")
+
+
 def read_tokenizer(name: str):
   def read(folder: pathlib.Path) -> str:
     tokenizer = tokenizer_lib.load_tokenizer(str(folder / name))
@@ -320,6 +350,9 @@ CONTAINERS = {
   "filter": Container(write_filter, read_filter, 100),
   "recorded logits": Container(write_logits, read_logits, 100),
   "sentencepiece": Container(write_sentencepiece, read_tokenizer("it.model"), 100),
+  "tokenizer's folder": Container(write_folder, read_tokenizer("it"), 60, "it/*"),
+  "WordPiece": Container(write_word_pieces, read_tokenizer("it"), 60, "it/*"),
+  "SentencePiece's folder": Container(write_model_folder, read_tokenizer("it"), 30, "it/*"),
   "characters": Container(write_characters, read_tokenizer("it.json"), 100),
 }
 
