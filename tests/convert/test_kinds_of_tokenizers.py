@@ -13,6 +13,7 @@ import pytest
 from gpt2_jax.convert import pretrained
 from gpt2_jax.convert.vocabulary import as_tokenizer_json, read_vocabulary, write_vocabulary
 from gpt2_jax.model import ModelConfig
+from gpt2_jax.runs.metadata import content_differences
 from gpt2_jax.tokenizer import (
   Characters,
   Gpt2Bpe,
@@ -177,6 +178,12 @@ def other_cut() -> "T.Tokenizer":
   return tokenizer
 
 
+def lower_case() -> "T.Tokenizer":
+  tokenizer = byte_level()
+  tokenizer.normalizer = T.normalizers.Lowercase()
+  return tokenizer
+
+
 def fast(tokenizer: "T.Tokenizer", **names):
   """A folder as transformers saves a tokenizer of its general class."""
 
@@ -285,6 +292,7 @@ KINDS = {
     tokenizer__json=BYTE_LEVEL, **PAIR, **ADDED, tokenizer_config__json=GPT2
   ),
   "digits apart, normalized": fast(other_cut(), eos_token=EOT),
+  "lower case, GPT-2's names": fast(lower_case(), **NAMES),
   "WordPiece, class in config.json": files(
     **BERT, config__json={"model_type": "gpt2", "tokenizer_class": "BertTokenizer"}
   ),
@@ -561,3 +569,14 @@ def test_no_pair_is_written_that_is_not_read(form, made, tmp_path):
       pair = dataclasses.replace(weights, tokenizer=tokenizer)
       pretrained.write(pair, str(tmp_path / "out"), form, other_gelu=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_from_before_the_config_was_kept_resumes(folder):
+  """What lies beside a tokenizer changes no id, and an older run did not record it."""
+  put(folder, **PAIR, tokenizer_config__json=GPT2 | {"chat_template": CHAT})
+  recorded = read_vocabulary(folder, N_VOCAB).to_json()
+  older = {key: value for key, value in recorded.items() if key != "config"}
+  assert older != recorded and from_json(older).end == from_json(recorded).end
+  assert content_differences({"tokenizer": older}, {"tokenizer": recorded}) == []
+  other = older | {"end": 1}
+  assert len(content_differences({"tokenizer": other}, {"tokenizer": recorded})) == 1
