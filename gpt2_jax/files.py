@@ -4,6 +4,7 @@ lines about long waits."""
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -284,6 +285,14 @@ def announce_if(is_primary: bool) -> None:
   """Makes `announce` silent in this process from now on, unless it is the first of its run."""
   global _is_announcing
   _is_announcing = is_primary
+
+
+@functools.cache
+def note(text: str) -> None:
+  """Prints one line on stderr, `note: ...`, once in a process, and only in the first of a run."""
+  if _is_announcing and sys.stderr is not None:
+    with contextlib.suppress(OSError):
+      print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

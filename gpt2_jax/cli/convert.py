@@ -49,6 +49,9 @@ _DTYPE = flags.DEFINE_enum(
 _OTHER_GELU = flags.DEFINE_bool(
   "other_gelu", False, "Write nanoGPT's format although nanoGPT computes another GELU."
 )
+_GELU = flags.DEFINE_enum(
+  "gelu", None, ["tanh", "erf"], "The GELU of nanoGPT's --from, which its file does not state."
+)
 _REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit of the Hub's repository.")
 _VERIFY = flags.DEFINE_string("verify", None, "The checkpoint to check: a name or a path.")
 _AGAINST = flags.DEFINE_string("against", None, "The checkpoint it should equal.")
@@ -74,7 +77,7 @@ _TOLERANCE = flags.DEFINE_float(
 _OUT = flags.DEFINE_string("out", "parity.json", "Where the result goes; it must not exist.")
 
 # Of a flag of the other half of this script, nothing would be heard.
-_ONLY_FROM = (_TO, _FORMAT, _ADAPTER, _MERGE, _DTYPE, _OTHER_GELU, _REVISION)
+_ONLY_FROM = (_TO, _FORMAT, _ADAPTER, _MERGE, _DTYPE, _OTHER_GELU, _GELU, _REVISION)
 _ONLY_VERIFY = (_AGAINST, _ORACLE, _LOGITS, _TEXT, _WINDOWS, _TOLERANCE, _OUT)
 
 
@@ -96,7 +99,9 @@ def convert() -> None:
     check_writable(pathlib.Path(to))
 
   # 2. Write.
-  weights = pretrained.open_weights(_FROM.value, _REVISION.value, _ADAPTER.value, _MERGE.value)
+  weights = pretrained.open_weights(
+    _FROM.value, _REVISION.value, _ADAPTER.value, _MERGE.value, _GELU.value
+  )
   pretrained.write(weights, to, _FORMAT.value, _DTYPE.value, _OTHER_GELU.value)
 
   # 3. Read back from disk: what is announced as written has been read.
@@ -137,7 +142,7 @@ def _write_adapter() -> None:
   from gpt2_jax.convert import pretrained
   from gpt2_jax.convert.peft_files import read_adapter
 
-  unused = (_ADAPTER, _MERGE, _DTYPE, _OTHER_GELU, _REVISION)
+  unused = (_ADAPTER, _MERGE, _DTYPE, _OTHER_GELU, _GELU, _REVISION)
   if names := [f"--{flag.name}" for flag in unused if flag.present]:
     raise ValueError(f"{', '.join(names)} is nothing to --format=peft; leave it out")
   base = pretrained.save_adapter(_FROM.value, _TO.value)

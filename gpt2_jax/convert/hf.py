@@ -9,20 +9,38 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import shutil
 from collections.abc import Callable
 
 import numpy as np
 
 from gpt2_jax.convert import names
-from gpt2_jax.convert.safe_load import check_tensors, check_there, read_json, read_torch
+from gpt2_jax.convert.match import find_gpt2
+from gpt2_jax.convert.safe_load import (
+  StoredTensor,
+  check_there,
+  read_json,
+  read_torch,
+  stored_tensors,
+)
 from gpt2_jax.convert.vocabulary import read_vocabulary, write_vocabulary
 from gpt2_jax.convert.weights import DTYPES, Weights, add_zero_biases
 from gpt2_jax.files import atomic_write, first_line, progress, summarize
 from gpt2_jax.model import ModelConfig
 from gpt2_jax.tokenizer import HuggingFace, Tokenizer
 
-GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "erf"}
+# The names that transformers has for the two GELUs. Its other activations are other functions:
+# gelu_10 is clipped, quick_gelu is a sigmoid.
+GELU = {
+  "gelu_new": "tanh",
+  "gelu_pytorch_tanh": "tanh",
+  "gelu_python_tanh": "tanh",
+  "gelu_fast": "tanh",
+  "gelu_accurate": "tanh",
+  "gelu": "erf",
+  "gelu_python": "erf",
+}
 
 # What transformers can do to a GPT-2 and this model does not: of each the value that is GPT-2's.
 FIXED = {
@@ -32,16 +50,15 @@ FIXED = {
   "tie_word_embeddings": True,
   "layer_norm_epsilon": 1e-5,
 }
-FLOATS = ("F32", "F16", "BF16")  # as safetensors calls them
+# The folders of transformers' Trainer, and files of weights that are not read.
+TRAINER_STEP = re.compile(r"checkpoint-(\d{1,12})$")
+OTHER_WEIGHTS = (".h5", ".msgpack", ".gguf", ".onnx", ".pt", ".pth", ".ckpt", ".npz")
+
+# Where training loops (Lightning, DeepSpeed, and those written by hand) put the state dict.
+STATE_DICTS = ("state_dict", "model_state_dict", "model", "module")
+
+DEPARTS = "{} departs from GPT-2 ({}), which this model does not do"
 SHARD = "2GB"  # a shard is held in memory while it is written
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-  """A tensor in a file: its shape is known, its values are loaded by `read`."""
-
-  shape: tuple[int, ...]
-  read: Callable[[], np.ndarray]
 
 
 def read(path: pathlib.Path) -> Weights:
@@ -49,31 +66,26 @@ def read(path: pathlib.Path) -> Weights:
 
   Raises ValueError if it is no GPT-2, or not all of one.
   """
+  # 1. The config is checked before a file of weights is opened.
   payload = read_json(path / "config.json")
   config = _model_config(payload, path)
 
-  # Old files have bare names; newer ones a prefix. Both may hold the causal mask.
-  tensors = {}
-  for name, tensor in _open_tensors(path).items():
-    name = name.removeprefix("transformer.")
-    if not names.CAUSAL_MASK.match(name):
-      tensors[name] = tensor
-  head = tensors.pop("lm_head.weight", None)
+  # 2. The tensors by GPT-2's names, whatever stands before them in the file.
+  match = find_gpt2(_open_tensors(path), str(path))
+  if not payload.get("tie_word_embeddings", True) and match.head is None:
+    raise ValueError(DEPARTS.format(path, "tie_word_embeddings=False, without an lm_head"))
 
   expected = {}
   for name, shape in names.shapes(config).items():
     expected[names.translate_name(name, names.TORCH)] = shape
-  names.check_shapes({name: x.shape for name, x in tensors.items()}, expected, str(path))
-  # NaN equals NaN here: that weights are broken does not untie them.
-  wte = tensors["wte.weight"]
-  if head is not None and not np.array_equal(head.read(), wte.read(), equal_nan=True):
-    raise ValueError(names.UNTIED.format(path))
+  tensors = match.checked(expected, str(path))
 
   def read_canonical(name):
     return tensors[names.translate_name(name, names.TORCH)].read()
 
   tokenizer = _with_end(read_vocabulary(path, config.n_vocab), payload, config)
-  return Weights(config, read_canonical, tokenizer, f"{path} (Hugging Face)")
+  weights = Weights(config, read_canonical, tokenizer, f"{path} (Hugging Face)")
+  return match.rounded(weights, str(path))
 
 
 def _with_end(tokenizer: Tokenizer | None, payload: dict, config: ModelConfig) -> Tokenizer | None:
@@ -86,10 +98,11 @@ def _with_end(tokenizer: Tokenizer | None, payload: dict, config: ModelConfig) -
 
 
 def _model_config(payload: dict, path: pathlib.Path) -> ModelConfig:
-  """ModelConfig from config.json. Raises ValueError for what departs from GPT-2."""
-  if payload.get("model_type") != "gpt2":
-    model_type = repr(payload.get("model_type"))[:40]
-    raise ValueError(f"{path} holds a model of type {model_type}, not gpt2; this is GPT-2 only")
+  """ModelConfig from config.json. Raises ValueError for what departs from GPT-2.
+
+  Whether the head is tied, the tensors say.
+  """
+  _check_model_type(payload, path)
 
   # 1. Sizes. The first files called the context n_ctx.
   try:
@@ -107,17 +120,35 @@ def _model_config(payload: dict, path: pathlib.Path) -> ModelConfig:
   # 2. Variants that transformers computes and this model does not: their logits would be wrong.
   variants = []
   for name, fixed in FIXED.items():
-    if payload.get(name, fixed) != fixed:
+    if name != "tie_word_embeddings" and payload.get(name, fixed) != fixed:
       variants.append(f"{name}={payload[name]!r}")
   if activation not in GELU:
     variants.append(f"activation_function={activation!r}")
   if payload.get("n_inner") not in (None, 4 * config.n_embd):
     variants.append(f"n_inner={payload['n_inner']!r}")
+  if payload.get("quantization_config"):
+    variants.append("quantization_config: its weights are quantized")
   if variants:
-    raise ValueError(
-      f"{path} departs from GPT-2 ({summarize(variants, each=60)}), which this model does not do"
-    )
+    raise ValueError(DEPARTS.format(path, summarize(variants, each=60)))
   return config
+
+
+def _check_model_type(payload: dict, path: pathlib.Path) -> None:
+  """Raises ValueError for a config.json of another model.
+
+  The first files, and those of other libraries, name no type: then the architecture says it, or
+  the fields of the sizes, whose names are GPT-2's. The tensors have to be GPT-2's in any case.
+  """
+  model_type, architectures = payload.get("model_type"), payload.get("architectures")
+  if model_type is None and architectures:
+    is_gpt2 = isinstance(architectures, list) and str(architectures[0]).startswith("GPT2")
+    model_type = "gpt2" if is_gpt2 else architectures
+  elif model_type is None and {"n_embd", "n_head", "n_layer", "vocab_size"} <= payload.keys():
+    model_type = "gpt2"
+  if model_type != "gpt2":
+    raise ValueError(
+      f"{path} holds a model of type {repr(model_type)[:40]}, not gpt2; this is GPT-2 only"
+    )
 
 
 def _open_tensors(path: pathlib.Path) -> dict[str, StoredTensor]:
@@ -135,7 +166,25 @@ def _open_tensors(path: pathlib.Path) -> dict[str, StoredTensor]:
 
   raise FileNotFoundError(
     f"{path} has neither model.safetensors nor pytorch_model.bin, whole or in shards"
+    f"{other_weights(path)}"
   )
+
+
+def other_weights(path: pathlib.Path) -> str:
+  """What an error adds where a folder has no weights: those of a Trainer's sub-folders, or of
+  another format."""
+  steps, files = {}, []
+  for entry in sorted(path.iterdir()) if path.is_dir() else ():
+    if entry.is_dir() and (number := TRAINER_STEP.match(entry.name)):
+      steps[int(number[1])] = entry.name
+    elif entry.suffix in OTHER_WEIGHTS:
+      files.append(entry.name)
+
+  if steps:
+    latest = steps[max(steps)]
+    listed = summarize((steps[n] for n in sorted(steps)), 4, each=40)
+    return f"; the Trainer's checkpoints are in its folders {listed}: give {path.name}/{latest}"
+  return f"; it has {summarize(files, 4, each=40)}, which is not read" if files else ""
 
 
 def _open_shards(index: pathlib.Path, open_file: Callable) -> dict[str, StoredTensor]:
@@ -189,30 +238,23 @@ def _data_size(path: pathlib.Path) -> int:
 
 
 def open_safetensors(path: pathlib.Path) -> dict[str, StoredTensor]:
-  """Every tensor of a safetensors file. Raises ValueError for what is damaged or no floats."""
+  """Every tensor of a safetensors file, of any dtype. Raises ValueError for what is damaged."""
   # Imported here: `import gpt2_jax` should not load what only this format needs.
   from safetensors import SafetensorError, safe_open
 
   check_there(path)
-  tensors, other_dtypes = {}, {}
+  tensors = {}
   try:
     with safe_open(path, "np") as file:
       for name in file.keys():  # noqa: SIM118
         stored = file.get_slice(name)
         dtype, shape = stored.get_dtype(), tuple(stored.get_shape())
-        tensors[name] = StoredTensor(shape, functools.partial(_read_safetensor, path, name))
-
-        # Old files have the causal mask, too, in any dtype.
-        if dtype not in FLOATS and not names.CAUSAL_MASK.match(name.removeprefix("transformer.")):
-          other_dtypes[name] = dtype
+        read_tensor = functools.partial(_read_safetensor, path, name)
+        tensors[name] = StoredTensor(shape, dtype, read_tensor)
   except SafetensorError as error:
     raise ValueError(
       f"{path} is no whole safetensors file ({first_line(error, 200)}); fetch it again"
     ) from error
-
-  if other_dtypes:
-    listed = summarize((f"{name!r} is {dtype}" for name, dtype in other_dtypes.items()), 4)
-    raise ValueError(f"{path} has tensors that are no floats of 16 or 32 bits: {listed}")
   return tensors
 
 
@@ -232,17 +274,13 @@ def _read_safetensor(path: pathlib.Path, name: str) -> np.ndarray:
 def open_torch(path: pathlib.Path) -> dict[str, StoredTensor]:
   """Every tensor of a torch file, of which nothing is run (safe_load)."""
   check_there(path)
-  tensors = read_torch(path)
-  check_tensors(tensors, path)
+  saved = read_torch(path)
 
-  stored = {}
-  for name, tensor in tensors.items():
-    stored[name] = StoredTensor(tuple(tensor.shape), functools.partial(_to_numpy, tensor))
-  return stored
-
-
-def _to_numpy(tensor) -> np.ndarray:
-  return tensor.detach().float().numpy()
+  # Training loops save the state dict as one entry of several.
+  for entry in STATE_DICTS:
+    if isinstance(saved, dict) and isinstance(saved.get(entry), dict):
+      return stored_tensors(saved[entry], path)
+  return stored_tensors(saved, path)
 
 
 def write(weights: Weights, path: pathlib.Path, dtype: str = "float32") -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """nanoGPT checkpoints: ckpt.pt, with meta.pkl for a vocabulary of characters; read and written.
 
-Its model is GPT-2 with the erf GELU, with or without biases.
+Its model is GPT-2 with or without biases, and with the erf GELU; before 14 June 2023 with the tanh
+GELU.
 """
 
 import pathlib
@@ -10,17 +11,20 @@ import pickle
 import numpy as np
 
 from gpt2_jax.convert import names
+from gpt2_jax.convert.match import find_gpt2
 from gpt2_jax.convert.safe_load import (
-  check_tensors,
+  PlainObject,
   import_torch,
   read_plain_pickle,
   read_torch,
+  stored_tensors,
 )
 from gpt2_jax.convert.vocabulary import read_vocabulary, write_vocabulary
 from gpt2_jax.convert.weights import Weights
-from gpt2_jax.files import atomic_write, progress
+from gpt2_jax.files import atomic_write, note, progress, summarize
 from gpt2_jax.model import ModelConfig
-from gpt2_jax.tokenizer import Characters, Gpt2Bpe, Tokenizer
+from gpt2_jax.tokenizer import Characters, Gpt2Bpe, HuggingFace, Tokenizer
+from gpt2_jax.tokenizer.interface import check_unicode
 
 # model_args' name of each size, and this project's
 SIZES = {
@@ -32,66 +36,112 @@ SIZES = {
 }
 
 
-def read(path: pathlib.Path) -> Weights:
+# nanoGPT's first default, of the weeks in which its model_args had no vocab_size.
+DEFAULT_VOCAB = 50257
+
+
+def read(path: pathlib.Path, gelu: str | None = None) -> Weights:
   """Reads the weights of a ckpt.pt, or of the folder that holds it.
 
-  Raises ValueError, or ImportError without torch.
+  `gelu` is "tanh" or "erf" for a file that does not say which. Raises ValueError, or ImportError
+  without torch.
   """
+  # 1. The file, and what it says of its model.
   path = path / "ckpt.pt" if path.is_dir() else path
   saved = read_torch(path)
-  if not isinstance(saved, dict) or not {"model", "model_args"} <= saved.keys():
-    raise ValueError(
-      f"{path} is no nanoGPT checkpoint (model, model_args); give a Hugging Face folder whole"
-    )
-  check_tensors(saved["model"], path)
-  config = _model_config(saved, path)
+  model_args = _model_args(saved, path)
+  gelu, remark = _gelu(saved, model_args, gelu, path)
+  config = _model_config(model_args, gelu, path)
 
-  # torch.compile prefixes every name; older versions hold the causal mask.
-  tensors = {}
-  for name, tensor in saved["model"].items():
-    name = name.removeprefix("_orig_mod.").removeprefix("transformer.")
-    if not names.CAUSAL_MASK.match(name):
-      tensors[name] = tensor
-  head = tensors.pop("lm_head.weight", None)
-
+  # 2. The tensors, by their bare names.
+  match = find_gpt2(stored_tensors(saved["model"], path), str(path))
   expected = {}
   for name, shape in names.shapes(config).items():
     expected[names.translate_name(name, names.TORCH)] = names.linear_shape(name, shape)
-  names.check_shapes({name: tuple(x.shape) for name, x in tensors.items()}, expected, str(path))
-
-  def to_numpy(tensor):
-    return tensor.detach().float().numpy()
-
-  # NaN equals NaN here: that weights are broken does not untie them.
-  wte = to_numpy(tensors["wte.weight"])
-  if head is not None and not np.array_equal(to_numpy(head), wte, equal_nan=True):
-    raise ValueError(names.UNTIED.format(path))
+  tensors = match.checked(expected, str(path))
 
   def read_tensor(name):
-    tensor = tensors[names.translate_name(name, names.TORCH)]
-    return names.linear_layout(name, to_numpy(tensor))
+    return names.linear_layout(name, tensors[names.translate_name(name, names.TORCH)].read())
 
   tokenizer = _read_tokenizer(path.with_name("meta.pkl"), config)
-  return Weights(config, read_tensor, tokenizer, f"{path} (nanoGPT)")
+  weights = Weights(config, read_tensor, tokenizer, f"{path} (nanoGPT)")
+  if remark:
+    note(f"{path}: {remark}")
+  return match.rounded(weights, str(path))
 
 
-def _model_config(saved: dict, path: pathlib.Path) -> ModelConfig:
-  """ModelConfig from a checkpoint's model_args. Raises ValueError."""
-  model_args = _dict_or_empty(saved.get("model_args"))
+def _model_args(saved, path: pathlib.Path) -> dict:
+  """The sizes that a checkpoint states: nanoGPT's model_args, or the GPTConfig that others save."""
+  if not isinstance(saved, dict) or "model" not in saved:
+    entries = list(saved) if isinstance(saved, dict) else []
+    held = f", but {summarize(map(repr, entries), 4, each=32)}" if entries else ""
+    raise ValueError(
+      f"{path} is no nanoGPT checkpoint (model, model_args){held}; give a Hugging Face folder whole"
+    )
+  model_args = saved.get("model_args", saved.get("config"))
+  model_args = {"vocab_size": DEFAULT_VOCAB} | _fields(model_args)
   if missing := [name for name in SIZES if name not in model_args]:
     raise ValueError(f"the model_args of {path} say nothing of {', '.join(missing)}")
-  sizes = {size: model_args[name] for name, size in SIZES.items()}
+  return model_args
 
-  # Checkpoints from before the knob have biases. The GELU is noted by `write` alone.
+
+def _fields(value) -> dict:
+  """The fields of a dictionary, a Namespace or a dataclass in a checkpoint; of others none."""
+  if isinstance(value, PlainObject):
+    return value.fields
+  return value if isinstance(value, dict) else {}
+
+
+def _gelu(
+  saved: dict, model_args: dict, gelu: str | None, path: pathlib.Path
+) -> tuple[str, str | None]:
+  """The GELU of a checkpoint, and what to say of it: `gelu`, if the file leaves it open.
+
+  nanoGPT computed the tanh GELU until 14 June 2023, and computes the erf one since. No file says
+  it, but two tell that they are older: model_args have `bias` since 27 January 2023, and the
+  optimizer decays the embeddings since 6 May 2023. Raises ValueError where `write` noted another.
+  """
+  stated = _fields(saved.get("config")).get("gelu")
+  if stated is not None:
+    if gelu not in (None, stated):
+      raise ValueError(f"{path} states the GELU {str(stated)[:20]!r}, and gelu is {gelu!r}")
+    return stated, None
+  if gelu is not None:
+    return gelu, None
+
+  if "bias" not in model_args:
+    return "tanh", (
+      "no bias in its model_args, as in nanoGPT's before 27 January 2023: read with the tanh GELU "
+      "of that time; gelu='erf' (convert --gelu=erf) reads it with the other"
+    )
+  if _decays_no_embedding(saved, model_args):
+    return "tanh", (
+      "its optimizer's groups are those of nanoGPT before 6 May 2023: read with the tanh GELU of "
+      "that time; gelu='erf' (convert --gelu=erf) reads it with the other"
+    )
+  return "erf", (
+    "read with the erf GELU, nanoGPT's since 14 June 2023; the file does not tell its age, and a "
+    "model trained before has the tanh one: gelu='tanh' (convert --gelu=tanh)"
+  )
+
+
+def _decays_no_embedding(saved: dict, model_args: dict) -> bool:
+  """Whether the optimizer's first group is four matrices a layer, without the two embeddings."""
+  groups = _fields(saved.get("optimizer")).get("param_groups")
+  first = groups[0] if isinstance(groups, list) and groups else None
+  decayed = _fields(first).get("params")
+  n_layer = model_args["n_layer"]
+  return isinstance(decayed, list) and type(n_layer) is int and len(decayed) == 4 * n_layer
+
+
+def _model_config(model_args: dict, gelu: str, path: pathlib.Path) -> ModelConfig:
+  """ModelConfig from a checkpoint's model_args. Raises ValueError."""
+  # Checkpoints from before the knob have biases.
   use_bias = model_args.get("bias", True)
   if not isinstance(use_bias, bool | int):
     raise ValueError(f"bias in the model_args of {path} is {str(use_bias)[:40]!r}; it is a bool")
-  gelu = _dict_or_empty(saved.get("config")).get("gelu", "erf")
+  sizes = {size: model_args[name] for name, size in SIZES.items()}
   return names.config_from_sizes(sizes, f"{path}'s model_args", use_bias=bool(use_bias), gelu=gelu)
-
-
-def _dict_or_empty(value) -> dict:
-  return value if isinstance(value, dict) else {}
 
 
 def _read_tokenizer(meta: pathlib.Path, config: ModelConfig) -> Tokenizer | None:
@@ -102,22 +152,55 @@ def _read_tokenizer(meta: pathlib.Path, config: ModelConfig) -> Tokenizer | None
   if not meta.is_file():
     return read_vocabulary(meta.parent, config.n_vocab)
 
-  # The file is somebody's: every property that `Characters` relies on is checked.
+  # 1. The file is somebody's: every property that is relied on is checked.
   content = read_plain_pickle(meta)
   itos = content.get("itos") if isinstance(content, dict) else None
-  if not isinstance(itos, dict) or list(itos) != list(range(len(itos))):
+  entries = dict(enumerate(itos)) if isinstance(itos, list) else itos
+  is_whole = isinstance(entries, dict) and set(entries) == set(range(len(entries)))
+  if not is_whole or not entries:
     raise ValueError(f"{meta} is no vocabulary of characters (itos, from 0 on)")
-  single = all(isinstance(x, str) and len(x) == 1 for x in itos.values())
-  if not single or len(itos) > config.n_vocab:
-    raise ValueError(f"{meta} is no vocabulary of at most {config.n_vocab:,} single characters")
+  tokens = [entries[i] for i in range(len(entries))]
+  is_text = all(isinstance(token, str) and token for token in tokens)
+  if not is_text or len(set(tokens)) < len(tokens) or len(tokens) > config.n_vocab:
+    raise ValueError(
+      f"{meta} is no vocabulary of at most {config.n_vocab:,} characters, each a string, once"
+    )
 
-  tokenizer = Characters("".join(itos.values()))
-  try:
-    # Its alphabet is validated at the first use.
-    tokenizer.encode("")
-  except ValueError as error:
-    raise ValueError(f"{meta}: {error}") from error
-  return tokenizer
+  check_unicode("".join(tokens), f"the vocabulary in {meta}")
+
+  # 2. `encode` goes by stoi, `decode` by itos.
+  stoi = content.get("stoi", {token: i for i, token in enumerate(tokens)})
+  if stoi != {token: i for i, token in enumerate(tokens)}:
+    raise ValueError(f"stoi and itos of {meta} do not agree: ids would not be read as written")
+  return _character_tokenizer(tokens, meta)
+
+
+def _character_tokenizer(tokens: list[str], meta: pathlib.Path) -> Tokenizer:
+  """The tokenizer of a meta.pkl: characters in any order, beside special tokens of several.
+
+  A text is encoded by its characters, as nanoGPT does. Raises ValueError if there are none.
+  """
+  special = [token for token in tokens if len(token) > 1]
+  if not special and tokens == sorted(tokens):
+    return Characters("".join(tokens))
+  if len(special) == len(tokens):
+    raise ValueError(f"{meta} has no single characters; nanoGPT encodes by them")
+  if special:
+    note(
+      f"{meta}: {len(special):,} of its {len(tokens):,} tokens are no single characters, and are "
+      f"not encoded from a text unless it is asked for: {summarize(map(repr, special), 3, each=32)}"
+    )
+
+  # Imported here: it is for unusual vocabularies alone.
+  import tokenizers
+
+  model = tokenizers.models.WordLevel({token: i for i, token in enumerate(tokens)})
+  tokenizer = tokenizers.Tokenizer(model)
+  character = tokenizers.Regex(r"[\s\S]")
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(character, "isolated")
+  tokenizer.decoder = tokenizers.decoders.Fuse()
+  tokenizer.add_special_tokens([tokenizers.AddedToken(x, normalized=False) for x in special])
+  return HuggingFace(tokenizer.to_str())
 
 
 def write(

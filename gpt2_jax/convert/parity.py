@@ -9,14 +9,14 @@ import dataclasses
 import gc
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
 
 from gpt2_jax.convert import hf, names, pretrained
 from gpt2_jax.convert.weights import Weights, add_zero_biases, weights_sha256
-from gpt2_jax.files import first_line, local_path, progress
+from gpt2_jax.files import first_line, local_path, progress, summarize
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.sharding import BATCH, ROWS, axis_size
 
@@ -101,7 +101,10 @@ def load_transformers(name_or_path: str) -> Model:
   def load():
     try:
       if is_own:
-        model = GPT2LMHeadModel.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+        model, info = GPT2LMHeadModel.from_pretrained(
+          path, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+        _check_all_loaded(info["missing_keys"], path)
       else:
         model = _to_transformers(weights)
     except Exception as error:
@@ -116,6 +119,15 @@ def load_transformers(name_or_path: str) -> Model:
     return run
 
   return Model(f"{path} (transformers' forward)", weights.config, weights_sha256(weights), load)
+
+
+def _check_all_loaded(missing: Iterable[str], path: pathlib.Path) -> None:
+  """Raises ValueError for parameters that transformers has not found, and has drawn at random."""
+  if missing := sorted(missing):
+    raise ValueError(
+      f"it finds no {summarize(map(repr, missing), 3)} there; convert {path.name} to hf, "
+      f"which writes transformers' own names, and compare that"
+    )
 
 
 def _to_transformers(weights: Weights):

@@ -19,7 +19,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from gpt2_jax.convert import hf, hub, names
-from gpt2_jax.convert.safe_load import read_json
+from gpt2_jax.convert.match import check_floats
+from gpt2_jax.convert.safe_load import StoredTensor, read_json
 from gpt2_jax.convert.weights import Weights
 from gpt2_jax.files import atomic_write, check_writable, local_path, remove_stale, summarize
 from gpt2_jax.finetune.lora import MATRICES, scale_of
@@ -109,7 +110,7 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
   """
   # 1. The config.
   path = find_adapter(path)
-  if (path / "checkpoints").is_dir():
+  if (path / "checkpoints").is_dir() and not (path / CONFIG).is_file():
     raise ValueError(f"{path} is a run's workdir, and holds its adapter; give it as the model")
   if not (path / CONFIG).is_file():
     raise FileNotFoundError(f"{path} is no adapter of peft's: it has no {CONFIG}")
@@ -156,7 +157,7 @@ def find_adapter(name_or_path: str | os.PathLike) -> pathlib.Path:
   return path
 
 
-def _virtual(tensors: Mapping[str, hf.StoredTensor], path: pathlib.Path) -> np.ndarray:
+def _virtual(tensors: Mapping[str, StoredTensor], path: pathlib.Path) -> np.ndarray:
   """The virtual tokens of prompt and prefix tuning."""
   if set(tensors) != {VIRTUAL} or len(tensors[VIRTUAL].shape) != 2:
     held = summarize(map(repr, tensors), 4) or "nothing"
@@ -225,7 +226,7 @@ def _pattern_value(config: dict, name: str, module: str, default: float) -> floa
   return default
 
 
-def _open_tensors(path: pathlib.Path) -> dict[str, hf.StoredTensor]:
+def _open_tensors(path: pathlib.Path) -> dict[str, StoredTensor]:
   """The tensors of an adapter's file by name, without its prefixes."""
   if (path / TENSORS).is_file():
     stored = hf.open_safetensors(path / TENSORS)
@@ -234,6 +235,7 @@ def _open_tensors(path: pathlib.Path) -> dict[str, hf.StoredTensor]:
   else:
     raise FileNotFoundError(f"{path} has no {TENSORS}; the adapter is not complete without it")
 
+  check_floats(stored, str(path))
   tensors = {}
   for name, tensor in stored.items():
     name = name.removeprefix(PREFIX).removeprefix("transformer.")
@@ -265,7 +267,7 @@ def _matrices(config: dict, module: str, pair: dict, path: pathlib.Path) -> Lora
   return LoraMatrices(a_RI.read().astype(np.float32).T, b_OR.read().astype(np.float32).T, scale)
 
 
-def _saved_parameters(saved: Mapping[str, hf.StoredTensor], path: pathlib.Path) -> dict:
+def _saved_parameters(saved: Mapping[str, StoredTensor], path: pathlib.Path) -> dict:
   """Whole parameters (modules_to_save) by canonical name, which are to take the base's place.
 
   Raises ValueError for tensors that are no parameters, and for the embedding.

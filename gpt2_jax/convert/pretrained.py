@@ -39,6 +39,7 @@ from gpt2_jax.runs.workdir import as_path, exists, is_remote
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.tokenizer import Gpt2Bpe, Tokenizer
 
+RUN_CONFIG = "train_config.json"  # which a run writes into its workdir
 WRITABLE = ("hf", "orbax", "nanogpt", "llmc")
 
 
@@ -50,6 +51,7 @@ def load_pretrained(
   revision: str | None = None,
   step: str = "latest",
   adapter: str | None = None,
+  gelu: str | None = None,
 ) -> tuple[GPT2, Tokenizer | None]:
   """Loads the model and tokenizer of a checkpoint of any format onto a mesh.
 
@@ -64,12 +66,14 @@ def load_pretrained(
   and matmul operands; parameters are float32, unless `quantize="int8"` makes the matrices int8.
 
   `adapter` is one in peft's format, a folder or a repository of the Hub; it must be one of this
-  base.
+  base. `gelu` is "tanh" or "erf" for a checkpoint of nanoGPT's, which does not say which it was
+  trained with.
 
   Raises ValueError, OSError or ImportError, in one line, for what is no whole GPT-2.
   """
   if quantize not in (None, "int8"):
     raise ValueError(f"quantize is {quantize!r}; it is None or 'int8'")
+  check_gelu(gelu)
   dtype = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
   mesh = mesh or _default_mesh()
 
@@ -78,21 +82,49 @@ def load_pretrained(
   path = resolve_checkpoint(name_or_path, revision)
   with announce(f"loading {path}, seconds to a minute"):
     if is_workdir(path):
-      with jax.set_mesh(mesh):
-        model, tokenizer = _load_workdir(path, dtype, step)
-      if adapter:
-        weights = from_model(model, tokenizer, f"{path} (Orbax)")
-        model = _load_base(weights, adapter, mesh, dtype, model)
+      _check_states_no_gelu(path, gelu)
+      model, tokenizer = _load_run(path, mesh, dtype, step, adapter)
     elif step != "latest":
       raise ValueError(f"{path} is no workdir of a run, and has no step {step!r}")
     else:
-      weights = detect_format(path, bool(adapter)).read(path)
+      weights = _read_weights(path, bool(adapter), gelu)
       model, tokenizer = _load_base(weights, adapter, mesh, dtype), weights.tokenizer
     if quantize:
       model = quantization.quantize(model)
     if adapter:
       model = _attach(model, adapter)
   return model, tokenizer
+
+
+def _load_run(path: pathlib.Path, mesh, dtype: str, step: str, adapter):
+  """The model and tokenizer of a run's workdir, as the base of an adapter (None: there is none)."""
+  with jax.set_mesh(mesh):
+    model, tokenizer = _load_workdir(path, dtype, step)
+  if adapter:
+    weights = from_model(model, tokenizer, f"{path} (Orbax)")
+    model = _load_base(weights, adapter, mesh, dtype, model)
+  return model, tokenizer
+
+
+def check_gelu(gelu: str | None) -> None:
+  """Raises ValueError for a GELU that is none."""
+  if gelu not in (None, "tanh", "erf"):
+    raise ValueError(f"gelu is {str(gelu)[:40]!r}; it is 'tanh', 'erf', or None")
+
+
+def _check_states_no_gelu(path: pathlib.Path, gelu: str | None) -> None:
+  if gelu is not None:
+    raise ValueError(f"{path} states its GELU; gelu={gelu!r} is for a checkpoint of nanoGPT's")
+
+
+def _read_weights(path: pathlib.Path, has_adapter: bool, gelu: str | None) -> Weights:
+  """The weights of a checkpoint that is no workdir, with the `gelu` that only nanoGPT's leaves
+  open."""
+  module = detect_format(path, has_adapter)
+  if module is nanogpt:
+    return nanogpt.read(path, gelu)
+  _check_states_no_gelu(path, gelu)
+  return module.read(path)
 
 
 def _read_adapter(path: str):
@@ -170,8 +202,22 @@ def resolve_checkpoint(name_or_path: str, revision: str | None = None) -> pathli
 
 
 def is_workdir(path: pathlib.Path) -> bool:
-  """Whether the folder is the workdir of a run."""
-  return (path / "checkpoints").is_dir()
+  """Whether the folder is the workdir of a run, by what lies in its checkpoints/.
+
+  Others call a folder so, too: of a run it has the steps, or is empty while there is none.
+  """
+  folder = path / "checkpoints"
+  if not folder.is_dir() or is_remote(os.fspath(path)):
+    return folder.is_dir()
+
+  entries = list(folder.iterdir())
+  for entry in entries:
+    # A step is a folder, but not with a checkpoint of Hugging Face's in it.
+    if entry.name.isdecimal() and entry.is_dir() and not (entry / "config.json").is_file():
+      return True
+  # A run killed in its first save leaves Orbax's unfinished step there.
+  is_run = not entries or (path / RUN_CONFIG).is_file()
+  return is_run and _format(path) is None
 
 
 def _load_workdir(
@@ -228,6 +274,17 @@ def detect_format(path: pathlib.Path, has_adapter: bool = False):
       f"{path} holds an adapter of peft's (adapter_config.json); give its base as the model, and "
       f"it as the adapter: --adapter={path}"
     )
+  if module := _format(path):
+    return module
+  raise ValueError(
+    f"{path} is no GPT-2 checkpoint: neither Hugging Face's folder (config.json), "
+    f"OpenAI's (hparams.json), nanoGPT's ckpt.pt, llm.c's file, "
+    f"nor the workdir of a run (checkpoints/){hf.other_weights(path)}"
+  )
+
+
+def _format(path: pathlib.Path):
+  """The module that reads a checkpoint which is no workdir; None if there is none."""
   if (path / "config.json").is_file():
     return hf
   if (path / "hparams.json").is_file() or any(path.glob("*.index")):
@@ -243,31 +300,33 @@ def detect_format(path: pathlib.Path, has_adapter: bool = False):
       return nanogpt
     if head == np.int32(llmc.MAGIC).tobytes():
       return llmc
-
-  raise ValueError(
-    f"{path} is no GPT-2 checkpoint: neither Hugging Face's folder (config.json), "
-    f"OpenAI's (hparams.json), nanoGPT's ckpt.pt, llm.c's file, "
-    f"nor the workdir of a run (checkpoints/)"
-  )
+  return None
 
 
 def open_weights(
-  name_or_path: str, revision: str | None = None, adapter: str | None = None, merge: bool = False
+  name_or_path: str,
+  revision: str | None = None,
+  adapter: str | None = None,
+  merge: bool = False,
+  gelu: str | None = None,
 ) -> Weights:
   """Opens the weights of a checkpoint of any format in canonical form, without a model.
 
   Those of a run are loaded onto one device first; `merge` merges an adapter that the run trained.
   `adapter` is a folder of peft's, and is merged. Without them a model with an adapter is refused.
+  `gelu` is that of `load_pretrained`.
   """
   # 1. The weights.
+  check_gelu(gelu)
   adapter = None if adapter is None else _read_adapter(adapter)
   path = resolve_checkpoint(name_or_path, revision)
   if is_workdir(path):
+    _check_states_no_gelu(path, gelu)
     with jax.set_mesh(_one_device()):
       model, tokenizer = _load_workdir(path, "float32")
     weights = from_model(_merged(model) if merge else model, tokenizer, f"{path} (Orbax)")
   else:
-    weights = detect_format(path, bool(adapter)).read(path)
+    weights = _read_weights(path, bool(adapter), gelu)
 
   # 2. The adapter, merged as they are read.
   if adapter:

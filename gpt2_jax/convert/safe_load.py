@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Safe loading of untrusted files: torch files and pickles, none of which can run code."""
 
+import dataclasses
+import functools
 import pathlib
 import pickle
+import re
 import warnings
 import zipfile
+from collections.abc import Callable
 
-from gpt2_jax.convert.names import CAUSAL_MASK
+import numpy as np
+
 from gpt2_jax.files import first_line, read_json_object
 
 PICKLED = (
@@ -15,6 +20,36 @@ PICKLED = (
 
 # A zip in which members expand to more than that many times the file is made to fill a memory.
 MAX_EXPANSION = 10
+
+
+# Values that a checkpoint holds beside its tensors, and that nobody needs: losses of NumPy, a
+# generator's state, paths, and settings. Their classes are not loaded, whatever they are.
+PLAIN = re.compile(
+  r"(numpy\._?core\.multiarray\.(scalar|_reconstruct)|numpy\.(dtype|ndarray|[a-z]+\d+|bool_?))$"
+  r"|numpy\.dtypes\.\w+$|pathlib\.\w*Path$|argparse\.Namespace$|types\.SimpleNamespace$"
+  r"|([A-Za-z_]\w*\.)+\w*(Config|Args|Arguments|Params|HParams)$"
+)
+# In a file of before torch 1.6, where the names are not looked up first.
+PLAIN_NAMES = (
+  *("argparse.Namespace", "types.SimpleNamespace", "pathlib.PosixPath", "numpy.dtype"),
+  *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.ndarray"),
+)
+
+
+class PlainObject:
+  """What stands in a torch file for an object of a class that is not loaded: its fields alone."""
+
+  def __new__(cls, *args):
+    self = object.__new__(cls)
+    self.fields = {}
+    return self
+
+  def __init__(self, *args):
+    pass
+
+  def __setstate__(self, state):
+    if isinstance(state, dict):
+      self.fields = dict(state)
 
 
 def check_there(path: pathlib.Path) -> None:
@@ -50,7 +85,8 @@ def read_torch(path: pathlib.Path):
   try:
     can_map = _is_zip(path) and _check_zip(path)
     # torch warns of what it then refuses: the error says it all.
-    with warnings.catch_warnings(action="ignore"):
+    plain = torch.serialization.safe_globals(_plain_classes(path))
+    with warnings.catch_warnings(action="ignore"), plain:
       return torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
   except (FileNotFoundError, PermissionError):
     raise
@@ -62,6 +98,23 @@ def read_torch(path: pathlib.Path):
       f"{path} cannot be read; it is damaged or no torch file ({first_line(error, 120)}); "
       f"fetch it again"
     ) from error
+
+
+def _plain_classes(path: pathlib.Path) -> list[type]:
+  """A `PlainObject` for each class that the file names and that PLAIN describes.
+
+  torch takes them for the classes of those names.
+  """
+  torch = import_torch(path)
+  full_names = set(PLAIN_NAMES)
+  if _is_zip(path):
+    full_names |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+
+  classes = []
+  for full_name in sorted(filter(PLAIN.match, full_names)):
+    module, _, name = full_name.rpartition(".")
+    classes.append(type(name, (PlainObject,), {"__module__": module, "__qualname__": name}))
+  return classes
 
 
 def _check_zip(path: pathlib.Path) -> bool:
@@ -90,27 +143,46 @@ def _check_zip(path: pathlib.Path) -> bool:
     return all(member.compress_type == zipfile.ZIP_STORED for member in members)
 
 
-def check_tensors(state_dict, path: pathlib.Path) -> None:
-  """Raises ValueError unless the value is a dictionary of dense float tensors by name.
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+  """A tensor in a file: its shape and dtype are known, its values are loaded by `read`.
 
-  Causal masks may be of any dtype.
+  `dtype` is the file's own word for it.
   """
+
+  shape: tuple[int, ...]
+  dtype: str
+  read: Callable[[], np.ndarray]
+
+
+def stored_tensors(state_dict, path: pathlib.Path) -> dict[str, StoredTensor]:
+  """The tensors of a state dict by name. Raises ValueError if the value is no state dict."""
   torch = import_torch(path)
   fault = f"{path} holds no dictionary of tensors by name"
   if not isinstance(state_dict, dict):
     raise ValueError(fault)
+
+  stored = {}
   for name, tensor in state_dict.items():
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
       raise ValueError(fault)
+    read = functools.partial(_to_numpy, tensor)
+    stored[name] = StoredTensor(tuple(tensor.shape), _dtype(tensor), read)
+  return stored
 
-  floats = (torch.float32, torch.float16, torch.bfloat16)
-  for name, tensor in state_dict.items():
-    has_values = tensor.layout == torch.strided and not tensor.is_meta
-    if not has_values or (tensor.dtype not in floats and not CAUSAL_MASK.search(name)):
-      raise ValueError(
-        f"{name[:80]} in {path} is {tensor.dtype}, {tensor.layout}; "
-        f"it takes plain floats of 16 or 32 bits"
-      )
+
+def _dtype(tensor) -> str:
+  """The dtype of a torch tensor, with its layout where it is no plain array in memory."""
+  if tensor.is_meta:
+    return f"{tensor.dtype} without values"
+  is_plain = str(tensor.layout) == "torch.strided" and not tensor.is_quantized
+  return str(tensor.dtype) if is_plain else f"{tensor.dtype}, {tensor.layout}"
+
+
+def _to_numpy(tensor) -> np.ndarray:
+  """The values of a torch tensor: float64 as it is, any other float as float32."""
+  tensor = tensor.detach()
+  return (tensor if tensor.element_size() == 8 else tensor.float()).numpy()
 
 
 def _is_zip(path: pathlib.Path) -> bool:

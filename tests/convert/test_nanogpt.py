@@ -178,13 +178,17 @@ def test_gpt2s_tokenizer_is_the_default_for_its_vocabulary_size(made, tmp_path):
     (b"\x80\x04junk", "more than plain values, or damaged"),
     (pickle.dumps([1]), "no vocabulary of characters"),
     (pickle.dumps({"itos": {1: "a"}}), "no vocabulary of characters"),
-    (pickle.dumps({"itos": {0: "ab"}}), "single characters"),
-    (pickle.dumps({"itos": {0: 5}}), "single characters"),
+    (pickle.dumps({"itos": {0: "ab"}}), "has no single characters"),
+    (pickle.dumps({"itos": {0: 5}}), "characters, each a string, once"),
+    (pickle.dumps({"itos": {0: "a", 1: "a"}}), "characters, each a string, once"),
+    (pickle.dumps({"itos": {0: "a", 1: ""}}), "characters, each a string, once"),
+    (pickle.dumps({"itos": "ab"}), "no vocabulary of characters"),
     (
       pickle.dumps({"itos": dict(enumerate(map(chr, range(132))))}),
-      "at most 131 single characters",
+      "at most 131 characters",
     ),
-    (pickle.dumps({"itos": {0: "b", 1: "a"}}), "meta.pkl: an alphabet is sorted characters"),
+    (pickle.dumps({"itos": {0: "b", 1: "a"}, "stoi": {"a": 0, "b": 1}}), "do not agree"),
+    (pickle.dumps({"itos": {0: "a", 1: "\ud800"}}), "lone surrogate"),
   ],
 )
 def test_an_invalid_meta_pkl_is_one_line(meta, message, theirs, tmp_path, refused):
@@ -205,8 +209,8 @@ def test_code_in_a_pickle_is_not_run(theirs, payload, tmp_path, refused):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"model_args": {"n_layer": 2}}, "say nothing of vocab_size, block_size, n_embd, n_head"),
-    ({"model_args": 3}, "say nothing of vocab_size, block_size, n_embd, n_head, n_layer"),
+    ({"model_args": {"n_layer": 2}}, "say nothing of block_size, n_embd, n_head"),
+    ({"model_args": 3}, "say nothing of block_size, n_embd, n_head, n_layer"),
     ({"model": [1]}, "no dictionary of tensors"),
     ({"model": {"transformer.wte.weight": 1}}, "no dictionary of tensors"),
     ({"model": {}}, "missing: wte.weight, wpe.weight, h.0-1.ln_1.weight"),

@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 
-from gpt2_jax.convert.safe_load import read_plain_pickle, read_torch
+from gpt2_jax.convert.safe_load import PlainObject, read_plain_pickle, read_torch
 
 
 @pytest.mark.parametrize("value", [{"a": [1, 2.5, "x", None, (True, b"y")]}, {0: "a"}, []])
@@ -121,3 +121,69 @@ def test_a_zip_with_two_members_of_one_name_is_refused(tmp_path):
   torch_zip(tmp_path / "x.pt", **{"DATA/0": b"other"})
   with pytest.raises(ValueError, match="two members have one name"):
     read_torch(tmp_path / "x.pt")
+
+
+def opcodes(value) -> bytes:
+  """A value's pickle as part of another one, in torch's protocol."""
+  return pickle.dumps(value, 2)[2:-1]
+
+
+def call(module: str, name: str, *args) -> bytes:
+  """The opcodes of a call to `name` of `module`, neither of which need be there."""
+  return f"c{module}\n{name}\n".encode() + opcodes(args) + b"R"
+
+
+def torch_file(path, content: bytes) -> None:
+  """A file of torch.save with another pickle in it."""
+  torch = pytest.importorskip("torch")
+  torch.save({}, path)
+  with zipfile.ZipFile(path) as archive:
+    members = {member.filename: archive.read(member) for member in archive.infolist()}
+  with zipfile.ZipFile(path, "w") as archive:
+    for name, old in members.items():
+      archive.writestr(name, content if name.endswith("data.pkl") else old)
+
+
+PLAIN = [  # what checkpoints hold beside their tensors, and nothing of it is imported
+  ("argparse", "Namespace"),
+  ("numpy.core.multiarray", "scalar"),
+  ("numpy._core.multiarray", "scalar"),
+  ("pathlib", "PosixPath"),
+  ("__main__", "GPTConfig"),
+  ("a_module_that_is_nowhere.model", "ModelArgs"),
+]
+
+
+@pytest.mark.parametrize("name", PLAIN, ids=".".join)
+def test_settings_are_read_without_their_classes(name, tmp_path):
+  """An object's fields, if it has any; its class is never looked up."""
+  made = call(*name, 1, "a")
+  torch_file(tmp_path / "x.pt", b"\x80\x02" + made + opcodes({"n_layer": 2}) + b"b.")
+  found = read_torch(tmp_path / "x.pt")
+  assert isinstance(found, PlainObject) and found.fields == {"n_layer": 2}
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    *(("posix", "system"), ("os", "Config"), ("builtins", "eval"), ("builtins", "exec")),
+    *(("subprocess", "Popen"), ("numpy", "load"), ("numpy.core.multiarray", "fromfile")),
+    *(("pickle", "loads"), ("argparse", "FileType"), ("pathlib", "os"), ("", "Config")),
+    *(("torch.hub", "load"), ("transformers.trainer_utils", "IntervalStrategy")),
+  ],
+  ids=".".join,
+)
+def test_other_names_are_refused(name, tmp_path):
+  torch_file(tmp_path / "x.pt", b"\x80\x02" + call(*name, "a") + b".")
+  with pytest.raises(ValueError, match="x.pt (is refused|cannot be read)") as error:
+    read_torch(tmp_path / "x.pt")
+  assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_settings_are_no_places_to_write(tmp_path):
+  """A pickle may set entries of what it makes, and put it where a tensor belongs."""
+  made = call("argparse", "Namespace")
+  for opcode in (b"K\1K\2s", b"(K\1K\2u", b"K\1a"):
+    torch_file(tmp_path / "x.pt", b"\x80\x02" + made + opcode + b".")
+    with pytest.raises(ValueError, match="x.pt (is refused|cannot be read)"):
+      read_torch(tmp_path / "x.pt")

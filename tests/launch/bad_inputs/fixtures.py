@@ -44,6 +44,7 @@ FEW = [
 ]
 
 OWN = "gpt2_jax_tokenizer.json"
+NO_TOKENIZER = dict.fromkeys((OWN, "tokenizer.json", "tokenizer_config.json"))  # files that go
 DEEP = "[" * 100_000
 # JSON that no file of this project is: of another kind, too deep, cut off, not text.
 SHAPES = {
@@ -199,7 +200,7 @@ def damage_folders(make: Maker) -> None:
   make.copy("hf", "hf-long", {"model.safetensors": weights + b"more"})
   make.copy("hf", "hf-garbage", {"model.safetensors": bytes(range(256)) * 9})
   make.copy("hf", "hf-no-weights", {"model.safetensors": None})
-  make.copy("hf", "hf-no-tokenizer", {OWN: None})
+  make.copy("hf", "hf-no-tokenizer", NO_TOKENIZER)
   for shape in ("list", "deep"):
     folder = f"hf-index-{shape}"
     make.copy("hf", folder, {"model.safetensors": None})
@@ -207,7 +208,7 @@ def damage_folders(make: Maker) -> None:
   make.copy("hf", "hf-index-outside", {"model.safetensors": None})
   index = {"weight_map": {"wte.weight": "../hf/model.safetensors"}}
   make.write("hf-index-outside/model.safetensors.index.json", json.dumps(index))
-  make.copy("hf", "hf-vocab", {OWN: None, "vocab.json": '{"a": "b"}'})
+  make.copy("hf", "hf-vocab", NO_TOKENIZER | {"vocab.json": '{"a": "b"}'})
   make.write("hf-vocab/merges.txt", "#version: 0.2\na b c d\n")
   _not_finite(make, "hf-nan", np.nan)
   _not_finite(make, "hf-inf", np.inf)
