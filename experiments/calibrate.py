@@ -26,7 +26,7 @@ from experiments.benchmarks.decoder import Decoder, lower_step
 from gpt2_jax.chips import parse_topology
 from gpt2_jax.cli import shell
 from gpt2_jax.files import atomic_write, check_folder, local_path, read_json_object
-from gpt2_jax.plan.compiling import open_topology, schedule
+from gpt2_jax.plan.compiling import compile_lowered, open_topology
 from gpt2_jax.plan.estimate import estimate_program
 from gpt2_jax.sharding import make_mesh
 
@@ -106,7 +106,7 @@ def estimated(row: Measured, out: pathlib.Path) -> dict:
     mesh = make_mesh(1, topology.chips, 1, devices=open_topology(topology))
     # The compiler decides about all shardings but those of the arguments.
     mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
-    scheduled, _ = schedule(lower_step(row.decoder, mesh), topology, mesh)
+    scheduled, _ = compile_lowered(lower_step(row.decoder, mesh), topology, mesh)
     times = estimate_program(scheduled, 0.0, 0)
     result = {"step": times.step, "work": times.fast, "exposed": times.exposed}
     with atomic_write(path) as partial:

@@ -65,9 +65,8 @@ def load_pretrained(
   `mesh` is by default the one in force, or one over all devices. `dtype` is that of activations
   and matmul operands; parameters are float32, unless `quantize="int8"` makes the matrices int8.
 
-  `adapter` is one in peft's format, a folder or a repository of the Hub; it must be one of this
-  base. `gelu` is "tanh" or "erf" for a checkpoint of nanoGPT's, which does not say which it was
-  trained with.
+  `adapter` is one of this base in peft's format, a folder or a repository of the Hub. `gelu` is
+  "tanh" or "erf" for a checkpoint of nanoGPT's that does not say which it was trained with.
 
   Raises ValueError, OSError or ImportError, in one line, for what is no whole GPT-2.
   """

@@ -127,7 +127,7 @@ class Compiled(Scheduled):
     return sum(self.hbm.values())
 
 
-def schedule(lowered: jax.stages.Lowered, topology: Topology, mesh: Mesh):
+def compile_lowered(lowered: jax.stages.Lowered, topology: Topology, mesh: Mesh):
   """Compiles a lowered function; returns it as Scheduled, and the compiler's memory analysis.
 
   Raises DoesNotFit with the numbers.
@@ -181,7 +181,7 @@ def compile_step(config: ConfigDict, topology: Topology) -> Compiled:
 
     # 3. Compile.
     lowered = call.lower(state, Batch(tokens_SBT), NextToken(), signals)
-    scheduled, memory = schedule(lowered, topology, mesh)
+    scheduled, memory = compile_lowered(lowered, topology, mesh)
 
   return Compiled(
     **vars(scheduled),

@@ -7,6 +7,7 @@ import os
 import pathlib
 from collections.abc import Iterable
 
+from gpt2_jax.convert import nanogpt
 from gpt2_jax.convert.pretrained import detect_format, is_workdir, resolve_checkpoint
 from gpt2_jax.evaluate.sources import SURROGATE
 from gpt2_jax.files import sha256, summarize, user_path
@@ -60,8 +61,11 @@ def _resolve(entry: str) -> list[SweptModel]:
   if step != "latest":
     raise ValueError(f"{path} is no workdir of a run, and has no step {step[:40]!r}")
   # What is no checkpoint at all is said before anything is loaded.
-  detect_format(location)
-  return [SweptModel(entry, path, "latest", files_sha256(location))]
+  weights = files_sha256(location)
+  if detect_format(location) is nanogpt:
+    # The second way of reading one: at first all had the erf GELU, the oldest ones too.
+    weights = sha256(f"{weights} 2".encode())
+  return [SweptModel(entry, path, "latest", weights)]
 
 
 def _split_adapter(entry: str) -> tuple[str, str]:
