@@ -354,7 +354,8 @@ def test_a_read_that_fails_is_told_once(saved, tmp_path):
   environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
   command = [sys.executable, "-c", LOADS, *workdirs]
   ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-  lines = ended.stderr.splitlines()
+  # A slow machine says that it is loading.
+  lines = [line for line in ended.stderr.splitlines() if not line.startswith("loading ")]
   assert len(lines) == 4 and all(line.startswith("error: checkpoint 60 in") for line in lines)
 
 
