@@ -26,7 +26,7 @@ MAX_EXPANSION = 10
 # generator's state, paths, and settings. Their classes are not loaded, whatever they are.
 PLAIN = re.compile(
   r"(numpy\._?core\.multiarray\.(scalar|_reconstruct)|numpy\.(dtype|ndarray|[a-z]+\d+|bool_?))$"
-  r"|numpy\.dtypes\.\w+$|pathlib\.\w*Path$|argparse\.Namespace$|types\.SimpleNamespace$"
+  r"|numpy\.dtypes\.\w+$|pathlib\.(_local\.)?\w*Path$|argparse\.Namespace$|types\.SimpleNamespace$"
   r"|([A-Za-z_]\w*\.)+\w*(Config|Args|Arguments|Params|HParams)$"
 )
 # In a file of before torch 1.6, where the names are not looked up first.

@@ -13,7 +13,7 @@ from gpt2_jax.model import ModelConfig
 from gpt2_jax.tokenizer import Characters
 
 TINY = ModelConfig(n_vocab=40, n_ctx=32, n_embd=8, n_head=2, n_layer=1, dtype="float32")
-ALPHABET = "abcdefghijklmnopqrstuvwxyz .,!?'\n;:-0123"
+ALPHABET = "".join(sorted("abcdefghijklmnopqrstuvwxyz .,!?'\n;:-0123"))
 PROMPTS = [[1, 2, 3], [4] * 9]
 
 # Each decoder completes prompts with `model`; those that need a second model get a healthy one.

@@ -30,6 +30,8 @@ CACHES = re.compile(
 
 # A sweep tells of each cell as it fails, before it tells that none is left.
 CELL = re.compile(r"\[\d+/\d+\] failed ")
+# What takes more than three seconds says so, which on a slow machine may be anything.
+WAITING = re.compile(r"(loading|compiling|generating|opening|reading|importing|starting) ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +216,8 @@ def judge(row: Row, result: Result, changed: list[str]) -> list[str]:
     errors = [line for line in lines if "failed " in line]
   else:
     errors = [line for line in lines if line.startswith("error: ")]
-    others = [line for line in lines if line not in errors and not CELL.match(line)]
+    expected = [line for line in lines if CELL.match(line) or WAITING.match(line)]
+    others = [line for line in lines if line not in errors + expected]
     if others and not row.may_write and "traceback" not in faults:
       faults.append(f"{len(others)} other lines")
   if len(errors) != 1 and result.status != 0 and "traceback" not in faults:
