@@ -198,7 +198,8 @@ def parse(text: str) -> Program:
 
     # 2. Inside one, each line is an instruction. The attributes of a kernel go over several lines,
     #    which belong to the instruction before them.
-    elif line.rstrip() == "}":
+    #    Behind the brace may stand the core that runs it: `}, execution_thread="sparsecore"`.
+    elif line == "}" or line.startswith("}, execution_thread="):
       current = None
     elif match := _INSTRUCTION.match(line):
       current.append(_parse_instruction(match[1], match[2]))

@@ -40,7 +40,7 @@ TEXT = f"""HloModule jit_step, is_scheduled=true, entry_computation_layout={{()-
 
 %short (a: f32[8]) -> f32[8] {{
   ROOT %a = f32[8]{{0}} parameter(0)
-}}
+}}, execution_thread="sparsecore"
 
 %long (b: f32[8]) -> f32[8] {{
   %b = f32[8]{{0}} parameter(0)
