@@ -182,7 +182,7 @@ def _beside(base: Dense | Int8, settings: LoraSettings, inputs: int, key) -> LoR
 
   a_LIR = jax.vmap(draw)(jax.random.split(key, layers))
   b_LRO = jnp.zeros((layers, R, O), out_sharding=P(None, None, out_axis))
-  scale_L = jnp.full(layers, settings.scale, jnp.float32, out_sharding=P(None))
+  scale_L = settings.scale * jnp.ones(layers, out_sharding=P(None))
   return LoRA(base, a_LIR, b_LRO, scale_L, settings.dropout, (R,) * layers, rslora=settings.rslora)
 
 
