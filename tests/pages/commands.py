@@ -183,7 +183,7 @@ def _run_python(arguments: list[str], sandbox: pathlib.Path) -> None:
     if any(flag.startswith("--model=") for flag in flags):
       flags += ["--limit=2", "--beams=2", "--n_new=4"]
   # An hour of benchmarks, and one of compiling for TPUs: the script is there, and Python reads it.
-  hours = ("experiments/bench.py", "experiments/finetune.py")
+  hours = ("experiments/bench.py", "experiments/finetune.py", "experiments/calibrate.py")
   if script in hours or script == "experiments/reproduce.py" and not flags:
     compile((ROOT / script).read_text(), script, "exec")
     return
