@@ -57,7 +57,13 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 # A level of LLVM's optimization less takes a fifth of the compiling time away, and no test's sense.
 OPTIMIZATION = "--xla_backend_optimization_level=1"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {OPTIMIZATION}".strip()
+# Simulated devices wait for each other. On a busy machine that may take more than 40 seconds, after
+# which XLA aborts the process. Older versions do not know the option.
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
+options = [os.environ.get("XLA_FLAGS", ""), OPTIMIZATION]
+if jax.__version_info__ >= (0, 10):
+  options.append(PATIENCE)
+os.environ["XLA_FLAGS"] = " ".join(filter(None, options))
 
 # A machine that is busy is no failure of a property.
 hypothesis.settings.register_profile("busy", deadline=None)
