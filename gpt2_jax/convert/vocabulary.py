@@ -5,10 +5,9 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import sys
 from collections.abc import Iterator
 
-from gpt2_jax.files import first_line, summarize
+from gpt2_jax.files import first_line, note, summarize
 from gpt2_jax.tokenizer import (
   EOT,
   OWN_TOKENIZER,
@@ -24,7 +23,7 @@ from gpt2_jax.tokenizer import (
   sentencepiece_as_json,
 )
 
-GPT2_TOKENS = 50257
+N_GPT2 = 50257
 
 
 def read_vocabulary(path: pathlib.Path, n_vocab: int) -> Tokenizer | None:
@@ -39,10 +38,7 @@ def read_vocabulary(path: pathlib.Path, n_vocab: int) -> Tokenizer | None:
   if tokenizer is None:
     tokenizer = default_tokenizer(n_vocab)
     if tokenizer is not None:
-      print(
-        f"note: {path} has no tokenizer and {n_vocab:,} tokens: GPT-2's are assumed",
-        file=sys.stderr,
-      )
+      note(f"{path} has no tokenizer and {n_vocab:,} tokens: GPT-2's are assumed")
     return tokenizer
   tokenizer = _limited(tokenizer, n_vocab, path)
   check_tokenizer(tokenizer, n_vocab, path)
@@ -59,10 +55,9 @@ def _limited(tokenizer: Tokenizer, n_vocab: int, path: pathlib.Path) -> Tokenize
       return tokenizer
 
   listed = summarize((f"{token!r} {i}" for token, i in beyond.items()), 4, each=40)
-  print(
-    f"note: {path} has {len(beyond):,} added tokens beyond the model's {n_vocab:,} ({listed}); a "
-    f"text that holds one is refused",
-    file=sys.stderr,
+  note(
+    f"{path} has {len(beyond):,} added tokens beyond the model's {n_vocab:,} ({listed}); a text "
+    f"that holds one is refused"
   )
   return dataclasses.replace(tokenizer, limit=n_vocab)
 
@@ -115,13 +110,13 @@ def check_pair(tokenizer: Tokenizer, n_vocab: int) -> None:
 
 def default_tokenizer(n_vocab: int) -> Tokenizer | None:
   """GPT-2's tokenizer for a model of its vocabulary, padded to a multiple of 64 or not."""
-  return Gpt2Bpe() if n_vocab in (GPT2_TOKENS, 50304) else None
+  return Gpt2Bpe() if n_vocab in (N_GPT2, 50304) else None
 
 
 def write_vocabulary(tokenizer: Tokenizer | None, path: pathlib.Path, n_ctx: int) -> None:
   """Writes the tokenizer's files, which `transformers` loads with the same ids.
 
-  Where tokenizer.json cannot say a kind, only `read_vocabulary` loads it (`is_readable_by_others`).
+  Where tokenizer.json cannot say a kind (`as_tokenizer_json` is None), only `read_vocabulary` does.
   """
   # 1. GPT-2's BPE also as the older pair of files.
   if isinstance(tokenizer, Gpt2Bpe):

@@ -12,7 +12,6 @@ elements a cycle, whatever the operation and wherever its operands lie.
 """
 
 import dataclasses
-import functools
 import math
 import pathlib
 import re
@@ -69,6 +68,7 @@ class CostModel:
     self.program = program
     self.chip = chip
     self._bundles = dict(bundles)
+    self._codes: dict[str, str] = {}  # of computations, by name
     self._same_code = self._by_code()
 
   def cost(self, instruction: Instruction) -> Cost:
@@ -140,8 +140,9 @@ class CostModel:
       return None
     return f"{instruction.shape} {self._computation_code(instruction.called('calls')[0])}"
 
-  @functools.cache  # noqa: B019
   def _computation_code(self, computation: str) -> str:
+    if computation in self._codes:
+      return self._codes[computation]
     numbers = {}
     lines = []
     for instruction in self.program.computations[computation]:
@@ -149,7 +150,7 @@ class CostModel:
       text = re.sub(r"(metadata=\{[^}]*\}|backend_config=.*)", "", instruction.text)
       text = re.sub(r"%([\w.\-<>]+)", lambda name: numbers.get(name[1], "%"), text)
       lines.append(f"{instruction.shape} {instruction.opcode} {text}")
-    return "\n".join(lines)
+    return self._codes.setdefault(computation, "\n".join(lines))
 
 
 def _stem(name: str) -> str:

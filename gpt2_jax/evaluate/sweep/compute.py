@@ -20,7 +20,12 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import gpt2_jax.distributed as distributed
-from gpt2_jax.convert.pretrained import load_pretrained, open_weights
+from gpt2_jax.convert.pretrained import (
+  detect_format,
+  is_workdir,
+  load_pretrained,
+  resolve_checkpoint,
+)
 from gpt2_jax.evaluate import remote_data, runner, sources, tasks
 from gpt2_jax.evaluate.scorers import Scorer
 from gpt2_jax.evaluate.sweep import bootstrap, cells
@@ -28,8 +33,10 @@ from gpt2_jax.evaluate.sweep.cells import Cell, Datasets, Outcome, Sweep, SweptT
 from gpt2_jax.evaluate.sweep.models import SweptModel, paper_size, resolve_models
 from gpt2_jax.evaluate.task import Task
 from gpt2_jax.files import first_line, summarize, user_path
+from gpt2_jax.runs.checkpoint import open_saved
 from gpt2_jax.runs.knobs import Knob
 from gpt2_jax.sharding import make_mesh
+from gpt2_jax.tokenizer import Tokenizer
 
 # What fails a cell, and leaves the others to be computed.
 CELL_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, RuntimeError, MemoryError)
@@ -439,11 +446,19 @@ def _counts_unscored_bytes(path: pathlib.Path, cell: Cell) -> bool:
     sums = cells.read(path, cell.identity)["sums"]
     if not {"nats", "tokens", "bytes"} <= sums.keys() or "unscored" in sums:
       return False
-    tokenizer = open_weights(cell.model.path).tokenizer
+    tokenizer = _tokenizer(cell.model)
   except CELL_ERRORS:
     # What is wrong with the cell, or with the model, is said where it is needed.
     return False
   return tokenizer is not None and tokenizer.eot is None
+
+
+def _tokenizer(model: SweptModel) -> Tokenizer | None:
+  """The tokenizer of a model, whose weights are not loaded."""
+  path = resolve_checkpoint(model.path)
+  if is_workdir(path):
+    return open_saved(str(path), model.step).tokenizer
+  return detect_format(path, has_adapter=True).read(path).tokenizer
 
 
 def _refresh_intervals(path: pathlib.Path, cell: Cell, config: ConfigDict) -> None:

@@ -254,11 +254,10 @@ def test_a_cell_that_counted_unscored_bytes_is_computed_again(place, monkeypatch
 
   eots = {"a": None, "b": 0}
 
-  def opened(path):
-    tokenizer = types.SimpleNamespace(eot=eots[os.path.basename(path)])
-    return types.SimpleNamespace(tokenizer=tokenizer)
+  def opened(model):
+    return types.SimpleNamespace(eot=eots[os.path.basename(model.path)])
 
-  monkeypatch.setattr(compute, "open_weights", opened)
+  monkeypatch.setattr(compute, "_tokenizer", opened)
   place.config.tasks = ("first",)
   monkeypatch.setitem(tasks.TASKS, "first", protocol({}))
   run(place)

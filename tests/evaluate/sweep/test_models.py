@@ -15,6 +15,7 @@ from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.runs.checkpoint import Checkpoints
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.sizes import SIZES
+from gpt2_jax.tokenizer import Characters
 
 
 def save(workdir, losses: dict[int, float]) -> str:
@@ -91,6 +92,17 @@ def test_an_adapter_makes_another_model_of_its_base(tmp_path):
   # 4. What is none is told before anything is computed.
   with pytest.raises(FileNotFoundError, match="is no adapter of peft's"):
     models.resolve_models([f"{base}+{base}"])
+
+
+def test_a_tokenizer_is_read_without_the_weights(tmp_path):
+  characters = Characters("abc")
+  with jax.set_mesh(make_mesh(1, 1, 1, jax.devices()[:1])):
+    model = GPT2(ModelConfig(3, 8, 8, 2, 1), jax.random.key(0))
+    for form in ("hf", "orbax"):
+      save_pretrained(model, characters, str(tmp_path / form), form=form)
+      (entry,) = models.resolve_models([str(tmp_path / form)])
+      tokenizer = compute._tokenizer(entry)
+      assert tokenizer.eot is None and tokenizer.encode("cab") == [2, 0, 1]
 
 
 def test_the_papers_sizes_are_known_by_their_shape():
