@@ -582,7 +582,9 @@ def test_a_run_is_told_by_what_lies_in_its_checkpoints(models, tmp_path):
   assert pretrained.is_workdir(tmp_path / "new")
 
   # A folder with weights is none, whatever its checkpoints/ holds, if that is not a run's.
-  (tmp_path / "hf" / "checkpoints" / "500").mkdir(parents=True)
+  (tmp_path / "hf" / "checkpoints").mkdir()
+  assert not pretrained.is_workdir(tmp_path / "hf")
+  (tmp_path / "hf" / "checkpoints" / "500").mkdir()
   (tmp_path / "hf" / "checkpoints" / "500" / "config.json").write_text("{}")
   assert not pretrained.is_workdir(tmp_path / "hf")
   assert weights_sha256(pretrained.open_weights(str(tmp_path / "hf"))) == expected
