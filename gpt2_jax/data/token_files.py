@@ -70,10 +70,14 @@ def open_token_file(path: str) -> TokenFile:
   """Finds the tokens of a file by its header. Raises ValueError for what holds none."""
   if path.lower().endswith(".npy"):
     return _open_npy(path)
+  if not path.lower().endswith(".bin"):
+    raise ValueError(
+      f"{path} is by its name no token file (.bin, .npy); text is tokenized with --files"
+    )
   size = os.path.getsize(path)
   with open(path, "rb") as file:
-    head = file.read(12)
-  magic, version, n_tokens = struct.unpack("<3i", head.ljust(12, b"\0"))
+    head = file.read(4096)
+  magic, version, n_tokens = struct.unpack("<3i", head[:12].ljust(12, b"\0"))
   if magic in LLMC_OTHERS:
     raise ValueError(f"{path} holds {LLMC_OTHERS[magic]} (llm.c's), and no tokens of GPT-2")
   if magic == LLMC_MAGIC:
@@ -83,6 +87,9 @@ def open_token_file(path: str) -> TokenFile:
     raise ValueError(
       f"{path} has {size:,} bytes, and tokens have two each: it is cut, or no tokens"
     )
+  # Pairs of letters would be ids like any other.
+  if len(head) >= 32 and head.isascii() and not set(head) & set(range(9)):
+    raise ValueError(f"{path} holds text, and no tokens; it is tokenized with --files")
   file = TokenFile(path, np.dtype("<u2"), 0, size // 2, continues=False)
   # Of ids of four bytes, each is below 65,536: the other two bytes are 0.
   first = file.read(0, min(CHUNK, file.n_tokens))

@@ -432,7 +432,9 @@ def test_documents_without_a_token_are_left_out_aloud(tmp_path, tokenizer, capsy
 
 BAD_TOKENS = {
   "odd.bin": (b"abc", "3 bytes, and tokens have two each"),
-  "text.bin": (b"a text that is no tokens" * 3, "ids are beyond the tokenizer's 2"),
+  "text.bin": (b"a text that is no tokens" * 3, "holds text, and no tokens"),
+  "text.txt": (b"a text that is no tokens" * 3, "by its name no token file"),
+  "others.bin": (bytes(range(200)), "ids are beyond the tokenizer's 2"),
   "int32.bin": (np.zeros(100, np.uint32).tobytes(), "four bytes each"),
   "cut.bin": (llmc(np.zeros(100, np.uint16))[:-2], "1,222 bytes, and 1,224 with the 100 tokens"),
   "negative.bin": (llmc(np.zeros(9, np.uint16), count=-9), "get it again"),
