@@ -8,7 +8,12 @@
 In every row the sides take turns on the same cores, with the same shapes and the same random
 weights. Before that, the two models are shown to be the same: logits, greedy tokens, losses of
 three training steps, all in float32. Ratio: ours over the faster of eager and compiled in the same
-round; its median, least and greatest.
+round; its median, least and greatest. A ratio holds for one kind of CPU, so each row names the
+instruction set, and the first lines print the matmul rates of both libraries. An older CPU can be
+imitated, for both sides at once:
+
+  XLA_FLAGS=--xla_cpu_max_isa=AVX2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \\
+    MKL_ENABLE_INSTRUCTIONS=AVX2 python experiments/bench.py --only=train,generate
 
 Theirs: GPT2LMHeadModel with sdpa attention, torch's faster AdamW (fused here), clipping. Training
 in bfloat16 is by autocast over float32 weights, generation with bfloat16 weights, as ours
@@ -90,6 +95,7 @@ from experiments.benchmarks.generation import (
   their_generate,
 )
 from experiments.benchmarks.loading import bench_loading
+from experiments.benchmarks.machine import describe_machine, gemm_rates, instruction_set
 from experiments.benchmarks.opponent import our_model, their_model
 from experiments.benchmarks.rounds import HEADER, Row, random_tokens
 from experiments.benchmarks.training import bench_tiny, bench_train, our_train, their_train
@@ -208,8 +214,11 @@ def main(argv: list[str]) -> None:
   date = time.strftime("%Y-%m-%d")
   print(f"{versions}; {threads} threads, {_ROUNDS.value} rounds, {date}", flush=True)
 
-  # 2. Loading has processes of its own, outside of the mesh.
+  # 2. What the machine can do. Loading has processes of its own, outside of the mesh.
+  rates = gemm_rates(_ROUNDS.value)
+  print(describe_machine(rates), flush=True)
   results = {"versions": versions, "threads": threads}
+  results |= {"instruction_set": instruction_set(), "gemm_gflops": rates}
   if "load" in parts:
     results["load"] = bench_loading(_ROUNDS.value)
   with jax.set_mesh(make_mesh(1, 1, 1)):

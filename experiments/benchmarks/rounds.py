@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from experiments.benchmarks.machine import instruction_set
 from gpt2_jax.files import first_line
 
 BEGIN = time.monotonic()
@@ -42,16 +43,17 @@ class Row:
     ratios = self.ratios()
     ratio = f"{statistics.median(ratios):.2f}"
     spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
-    return _table_line(self.name, ours, others, ratio, spread, self.target)
+    cells = (self.name, ours, others, ratio, spread, instruction_set(), self.target)
+    return _table_line(*cells)
 
 
 def _table_line(*cells: str) -> str:
-  name, ours, others, ratio, spread, target = cells
-  return f"{name:<34}{ours:>8}  {others:<30}{ratio:>6}  {spread:<12}{target}"
+  name, ours, others, ratio, spread, isa, target = cells
+  return f"{name:<34}{ours:>8}  {others:<30}{ratio:>6}  {spread:<12}{isa:<18}{target}"
 
 
 HEADER = _table_line(
-  "tokens/s, median of rounds", "ours", "the others", "ratio", "min-max", "target"
+  "tokens/s, median of rounds", "ours", "the others", "ratio", "min-max", "CPU", "target"
 )
 
 
