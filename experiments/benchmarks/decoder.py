@@ -66,8 +66,11 @@ class Decoder:
     }
 
 
-def lower_step(shape: Decoder, mesh: Mesh) -> jax.stages.Lowered:
-  """The training step, lowered for a mesh: AdamW, rows and parameters split over `data`."""
+def lower_step(shape: Decoder, mesh: Mesh, options: dict | None = None) -> jax.stages.Lowered:
+  """The training step, lowered for a mesh: AdamW, rows and parameters split over `data`.
+
+  `options` are the compiler's.
+  """
   # 1. Shapes with shardings: D is split over all chips (FSDP).
   parameters = {}
   for name, dimensions in shape.shapes().items():
@@ -108,7 +111,7 @@ def lower_step(shape: Decoder, mesh: Mesh) -> jax.stages.Lowered:
     updates, moments = optimizer.update(gradients, moments, parameters)
     return losses.mean(), optax.apply_updates(parameters, updates), moments
 
-  step = jax.jit(step, donate_argnums=(0, 1))
+  step = jax.jit(step, donate_argnums=(0, 1), compiler_options=options)
   return step.lower(parameters, moments, tokens_MBT, tokens_MBT)
 
 

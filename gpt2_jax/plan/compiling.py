@@ -32,7 +32,7 @@ from gpt2_jax.files import announce, first_line
 from gpt2_jax.finetune.start import trained_names
 from gpt2_jax.finetune.trainable import merge, partition, trainable_mask
 from gpt2_jax.loss import NextToken, mean_loss
-from gpt2_jax.model import ModelConfig, check_mesh
+from gpt2_jax.model import ModelConfig, check_mesh, name_of
 from gpt2_jax.plan import cost, program
 from gpt2_jax.runs import knobs
 from gpt2_jax.runs.limits import check_batch, local_bytes
@@ -121,6 +121,7 @@ class Compiled(Scheduled):
   batch_size: int
   microbatches: int
   hbm: dict[str, float]  # bytes, by what they hold
+  frozen_weights: int = 0  # of matmuls, in the whole model: those without a gradient
 
   @property
   def hbm_needed(self) -> float:
@@ -189,6 +190,7 @@ def compile_step(config: ConfigDict, topology: Topology) -> Compiled:
     batch_size=config.batch_size,
     microbatches=config.microbatches,
     hbm=_hbm_by_class(memory, state, kept),
+    frozen_weights=_frozen_weights(state.model, config),
   )
 
 
@@ -230,6 +232,18 @@ def _kept_for_backward(model, config: ConfigDict, mesh: Mesh) -> float:
     if (residual.shape, residual.dtype) not in parameters:
       activations.append(residual)
   return local_bytes(activations, mesh)
+
+
+def _frozen_weights(model, config: ConfigDict) -> int:
+  """Weights of matmuls that are not trained: those of the layers, and wte, which is the head."""
+  _, frozen = partition(model, trainable_mask(model, trained_names(config)))
+  total = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(frozen):
+    # The layers are stacked: [L, I, O] is a weight and [L, O] a bias.
+    name = name_of(path)
+    is_weight = leaf.ndim == 3 if name.startswith("h.") else name.startswith("wte")
+    total += leaf.size if is_weight and leaf.ndim > 1 else 0
+  return total
 
 
 def _hbm_by_class(memory, state, kept: float) -> dict[str, float]:

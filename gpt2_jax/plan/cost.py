@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from gpt2_jax.chips import Tpu
-from gpt2_jax.plan.program import Instruction, Program, arrays, size
+from gpt2_jax.plan.program import Instruction, Program, arrays, stored_size
 
 # A pipelined grid loads its first window before the first of its steps, and stores the last one
 # after the last: its loop has two trips more.
@@ -28,22 +28,21 @@ MATMUL_OPCODES = ("convolution", "dot")  # on a TPU a matmul is a convolution
 
 @dataclasses.dataclass(frozen=True)
 class Bundles:
-  """VLIW bundles of an operation by the depth of the loop they are in, and each depth's trips."""
+  """VLIW bundles of an operation or of the body of a loop in it, apart from its inner loops."""
 
-  counts: tuple[int, ...]
-  trips: tuple[int, ...]  # that of depth 0 is 1
+  count: int
+  trips: int = 1
+  loops: tuple["Bundles", ...] = ()
 
   def cycles(self, grid: int | None = None) -> int:
-    """Cycles of all trips, a bundle a cycle; `grid` are the steps of the outermost loop, if known.
+    """Cycles of one run, a bundle a cycle; `grid` are the steps of the pipeline, if known.
 
     Waiting for memory is not counted, and bundles that a predicate skips are.
     """
-    trips = list(self.trips)
-    if grid and trips[1] - grid in range(PIPELINE_TRIPS + 1):
-      trips[1] = grid
-    total = 0
-    for depth, count in enumerate(self.counts):
-      total += count * math.prod(trips[: depth + 1])
+    total = self.count
+    for loop in self.loops:
+      is_pipeline = grid is not None and loop.trips - grid in range(PIPELINE_TRIPS + 1)
+      total += (grid if is_pipeline else loop.trips) * loop.cycles()
     return total
 
 
@@ -92,7 +91,7 @@ class CostModel:
     chip = self.chip
     return Cost(
       bundles.cycles(_grid(instruction, bundles)) if bundles else 0.0,
-      hbm_traffic(self.program, instruction) / chip.hbm_bandwidth * chip.clock,
+      self.hbm_bytes(instruction) / chip.hbm_bandwidth * chip.clock,
       2 * multiply_adds / chip.flops * chip.clock,
       instruction.cycles if multiply_adds else 0.0,
     )
@@ -100,19 +99,40 @@ class CostModel:
   def multiply_adds(self, instruction: Instruction) -> float:
     """Multiply-adds of the matmuls in an instruction.
 
-    Of [M, K] and [K, N] they are M K N, the root of the product of all three sizes. So no layout
-    has to be read; only a matmul of batches would be counted too high.
+    Of [M, K] and [K, N] they are M K N, the root of the product of all three sizes, so no layout
+    has to be read. A kernel's are what its author says.
     """
+    if instruction.is_kernel:
+      return _author_estimate(instruction, "flops") / 2
     if instruction.opcode in MATMUL_OPCODES:
       sizes = [_elements(instruction.shape)]
       for name in instruction.operands[:2]:
         sizes.append(_elements(self.program.shapes[name]))
-      return math.sqrt(math.prod(sizes))
+
+      # A batch of B matmuls is a convolution that is dilated by B, and B is in all three sizes.
+      dilated = re.search(r"lhs_dilate=([\dx]+)", instruction.text)
+      batch = math.prod(map(int, dilated[1].split("x"))) if dilated else 1
+      return math.sqrt(math.prod(sizes) / batch)
 
     total = 0.0
     for name in instruction.called("calls"):
       total += sum(map(self.multiply_adds, self.program.computations[name]))
     return total
+
+  def hbm_bytes(self, instruction: Instruction) -> float:
+    """HBM bytes that an instruction reads and writes.
+
+    A kernel may read an operand several times. Then its author's figure is the larger one; operands
+    in VMEM are taken off it.
+    """
+    traffic = hbm_traffic(self.program, instruction)
+    if not instruction.is_kernel:
+      return traffic
+
+    on_chip = 0.0
+    for shape in (instruction.shape, *map(self.program.shapes.get, instruction.operands)):
+      on_chip += sum(nbytes for nbytes, in_hbm in arrays(shape or "") if not in_hbm)
+    return max(traffic, _author_estimate(instruction, "bytes_accessed") - on_chip)
 
   def _bundles_of(self, instruction: Instruction) -> Bundles | None:
     """The bundles of an instruction; the compiler dumps equal code once, under one name of it."""
@@ -157,10 +177,17 @@ def _stem(name: str) -> str:
   return name.partition(".")[0]
 
 
+def _author_estimate(instruction: Instruction, name: str) -> float:
+  """A number in the `cost_estimate` of a kernel; 0 if it has none."""
+  match = re.search(rf'"cost_estimate":\{{[^}}]*"{name}":"(\d+)"', instruction.text)
+  return float(match[1]) if match else 0.0
+
+
 def is_asynchronous(instruction: Instruction) -> bool:
-  """Whether it starts or ends a copy between memories, which the DMA engines do meanwhile."""
-  stem = instruction.opcode.removesuffix("-start").removesuffix("-done")
-  return stem != instruction.opcode and stem in ("copy", "slice", "async", "dynamic-slice")
+  """Whether it starts or ends what other engines do meanwhile: a copy, or another core's work."""
+  stem, _, suffix = instruction.opcode.rpartition("-")
+  stems = ("copy", "slice", "dynamic-slice", "async", "call")
+  return stem in stems and suffix in ("start", "update", "done")
 
 
 def copied_bytes(instruction: Instruction) -> float:
@@ -174,9 +201,12 @@ def copied_bytes(instruction: Instruction) -> float:
 
 
 def _grid(instruction: Instruction, bundles: Bundles) -> int | None:
-  """Steps of an operation's outermost loop: the compiler writes those of a fusion."""
+  """Steps of an operation's pipeline: the compiler writes those of a fusion."""
   if instruction.is_kernel:
-    return max(1, bundles.trips[1] - PIPELINE_TRIPS)
+    # All dimensions of a kernel's grid are one loop, its longest.
+    loops = bundles.loops
+    trips = max(loops, key=lambda loop: loop.trips * loop.cycles()).trips if loops else 1
+    return max(1, trips - PIPELINE_TRIPS)
   bounds = re.search(r'"iteration_bounds":\[([^\]]*)\]', instruction.text)
   steps = re.findall(r"\d+", bounds[1]) if bounds else []
   return math.prod(map(int, steps)) if steps else None
@@ -217,16 +247,16 @@ def _bytes_read(program: Program, user: Instruction, position: int) -> float:
   """Bytes that an instruction reads of the operand at a position, all or a slice of it."""
   operand = user.operands[position]
   if user.opcode in ("dynamic-slice", "slice", "gather") and position == 0:
-    return size(user.shape)
+    return stored_size(user.shape)
   # An update in place reads nothing of the array that it updates.
   if user.opcode == "dynamic-update-slice" and position == 0:
     return 0.0
   if user.opcode != "fusion":
-    return size(program.shapes[operand])
+    return stored_size(program.shapes[operand])
 
   # In a fusion: what its instructions read of the parameter, through other names of it.
   parameter = program.parameters[user.called("calls")[0]][position]
-  whole, total = size(program.shapes[parameter]), 0.0
+  whole, total = stored_size(program.shapes[parameter]), 0.0
   waiting = [parameter]
   while waiting:
     name = waiting.pop()
@@ -241,7 +271,7 @@ def _bytes_read(program: Program, user: Instruction, position: int) -> float:
 def _bytes_written(program: Program, instruction: Instruction) -> Iterator[float]:
   """Bytes that an instruction writes of each of its results: of an update in place, the update."""
   if instruction.opcode == "dynamic-update-slice":
-    yield size(program.shapes[instruction.operands[1]])
+    yield stored_size(program.shapes[instruction.operands[1]])
     return
   if instruction.opcode != "fusion":
     yield from (nbytes for nbytes, _ in arrays(instruction.shape))
@@ -276,13 +306,30 @@ def read_bundles(dump: pathlib.Path) -> dict[str, Bundles]:
 
 def parse_bundles(text: str) -> Bundles:
   """Counts bundles and trips. A line is a bundle; the number of `>` is the depth of its loops."""
-  counts, trips = [0] * 9, [1] * 9
+  # Each entry of the stack is a loop that is open: its bundles, its trips, its inner loops.
+  stack = [[0, 1, []]]
+
+  def close() -> None:
+    count, trips, loops = stack.pop()
+    stack[-1][2].append(Bundles(count, trips, tuple(loops)))
+
   for line in text.splitlines():
-    # `0x1f LB: >> { ... }`
-    bundle = re.match(r"\s*(?:0x[0-9a-f]+|\d+)\s+(?:[A-Z]{2})?\s*:\s*(>*)", line)
-    if bundle:
-      depth = len(bundle[1])
-      counts[depth] += 1
-      if last := re.search(r", (\d+) /\* loop exit test \*/", line):
-        trips[depth] = int(last[1])
-  return Bundles(tuple(counts), tuple(trips))
+    # `0x1f LB: >> { ... }`; LB is the first bundle of a loop's body. An empty bundle, `{}`, has no
+    # marks and is where the one before it is.
+    bundle = re.match(r"\s*(?:0x[0-9a-f]+|\d+)\s+([A-Z]{2})?\s*:\s*(>*)\s*(\{\})?", line)
+    if not bundle:
+      continue
+    depth = len(stack) - 1 if bundle[3] else len(bundle[2])
+    is_new = bundle[1] == "LB"
+    while len(stack) - 1 > depth or (is_new and len(stack) - 1 == depth > 0):
+      close()
+    while len(stack) - 1 < depth:
+      stack.append([0, 1, []])
+    stack[-1][0] += 1
+    if last := re.search(r", (\d+) /\* loop exit test \*/", line):
+      stack[-1][1] = int(last[1])
+
+  while len(stack) > 1:
+    close()
+  count, trips, loops = stack[0]
+  return Bundles(count, trips, tuple(loops))

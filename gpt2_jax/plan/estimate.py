@@ -6,33 +6,35 @@ The estimate is a range. Its fast end is what the program asks for:
 - An operation takes what cost.py says: its instructions, its HBM traffic at the full bandwidth, or
   its multiply-adds at the peak, whichever is the largest.
 - A copy between HBM and VMEM, which the DMA engines do beside other work, is exposed as far as no
-  other work was scheduled meanwhile.
+  other work was scheduled meanwhile. It has the bandwidth that this work leaves over.
 - A collective (all-gather, reduce-scatter, all-reduce) moves its bytes over the ICI links of its
   group, without latency. A ring uses both directions, a line one. Between slices, a chip has its
   share of its host's network (DCN).
-- A collective overlaps with what the compiler scheduled between its start and its end. It is
-  exposed if that is shorter, or if the collective blocks.
+- A collective overlaps with what the compiler scheduled between its start and its end, whether the
+  TensorCore or a SparseCore sends it. It is exposed if that is shorter, or if it blocks.
+  Collectives over one mesh axis take turns on its links, and copies on the DMA engines.
 
 The slow end adds ALLOWANCE to all work. It stands for what is in none of the above: a DMA that is
-slow to begin, operations that wait for each other, copies and collectives that share the HBM.
+slow to begin, operations that wait for each other, collectives that share the HBM with work, the
+latency of links and the launch of the step.
 """
 
 import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from gpt2_jax.plan.compiling import Compiled, Scheduled
 from gpt2_jax.plan.cost import copied_bytes
-from gpt2_jax.plan.program import Instruction, replica_groups, size
+from gpt2_jax.plan.program import Instruction, replica_groups, size, stored_size
 from gpt2_jax.runs.metrics import flops_per_token
 from gpt2_jax.sharding import AXES
 
 # What fills a step. These are keys of plan.json.
-MATMULS, KERNELS, MEMORY_BOUND = "matrix products", "attention kernels", "elementwise, copies"
+MATMULS, KERNELS, MEMORY_BOUND = "matrix products", "kernels", "elementwise, copies"
+COPY = "copy"  # in place of a collective's kind and axes
 # Of all work, at the slow end.
 ALLOWANCE = 0.1
 
@@ -56,10 +58,11 @@ class Estimate:
   fast: dict[str, float]
   slow: dict[str, float]
   collectives: list[Collective]
-  model_flops: float  # of a step, on all chips: 6 N + attention, without recomputation
+  model_flops: float  # of a step, on all chips: 6 N (frozen: 4 N) + attention, no recomputation
   tokens: int  # of a step
   peak: float  # FLOP/s of all chips
   moved: float  # bytes that memory-bound operations move in a chip's HBM
+  hbm_bytes: float  # that all operations and copies move there
 
   @property
   def exposed(self) -> float:
@@ -84,7 +87,9 @@ class Estimate:
 def estimate(compiled: Compiled) -> Estimate:
   """Estimates the time of a compiled training step."""
   tokens = compiled.batch_size * compiled.model.n_ctx
-  return estimate_program(compiled, flops_per_token(compiled.model) * tokens, tokens)
+  # A frozen weight has no gradient, which is a third of its FLOPs.
+  of_token = flops_per_token(compiled.model) - 2 * compiled.frozen_weights
+  return estimate_program(compiled, of_token * tokens, tokens)
 
 
 def estimate_program(compiled: Scheduled, model_flops: float, tokens: int) -> Estimate:
@@ -92,64 +97,235 @@ def estimate_program(compiled: Scheduled, model_flops: float, tokens: int) -> Es
 
   `model_flops` and `tokens` are those of one run of it on all chips.
   """
-  chip = compiled.topology.chip
-  work_seconds = dict.fromkeys((MATMULS, KERNELS, MEMORY_BOUND), 0.0)
-  moved = 0
-  crossings = collections.defaultdict(list)  # by kind and axes
+  walk = _Walk(compiled)
+  walk.run(compiled.program.entry, 1)
 
-  for instructions, times in _executed_computations(compiled):
-    for position, instruction in enumerate(instructions):
-      # 1. Communication: the part of it that no other work hides is exposed.
-      if crossing := _crossing(compiled, instruction):
-        kind, axes, nbytes, seconds = crossing
-        hidden = min(seconds, _overlapping_seconds(compiled, instructions, position))
-        crossings[kind, axes].append((times, nbytes, seconds * times, (seconds - hidden) * times))
-        continue
-
-      # 2. Copies by the DMA engines, in the same way.
-      if nbytes := copied_bytes(instruction):
-        seconds = nbytes / chip.hbm_bandwidth
-        hidden = min(seconds, _overlapping_seconds(compiled, instructions, position))
-        work_seconds[MEMORY_BOUND] += (seconds - hidden) * times
-        moved += nbytes * times
-        continue
-
-      # 3. Work.
-      cost = compiled.costs.cost(instruction)
-      work = _work(compiled, instruction)
-      work_seconds[work] += cost.cycles / chip.clock * times
-      if work == MEMORY_BOUND:
-        moved += cost.hbm / chip.clock * chip.hbm_bandwidth * times
-
-  merged = [_merge(kind, axes, rows) for (kind, axes), rows in crossings.items()]
+  collectives = [_merge(kind, axes, rows) for (kind, axes), rows in walk.collectives.items()]
   return Estimate(
-    fast=work_seconds,
-    slow={work: seconds * (1 + ALLOWANCE) for work, seconds in work_seconds.items()},
-    collectives=sorted(merged, key=lambda collective: -collective.seconds),
+    fast=walk.work,
+    slow={work: seconds * (1 + ALLOWANCE) for work, seconds in walk.work.items()},
+    collectives=sorted(collectives, key=lambda collective: -collective.seconds),
     model_flops=model_flops,
     tokens=tokens,
-    peak=chip.flops * compiled.topology.chips,
-    moved=moved,
+    peak=compiled.topology.chip.flops * compiled.topology.chips,
+    moved=walk.moved,
+    hbm_bytes=walk.hbm_bytes,
   )
 
 
-def _merge(kind: str, axes: str, rows: list[tuple[int, float, float, float]]) -> Collective:
-  """Sums over rows of (times, bytes, seconds, exposed seconds); bytes are the mean."""
-  times, sizes, seconds, exposed = zip(*rows, strict=True)
-  count = sum(times)
-  mean_bytes = np.dot(times, sizes) / count
-  return Collective(kind, axes, count, mean_bytes, sum(seconds), sum(exposed))
+def _merge(kind: str, axes: str, rows: list[tuple[int, "_Transfer"]]) -> Collective:
+  """Sums rows of (times, collective); bytes are the mean."""
+  count, nbytes, seconds, exposed = 0, 0.0, 0.0, 0.0
+  for times, transfer in rows:
+    count += times
+    nbytes += times * transfer.bytes
+    seconds += times * transfer.seconds
+    exposed += times * transfer.exposed
+  return Collective(kind, axes, count, nbytes / count, seconds, exposed)
 
 
-def _executed_computations(compiled: Scheduled) -> Iterator[tuple[list[Instruction], int]]:
-  """Each executed computation once, with its count. A loop's body is a computation of its own."""
-  program = compiled.program
-  counts = {}
-  for instruction, times in program.executed():
-    counts[program.computation_of[instruction.name]] = times
+# ---- the schedule of a program
 
-  for name, times in counts.items():
-    yield program.computations[name], times
+
+@dataclasses.dataclass(eq=False)
+class _Transfer:
+  """A collective or a copy, which other engines than the TensorCore carry out."""
+
+  kind: str  # COPY, or that of the collective
+  axes: str
+  bytes: float
+  seconds: float
+  begin: float = 0.0
+  delay: float = 0.0  # of a copy, by work that uses the HBM
+  before: "_Transfer | None" = None  # the one that it waited for, in the same lane
+  exposed: float = 0.0
+
+  @property
+  def end(self) -> float:
+    return self.begin + self.seconds + self.delay
+
+
+class _Timeline:
+  """The time of the TensorCore, and what is in flight beside it."""
+
+  def __init__(self):
+    self.now = 0.0
+    self._pending: dict[str, _Transfer] = {}  # by the name of what its end waits for
+    self._last: dict[str, _Transfer] = {}  # of each lane: a mesh axis, the DMA engines
+    self._names: dict[str, str] = {}  # other names of those in _pending
+
+  def start(self, transfer: _Transfer, name: str | None) -> None:
+    """Queues a transfer in its lanes, and waits for it if it has no name to wait for later."""
+    lanes = transfer.axes.split(" x ")
+    busy = [self._last[lane] for lane in lanes if lane in self._last]
+    transfer.begin = self.now
+    for earlier in busy:
+      if earlier.end > transfer.begin:
+        transfer.begin, transfer.before = earlier.end, earlier
+
+    self._last.update(dict.fromkeys(lanes, transfer))
+    if name is None:
+      self._wait(transfer)
+    else:
+      self._pending[name] = transfer
+
+  def work(self, seconds: float, hbm_seconds: float) -> None:
+    """Work, for `hbm_seconds` of which the HBM is busy: copies that are in flight wait so long."""
+    copy = self._last.get(COPY)
+    while copy and copy.end > self.now:
+      if copy.begin > self.now:
+        copy.begin += hbm_seconds
+      else:
+        copy.delay += hbm_seconds
+      copy = copy.before
+    self.now += seconds
+
+  def rename(self, old: str, new: str) -> None:
+    """What waits for `new` waits for `old`, which may start later."""
+    self._names[new] = old
+
+  def end(self, name: str) -> None:
+    """Waits for the transfer of that name, if there is one."""
+    while name not in self._pending and name in self._names:
+      name = self._names[name]
+    if name in self._pending:
+      self._wait(self._pending.pop(name))
+
+  def end_all(self) -> None:
+    for name in list(self._pending):
+      self.end(name)
+
+  def _wait(self, transfer: _Transfer) -> None:
+    """Waits; the time is that of the transfer, and of those for which it waited itself."""
+    now, self.now = self.now, max(self.now, transfer.end)
+    while transfer and transfer.end > now:
+      # All of it, or what is left of it.
+      whole = transfer.seconds + transfer.delay
+      transfer.exposed += whole if transfer.begin >= now else min(whole, transfer.end - now)
+      transfer = transfer.before
+
+
+class _Walk:
+  """Adds up a program's work and transfers in the order of its schedule."""
+
+  def __init__(self, compiled: Scheduled):
+    self.compiled = compiled
+    self.work = dict.fromkeys((MATMULS, KERNELS, MEMORY_BOUND), 0.0)  # seconds
+    self.collectives = collections.defaultdict(list)  # (times, transfer), by kind and axes
+    self.moved = 0.0
+    self.hbm_bytes = 0.0
+
+  def run(self, computation: str, times: int) -> tuple[float, float]:
+    """Seconds of one run of a computation, of which there are `times`, and those of its HBM."""
+    compiled = self.compiled
+    chip = compiled.topology.chip
+    timeline = _Timeline()
+    transfers, hbm_bytes = [], 0.0
+
+    for instruction in compiled.program.computations[computation]:
+      if body := compiled.program.body(instruction):
+        name, trips = body
+        seconds, hbm_seconds = self.run(name, times * trips)
+        timeline.work(trips * seconds, trips * hbm_seconds)
+        hbm_bytes += trips * hbm_seconds * chip.hbm_bandwidth
+        continue
+
+      # 1. Collectives and copies: what no work hides is exposed.
+      _follow(timeline, instruction)
+      if transfer := _transfer(compiled, instruction):
+        timeline.start(transfer, _end_name(instruction))
+        transfers.append(transfer)
+        continue
+
+      # 2. Work.
+      cost = compiled.costs.cost(instruction)
+      seconds, hbm_seconds = cost.cycles / chip.clock, cost.hbm / chip.clock
+      timeline.work(seconds, hbm_seconds)
+      self._add_work(_work(compiled, instruction), seconds * times, hbm_seconds * times)
+      hbm_bytes += hbm_seconds * chip.hbm_bandwidth
+
+    # 3. What nothing here waits for ends with the computation.
+    timeline.end_all()
+    hbm_bytes += self._add_transfers(transfers, times)
+    return timeline.now, hbm_bytes / chip.hbm_bandwidth
+
+  def _add_work(self, work: str, seconds: float, hbm_seconds: float) -> None:
+    nbytes = hbm_seconds * self.compiled.topology.chip.hbm_bandwidth
+    self.work[work] += seconds
+    self.hbm_bytes += nbytes
+    self.moved += nbytes if work == MEMORY_BOUND else 0.0
+
+  def _add_transfers(self, transfers: list[_Transfer], times: int) -> float:
+    """Adds what a computation transferred; returns the bytes of one run's copies."""
+    copied = 0.0
+    for transfer in transfers:
+      if transfer.kind == COPY:
+        copied += transfer.bytes
+        self.work[MEMORY_BOUND] += transfer.exposed * times
+      else:
+        self.collectives[transfer.kind, transfer.axes].append((times, transfer))
+
+    self.moved += copied * times
+    self.hbm_bytes += copied * times
+    return copied
+
+
+def _follow(timeline: _Timeline, instruction: Instruction) -> None:
+  """Waits for what ends here, and follows what is handed on under another name."""
+  stem, _, suffix = instruction.opcode.rpartition("-")
+  # 1. A fusion of the compiler's own starts and ends a collective: `_end_name` is this name.
+  if instruction.opcode == "fusion":
+    timeline.end(instruction.name)
+
+  # 2. Between slices: what is received has the name of the rendezvous.
+  elif instruction.opcode == "recv":
+    timeline.rename(_rendezvous(instruction), instruction.name)
+
+  # 3. Else the start is an operand of the end, or of an update between them.
+  elif suffix == "done" and stem != "send":
+    for name in instruction.operands:
+      timeline.end(name)
+  elif suffix == "update":
+    for name in instruction.operands:
+      timeline.rename(name, instruction.name)
+
+
+def _end_name(start: Instruction) -> str | None:
+  """The name under which the transfer that starts here is waited for; None if it blocks."""
+  if start.name.startswith("async-collective-start"):
+    return start.name.replace("start", "done", 1)
+  if start.opcode == "send":
+    return _rendezvous(start)
+  is_async = start.opcode.endswith(("-start", "-update"))
+  return start.name if is_async else None
+
+
+def _rendezvous(instruction: Instruction) -> str:
+  match = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', instruction.text)
+  return match[0] if match else ""
+
+
+def _transfer(compiled: Scheduled, instruction: Instruction) -> _Transfer | None:
+  """The collective or copy that starts here, if any."""
+  start = instruction
+  # The SparseCore is started without operands, and gets them by an update.
+  if instruction.opcode == "call-start" and not instruction.operands:
+    return None
+  if instruction.opcode == "call-update":
+    start = compiled.program.instruction(instruction.operands[0])
+    if start.operands:
+      return None
+
+  if crossing := _crossing(compiled, start):
+    return _Transfer(*crossing)
+
+  # What a SparseCore does beside collectives is bound by memory: it looks up rows.
+  nbytes = copied_bytes(instruction)
+  if start.opcode == "call-start":
+    nbytes = 2 * stored_size(compiled.program.computations[start.called("to_apply")[0]][-1].shape)
+  if not nbytes:
+    return None
+  return _Transfer(COPY, COPY, nbytes, nbytes / compiled.topology.chip.hbm_bandwidth)
 
 
 def _work(compiled: Scheduled, instruction: Instruction) -> str:
@@ -206,64 +382,19 @@ def _kind(instruction: Instruction, collective: Instruction) -> str:
   return collective.opcode.removesuffix("-start")
 
 
-def _overlapping_seconds(
-  compiled: Scheduled, instructions: list[Instruction], position: int
-) -> float:
-  """Seconds of other work between a collective's start and its end; 0 for one that blocks."""
-  end = _end_of(instructions, instructions[position])
-  if end is None:
-    return 0.0
-  between = instructions[position + 1 : end]
-  cycles = sum(compiled.costs.cost(instruction).cycles for instruction in between)
-  return cycles / compiled.topology.chip.clock
-
-
-def _end_of(instructions: list[Instruction], start: Instruction) -> int | None:
-  """The position at which an asynchronous collective ends; None for a collective that blocks."""
-  # 1. A fusion of the compiler's own: the name of its end differs by one word.
-  if start.name.startswith("async-collective-start"):
-    done = start.name.replace("start", "done", 1)
-    return _position(instructions, lambda x: x.name == done)
-
-  # 2. Between slices: the end waits for a receive that has the same rendezvous.
-  if start.opcode == "send":
-    rendezvous = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', start.text)[0]
-    received = set()
-    for instruction in instructions:
-      if instruction.opcode == "recv" and rendezvous in instruction.text:
-        received.add(instruction.name)
-    return _position(
-      instructions, lambda x: x.opcode == "recv-done" and not received.isdisjoint(x.operands)
-    )
-
-  # 3. Otherwise (`all-gather-start`) the start is an operand of the end.
-  if start.opcode.endswith("-start"):
-    return _position(
-      instructions, lambda x: x.opcode.endswith("-done") and start.name in x.operands
-    )
-  return None
-
-
-def _position(
-  instructions: list[Instruction], matches: Callable[[Instruction], bool]
-) -> int | None:
-  """The position of the first instruction that matches."""
-  for position, instruction in enumerate(instructions):
-    if matches(instruction):
-      return position
-  return None
-
-
 def _full_bytes(collective: Instruction) -> float:
   """Bytes of the full array: after an all-gather, before a reduce-scatter."""
-  # The shape is a tuple of operand, result and marks, of which the full array is the largest.
-  if collective.opcode in ("all-gather-start", "collective-permute-start"):
-    return max(map(size, re.findall(r"\w+\[[\d,]*\]", collective.shape)))
-
+  # 1. A start's shape is a tuple of operands, results and marks.
+  if collective.opcode == "collective-permute-start":
+    return size(collective.shape) // 2
   parts = 1
-  if collective.opcode == "reduce-scatter":
+  if collective.opcode != "collective-permute":
     parts = replica_groups(collective.text).shape[1]
-  return size(collective.shape) * parts
+  if collective.opcode in ("all-gather-start", "reduce-scatter-start"):
+    return size(collective.shape) / (1 + 1 / parts)
+
+  # 2. Else it is the result's.
+  return size(collective.shape) * (parts if collective.opcode == "reduce-scatter" else 1)
 
 
 def _axes(compiled: Scheduled, devices: np.ndarray) -> str:

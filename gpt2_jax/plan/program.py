@@ -67,18 +67,33 @@ class Instruction:
 
 
 def arrays(shape: str) -> Iterator[tuple[float, bool]]:
-  """Bytes of each array in an HLO shape, which may be a tuple, and whether it lies in HBM.
+  """Bytes that each array in an HLO shape takes in memory, and whether that is HBM.
 
-  `S(1)` in an array's layout is the memory on the chip (VMEM), other numbers are smaller ones.
+  The shape may be a tuple. Memory is in tiles: `T(8,128)` in a layout rounds the two minor axes up.
+  `S(1)` is the memory on the chip (VMEM), other numbers are smaller ones.
   """
   for element_type, dimensions, layout in _ARRAY.findall(shape):
     if element_type in ELEMENT_BYTES:
-      lengths = [int(length) for length in dimensions.split(",") if length]
+      lengths = _integers(dimensions)
+      tile = re.search(r"^\{([\d,]*):T\(([\d,]+)\)", layout)
+      if tile and lengths:
+        # The layout names the axes from the minor one on, and a tile begins with the major one.
+        for axis, length in zip(_integers(tile[1]), reversed(_integers(tile[2])), strict=False):
+          lengths[axis] = math.ceil(lengths[axis] / length) * length
       yield ELEMENT_BYTES[element_type] * math.prod(lengths), "S(" not in layout
 
 
 def size(shape: str) -> float:
-  """Bytes of all arrays in an HLO shape."""
+  """Bytes of all arrays in an HLO shape, as many as their elements have."""
+  total = 0.0
+  for element_type, dimensions, _ in _ARRAY.findall(shape):
+    if element_type in ELEMENT_BYTES:
+      total += ELEMENT_BYTES[element_type] * math.prod(_integers(dimensions))
+  return total
+
+
+def stored_size(shape: str) -> float:
+  """Bytes that all arrays in an HLO shape take in memory."""
   return sum(nbytes for nbytes, _ in arrays(shape))
 
 
@@ -98,20 +113,26 @@ class Program:
     so they do not count in that choice.
     """
     for instruction in self.computations[computation or self.entry]:
-      called = instruction.called
-      if instruction.opcode == "while":
-        trips = self._trip_count(called("condition")[0])
-        yield from self.executed(called("body")[0], times * trips)
-      elif instruction.opcode == "conditional":
-        # An indexed conditional lists its branches; one on a bool names the two.
-        names = called("branch_computations")
-        names = names or called("true_computation") + called("false_computation")
-        branches = [list(self.executed(name, times)) for name in names]
-        yield from max(branches, key=_total_cycles)
-      elif instruction.opcode == "call":
-        yield from self.executed(called("to_apply")[0], times)
+      if body := self.body(instruction):
+        name, trips = body
+        yield from self.executed(name, times * trips)
       else:
         yield instruction, times
+
+  def body(self, instruction: Instruction) -> tuple[str, int] | None:
+    """The computation that a loop, a branch or a call runs, and how often; None of all else."""
+    called = instruction.called
+    if instruction.opcode == "while":
+      return called("body")[0], self._trip_count(called("condition")[0])
+    if instruction.opcode == "call":
+      return called("to_apply")[0], 1
+    if instruction.opcode != "conditional":
+      return None
+
+    # An indexed conditional lists its branches; one on a bool names the two.
+    branches = called("branch_computations")
+    branches = branches or called("true_computation") + called("false_computation")
+    return max(branches, key=lambda name: _total_cycles(self.executed(name))), 1
 
   def _trip_count(self, condition: str) -> int:
     bounds = []
@@ -137,15 +158,6 @@ class Program:
     return shapes
 
   @functools.cached_property
-  def computation_of(self) -> dict[str, str]:
-    """The computation that holds each instruction, by the instruction's name."""
-    computation_of = {}
-    for computation, instructions in self.computations.items():
-      for instruction in instructions:
-        computation_of[instruction.name] = computation
-    return computation_of
-
-  @functools.cached_property
   def users(self) -> dict[str, list[tuple[Instruction, int]]]:
     """The instructions that take each result, with its position among their operands."""
     users = {}
@@ -167,21 +179,31 @@ class Program:
           parameters[computation][position] = instruction.name
     return parameters
 
+  def instruction(self, name: str) -> Instruction:
+    """The instruction of that name."""
+    return self._instructions[name]
+
+  @functools.cached_property
+  def _instructions(self) -> dict[str, Instruction]:
+    return {x.name: x for body in self.computations.values() for x in body}
+
   def collective(self, instruction: Instruction) -> Instruction | None:
     """The collective that an instruction is, or the first one inside its fusion; None if none."""
     if instruction.opcode.removesuffix("-start") in COLLECTIVES:
       return instruction
 
-    # A fusion around a collective calls one computation, and so does an asynchronous start.
-    called = instruction.called("calls")
-    if instruction.opcode in ("fusion", "async-start") and called:
+    # A fusion around a collective calls one computation, and so does an asynchronous start. That of
+    # another core, such as the SparseCore, applies it.
+    attribute = "to_apply" if instruction.opcode == "call-start" else "calls"
+    called = instruction.called(attribute)
+    if instruction.opcode in ("fusion", "async-start", "call-start") and called:
       for inner in self.computations[called[0]]:
         if collective := self.collective(inner):
           return collective
     return None
 
 
-def _total_cycles(executed: list[tuple[Instruction, int]]) -> int:
+def _total_cycles(executed: Iterator[tuple[Instruction, int]]) -> int:
   return sum(instruction.cycles * times for instruction, times in executed)
 
 

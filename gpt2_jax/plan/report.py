@@ -26,7 +26,7 @@ from gpt2_jax.plan.estimate import (
 # What bounds each kind of work; the slow end adds ALLOWANCE.
 _BOUNDS = {
   MATMULS: "instructions, multiply-adds at peak, or the compiler's count",
-  KERNELS: "instructions, or HBM traffic",
+  KERNELS: "instructions, HBM traffic, or multiply-adds at peak",
   MEMORY_BOUND: "HBM traffic at full bandwidth, or instructions",
 }
 
@@ -87,6 +87,7 @@ class Plan:
       "mfu_of_the_slow_end_without_communication": times.mfu(sum(times.slow.values())),
       "seconds_at_peak_flops": times.mfu(1.0),
       "seconds_of_elementwise_at_full_bandwidth": times.moved / chip.hbm_bandwidth,
+      "hbm_bytes": times.hbm_bytes,
       "seconds_by_kind": {work: [times.fast[work], times.slow[work]] for work in times.slow},
       "communication_seconds": times.communication,
       "communication_exposed_seconds": times.exposed,
@@ -168,15 +169,19 @@ def _time_text(facts: dict) -> str:
   rows.append(("communication, exposed", exposed, exposed, note))
   rows.append(("a step", *times["step_seconds"], ""))
 
-  head = f"ms; the slow end adds {ALLOWANCE:.0%} for what is not counted"
+  head = f"ms; the slow end adds {ALLOWANCE:.0%} to work: DMA ramps, waits, shared HBM, dispatch"
   lines = [f"time, an estimate      fast end   slow end   {head}"]
   for name, fast, slow, note in rows:
     lines.append(f"  {name:22.22}{1e3 * fast:9,.1f}{1e3 * slow:11,.1f}   {note}")
 
   # 3. A lower bound to compare with.
   at_peak = 1e3 * times["seconds_at_peak_flops"]
-  note = "6 N + attention, no recomputation, 100 % of the peak"
+  note = "6 N (frozen weights: 4 N) + attention, no recomputation, 100 % of the peak"
   lines.append(f"  {'matmuls at peak':22}{at_peak:9,.1f}{'':11}   {note}")
+  gibibytes = times["hbm_bytes"] / GIB
+  lines.append(
+    f"  {'HBM traffic, GiB':22}{gibibytes:9,.1f}{'':11}   a chip, of all work and copies"
+  )
   return "\n".join(lines)
 
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an operation costs, counted by hand in a small program of the compiler's form."""
 
-import math
-
 import pytest
 
 from gpt2_jax.chips import TPUS
@@ -13,6 +11,9 @@ CHIP = TPUS["v5e"]
 BOUNDS = (
   'backend_config={"window_config":{"iteration_bounds":["2","1","3"],"estimated_cycles":"%d"}}'
 )
+
+# As the compiler writes `bhtd,bhsd->bhts`.
+DILATED = "window={size=4x12 stride=3x11 lhs_dilate=4x12}, dim_labels=01bf_01oi->01bf"
 
 # The stack of twelve layers lies in HBM, and so does what `update` writes into it; S(1) is VMEM.
 STACK, LAYER = "bf16[12,8,128]{2,1,0:T(8,128)(2,1)}", "bf16[8,128]{1,0:T(8,128)(2,1)}"
@@ -48,6 +49,12 @@ TEXT = f"""HloModule jit_step, is_scheduled=true, entry_computation_layout={{()-
   ROOT %dot = f32[8,64]{{1,0}} convolution(%a, %b), dim_labels=bf_io->bf
 }}
 
+%products (c: bf16[4,12,256,64], d: bf16[4,12,256,64]) -> bf16[4,12,256,256] {{
+  %c = bf16[4,12,256,64]{{3,2,1,0}} parameter(0)
+  %d = bf16[4,12,256,64]{{3,2,1,0}} parameter(1)
+  ROOT %scores = bf16[4,12,256,256]{{3,2,1,0}} convolution(%c, %d), {DILATED}
+}}
+
 ENTRY %main (x: bf16[12,8,128], i: s32[], w: bf16[128,64]) -> f32[8] {{
   %x = {STACK} parameter(0)
   %i = s32[] parameter(1)
@@ -64,12 +71,17 @@ ENTRY %main (x: bf16[12,8,128], i: s32[], w: bf16[128,64]) -> f32[8] {{
 """
 
 
+def pipeline(around: int, inside: int, trips: int) -> Bundles:
+  """Bundles around a loop and in it."""
+  return Bundles(around, 1, (Bundles(inside, trips),))
+
+
 def costs(**bundles):
   """The cost model of the program, and its instructions by name."""
   parsed = program.parse(TEXT)
   named = {name.replace("_", "."): value for name, value in bundles.items()}
   by_name = {x.name: x for x, _ in parsed.executed()}
-  return cost.CostModel(parsed, {"kernel.1": Bundles((5, 10), (1, 8))} | named, CHIP), by_name
+  return cost.CostModel(parsed, {"kernel.1": pipeline(5, 10, 8)} | named, CHIP), by_name
 
 
 def test_only_what_moves_through_hbm_is_traffic():
@@ -90,13 +102,13 @@ def test_only_what_moves_through_hbm_is_traffic():
 
 def test_an_operation_takes_the_largest_of_its_bounds():
   # 1. Instructions: six steps of ten bundles and five around them, and not the pipeline's two more.
-  model, named = costs(layer=Bundles((5, 100), (1, 8)))
+  model, named = costs(layer=pipeline(5, 100, 8))
   layer = model.cost(named["layer"])
   assert layer.instructions == 5 + 6 * 100 == layer.cycles > layer.hbm
   assert model.cost(named["again"]) == layer, "equal code is dumped once"
 
   # 2. Traffic, where there are few instructions. The compiler's flat rate is no bound.
-  model, named = costs(layer=Bundles((1, 0), (1, 1)))
+  model, named = costs(layer=Bundles(1))
   assert model.cost(named["layer"]).cycles == model.cost(named["layer"]).hbm < 999
   assert model.cost(named["update"]).cycles == 0, "neither code nor an estimate: a view"
 
@@ -105,6 +117,8 @@ def test_an_operation_takes_the_largest_of_its_bounds():
   assert matmul.multiply_adds == pytest.approx(2 * 8 * 128 * 64 / CHIP.flops * CHIP.clock)
   assert matmul.cycles == matmul.compiler == 70_000
   assert model.multiply_adds(named["layer"]) == 0
+  scores = model.program.computations["products"][-1]
+  assert model.multiply_adds(scores) == pytest.approx(4 * 12 * 256 * 256 * 64)
 
   # 4. Kernels run their grid; copies and allocations take no time of the core.
   assert model.cost(named["kernel.2"]).cycles == 5 + 6 * 10, "kernel.1 is the same"
@@ -123,19 +137,22 @@ def test_bundles_count_by_the_trips_of_the_loops_around_them(tmp_path):
   lines = ["= control target key start", "     0   :  { %a = b }", "   0x1   :  { %c = d }"]
   lines += [
     "   0x2 LB: > { %e = f }",
-    "   0x3   : > { %p = scmp.ge.s32.totalorder %i, 50 /* loop exit test */ }",
+    "   0x3   :  {}",
     "   0x4 LB: >> { %g = h }",
     "   0x5   : >> { %q = scmp.ge.s32.totalorder %j, 4 /* loop exit test */ }",
-    "   0x6   :  { %g = h }",
+    "   0x6 LB: >> { %q = scmp.ge.s32.totalorder %j, 9 /* loop exit test */ }",
+    "   0x7   : > { %p = scmp.ge.s32.totalorder %i, 50 /* loop exit test */ }",
+    "   0x8   :  { %g = h }",
   ]
   name = "17-fused_attention.1-01-final_bundles.txt"
   (tmp_path / name).write_text("\n".join(lines))
   (tmp_path / name.replace("final", "schedule-analysis_final")).write_text("total: 99")
   (tmp_path / "18-other.1-00-schedule-analysis_final_bundles.txt").write_text("total: 99")
   bundles = cost.read_bundles(tmp_path)["fused_attention.1"]
-  assert bundles.counts[:4] == (3, 2, 2, 0) and bundles.trips[:4] == (1, 50, 4, 1)
-  assert bundles.cycles() == 3 + 2 * 50 + 2 * 50 * 4
-  assert bundles.cycles(grid=48) == 3 + 2 * 48 + 2 * 48 * 4, "two trips fill and drain a pipeline"
+  # An empty bundle has no mark of its depth; two loops in a third have their own trips.
+  assert bundles == Bundles(3, 1, (Bundles(3, 50, (Bundles(2, 4), Bundles(1, 9))),))
+  step = 3 + 2 * 4 + 9
+  assert bundles.cycles() == 3 + 50 * step
+  assert bundles.cycles(grid=48) == 3 + 48 * step, "two trips fill and drain a pipeline"
   assert bundles.cycles(grid=10) == bundles.cycles(), "a loop of another kind keeps its trips"
   assert cost.read_bundles(tmp_path / "nothing") == {}
-  assert math.prod(bundles.trips) == 200

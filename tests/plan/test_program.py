@@ -88,8 +88,19 @@ def test_sizes():
   assert (
     program.size("(f32[8,4]{1,0:T(8,128)}, bf16[2]{0}, s32[], pred[3], token[])") == 128 + 4 + 4 + 3
   )
-  shape = "(f32[8,4]{1,0:T(8,128)S(1)}, bf16[2]{0})"
+  shape = "(f32[8,4]{1,0:S(1)}, bf16[2]{0})"
   assert list(program.arrays(shape)) == [(128, False), (4, True)], "S(1) is on the chip"
+
+
+def test_memory_is_in_tiles_of_the_minor_axes():
+  """A head of 64 is minor in a cache and takes 128 lanes, as the compiler's own analysis says."""
+  cache = "bf16[8,16,4096,64]{3,1,0,2:T(8,128)(2,1)}"
+  assert program.stored_size(cache) == 2 * program.size(cache) == 2 * 2 * 8 * 16 * 4096 * 64
+  # The minor axis is the first that the layout names: here it is that of 1024.
+  assert list(program.arrays("f32[4,8,1024,1]{2,1,3,0:T(8,128)S(1)}")) == [(4 * 4 * 8192, False)]
+  assert program.stored_size("f32[3,200]{1,0:T(4,128)}") == 4 * 4 * 256
+  assert program.stored_size("s32[]{:T(128)}") == 4
+  assert program.stored_size("f32[4800]{0:T(1024)}") == 4 * 5120
 
 
 @pytest.mark.parametrize(
