@@ -384,14 +384,15 @@ def _kind(instruction: Instruction, collective: Instruction) -> str:
 
 def _full_bytes(collective: Instruction) -> float:
   """Bytes of the full array: after an all-gather, before a reduce-scatter."""
-  # 1. A start's shape is a tuple of operands, results and marks.
+  # 1. A start's shape is a tuple of operands, results and marks, which are scalars.
+  arrays_only = " ".join(re.findall(r"\w+\[[\d,]+\]", collective.shape))
   if collective.opcode == "collective-permute-start":
-    return size(collective.shape) // 2
+    return size(arrays_only) / 2
   parts = 1
   if collective.opcode != "collective-permute":
     parts = replica_groups(collective.text).shape[1]
   if collective.opcode in ("all-gather-start", "reduce-scatter-start"):
-    return size(collective.shape) / (1 + 1 / parts)
+    return size(arrays_only) / (1 + 1 / parts)
 
   # 2. Else it is the result's.
   return size(collective.shape) * (parts if collective.opcode == "reduce-scatter" else 1)
