@@ -2,7 +2,8 @@
 """The plan's estimate beside step times that others measured on TPUs and published.
 
 COMMAND   python experiments/calibrate.py --out=runs/calibrate
-              all rows; a finished row is not computed again; --only=v5e takes some
+              all rows; a finished row is not computed again; --only=v5e takes some;
+              --quick compiles one and two layers where they are no loop, for all of them
 HARDWARE  any machine with the extra [plan], no TPU; some minutes a row on two cores
 EXPECT    README.md, "Estimates against measurements"
 
@@ -131,26 +132,50 @@ MEASURED = (
 )
 
 _OUT = flags.DEFINE_string("out", "runs/calibrate", "A folder for a JSON file of each row.")
+_QUICK = flags.DEFINE_bool(
+  "quick", False, "Layers that are no loop: one and two are compiled, and the others taken alike."
+)
 _ONLY = flags.DEFINE_string("only", "", "Rows whose name and topology have this in them.")
 
 
-def estimated(row: Measured, out: pathlib.Path) -> dict:
+def estimated(row: Measured, out: pathlib.Path, quick: bool = False) -> dict:
   """The estimate of a row; compiled unless its file is there already."""
-  path = out / f"{row.name}_{row.topology}.json".replace(" ", "_").replace(":", "_")
+  is_quick = quick and not row.decoder.remat
+  name = f"{row.name}_{row.topology}{'_quick' if is_quick else ''}"
+  path = out / f"{name}.json".replace(" ", "_").replace(":", "_")
   if not path.exists():
-    topology = parse_topology(row.topology)
-    mesh = make_mesh(1, topology.chips, 1, devices=open_topology(topology))
-    # The compiler decides about all shardings but those of the arguments.
-    mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
-    scheduled, _ = compile_lowered(lower_step(row.decoder, mesh, dict(row.options)), topology, mesh)
-    times = estimate_program(scheduled, 0.0, 0)
-    result = {"work": times.fast, "exposed": times.exposed}
+    depths = (1, 2) if is_quick else (row.decoder.layers,)
+    result = extrapolate([estimate_of(row, depth) for depth in depths], row.decoder.layers)
     with atomic_write(path) as partial:
       partial.write_text(json.dumps(result, indent=1) + "\n")
   result = read_json_object(path)
   if KERNELS not in result["work"]:
     raise ValueError(f"{path} is of an older version of this script: choose another --out")
   return result
+
+
+def estimate_of(row: Measured, layers: int) -> dict:
+  """Seconds of a row's step with so many layers: its work by kind, and exposed communication."""
+  topology = parse_topology(row.topology)
+  mesh = make_mesh(1, topology.chips, 1, devices=open_topology(topology))
+  # The compiler decides about all shardings but those of the arguments.
+  mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
+  shape = dataclasses.replace(row.decoder, layers=layers)
+  scheduled, _ = compile_lowered(lower_step(shape, mesh, dict(row.options)), topology, mesh)
+  times = estimate_program(scheduled, 0.0, 0)
+  return {"work": times.fast, "exposed": times.exposed}
+
+
+def extrapolate(results: list[dict], layers: int) -> dict:
+  """The result for so many layers from that of one layer and that of two; one alone is it."""
+  if len(results) == 1:
+    return results[0]
+  one, two = results
+  work = {}
+  for name, seconds in one["work"].items():
+    work[name] = seconds + (layers - 1) * (two["work"][name] - seconds)
+  exposed = one["exposed"] + (layers - 1) * (two["exposed"] - one["exposed"])
+  return {"work": work, "exposed": exposed}
 
 
 def ends_of(row: Measured, result: dict) -> tuple[float, float]:
@@ -209,7 +234,7 @@ def main() -> None:
   print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
   leans = {}
   for row in rows:
-    result = estimated(row, out)
+    result = estimated(row, out, _QUICK.value)
     leans.setdefault(row.generation, []).append(leans_of(row, result))
     print(line(row, result), flush=True)
   print()

@@ -40,3 +40,12 @@ def test_a_file_of_an_older_version_is_refused_in_one_line(tmp_path):
   path.write_text(json.dumps({"work": {"attention kernels": 1.0}, "exposed": 0.0}))
   with pytest.raises(ValueError, match="of an older version of this script: choose another --out"):
     calibrate.estimated(chat, tmp_path)
+
+
+def test_layers_that_are_alike_are_extrapolated_from_two():
+  def result(layers: int) -> dict:
+    work = {"matrix products": 0.5 + 0.25 * layers, KERNELS: 0.125 * layers}
+    return {"work": work, "exposed": 0.25 + 0.5 * layers}
+
+  assert calibrate.extrapolate([result(1), result(2)], 8) == result(8)
+  assert calibrate.extrapolate([result(3)], 8) == result(3)
