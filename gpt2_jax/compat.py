@@ -21,6 +21,11 @@ def get_mesh() -> Mesh:
   return mesh.get_concrete_mesh()
 
 
+def has_unreduced() -> bool:
+  """Whether sums may stay unreduced over a mesh axis: `P(unreduced=...)` works from 0.10.2."""
+  return jax.__version_info__ >= (0, 10, 2)
+
+
 def device_platform(device: jax.sharding.AbstractDevice) -> str:
   """The platform of an abstract mesh's device, "tpu", "gpu" or "cpu": `.platform`, from 0.10.1."""
   if jax.__version_info__ >= (0, 10, 1):

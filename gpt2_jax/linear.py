@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.kernels import cpu
 from gpt2_jax.sharding import RESIDUAL, ROWS, platform, unshard
+from gpt2_jax.unreduced import gradient_spec, last_split, sum_over_rows
 
 
 @jax.tree_util.register_dataclass
@@ -77,17 +78,21 @@ def matmul_rows(x_BTI, w, contract: int, last):
   )
 
 
-def weight_gradient(a_BTI, b_BTO, out_sharding: P):
-  """The sum over rows of their outer products, [I, O], in float32."""
+def weight_gradient(a_BTI, b_BTO, spec: P):
+  """The sum over rows of their outer products, [I, O], in float32, laid out by `spec`."""
   dims = (((0, 1), (0, 1)), ((), ()))
-  return jax.lax.dot_general(
-    a_BTI, b_BTO, dims, preferred_element_type=jnp.float32, out_sharding=out_sharding
+  contract = functools.partial(
+    jax.lax.dot_general, a_BTI, b_BTO, dims, preferred_element_type=jnp.float32
   )
+  return sum_over_rows(contract, spec, (last_split(a_BTI), last_split(b_BTO)))
 
 
-def bias_gradient(y_BTO):
-  """The sum over rows, [O], in float32."""
-  return y_BTO.sum((0, 1), dtype=jnp.float32)
+def bias_gradient(y_BTO, spec: P):
+  """The sum over rows, [O], in float32: a product with ones, which a vector unit would take long
+  for."""
+  ones_BT8 = jnp.ones((*y_BTO.shape[:2], 8), y_BTO.dtype, out_sharding=RESIDUAL)
+  spec = P(None, last_split(y_BTO), unreduced=spec.unreduced)
+  return weight_gradient(ones_BT8, y_BTO, spec)[0]
 
 
 def matmul_forms():
@@ -117,7 +122,7 @@ def _matmul_forward(x_BTI, w_IO, b_O, gathered, contract, out_dtype):
   matmul_rows, _, _ = matmul_forms()
   w = _all_gather(w_IO, gathered, x_BTI.dtype)
   y_BTO = matmul_rows(x_BTI, w, contract, gathered[1 - contract])
-  y_BTO = y_BTO if b_O is None else y_BTO + b_O
+  y_BTO = y_BTO if b_O is None else y_BTO + jax.sharding.reshard(b_O, P(gathered[1 - contract]))
   return y_BTO.astype(out_dtype or x_BTI.dtype), (x_BTI, w_IO, b_O)
 
 
@@ -132,8 +137,8 @@ def _matmul_backward(gathered, contract, out_dtype, saved, dy_BTO):
 
   # The spec of the stored weight makes the sum over the batch a reduce-scatter.
   a_BTI, b_BTO = (x_BTI, dy_BTO) if contract == 0 else (dy_BTO, x_BTI)
-  dw_IO = weight_gradient(a_BTI, b_BTO, jax.typeof(w_IO).sharding.spec)
-  db_O = None if b_O is None else bias_gradient(dy_BTO)
+  dw_IO = weight_gradient(a_BTI, b_BTO, gradient_spec(w_IO))
+  db_O = None if b_O is None else bias_gradient(dy_BTO, gradient_spec(b_O))
   return dx_BTI, dw_IO, db_O
 
 

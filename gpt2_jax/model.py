@@ -20,7 +20,7 @@ from gpt2_jax.attention import self_attention
 from gpt2_jax.compat import bernoulli
 from gpt2_jax.linear import NO_CONTEXT, Dense, Linear, embedding_lookup, normal
 from gpt2_jax.own_mesh import call_on_own_mesh
-from gpt2_jax.sharding import check_divides, unshard
+from gpt2_jax.sharding import check_divides, in_each_row, unshard
 from gpt2_jax.sizes import ModelConfig
 
 # What the backward pass keeps, for each `remat` of a ModelConfig.
@@ -69,8 +69,8 @@ def layer_norm(x_BTD, g_D, b_D):
   """LayerNorm over D: mean and variance in float32, the result in x's dtype."""
   x = x_BTD.astype(jnp.float32)
   x -= x.mean(-1, keepdims=True)
-  y = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5) * g_D
-  return (y if b_D is None else y + b_D).astype(x_BTD.dtype)
+  y = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5) * in_each_row(g_D, x.shape)
+  return (y if b_D is None else y + in_each_row(b_D, x.shape)).astype(x_BTD.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -184,7 +184,7 @@ class GPT2(nnx.Module):
       )
     x_BTD = self.wte[...].lookup(tokens_BT, context)
     if positions_BT is None:
-      x_BTD += unshard(self.wpe[...])[: tokens_BT.shape[1]]
+      x_BTD += in_each_row(unshard(self.wpe[...])[: tokens_BT.shape[1]], x_BTD.shape)
     else:
       x_BTD += embedding_lookup(self.wpe[...], positions_BT)
     return dropout(x_BTD.astype(self.config.dtype), self.config.embd_pdrop, key)

@@ -16,6 +16,7 @@ from gpt2_jax.kernels.int8 import matmul_int8, quantize_rows
 from gpt2_jax.linear import NO_CONTEXT, Context, Dense, embedding_lookup, matmul_forms
 from gpt2_jax.model import GPT2
 from gpt2_jax.sharding import BATCH, ROWS, unshard
+from gpt2_jax.unreduced import gradient_spec
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +49,7 @@ def _matmul(x_BTI, w: Int8, bias_O, x_dtype, out_dtype):
   q_OI = unshard(w.q_OI)
   out_spec = P(ROWS, jax.typeof(q_OI).sharding.spec[0])
   y_RO = matmul_int8(flatten_batch(x_BTI), q_OI, out_spec) * w.scale_O
-  y_RO = y_RO if bias_O is None else y_RO + bias_O
+  y_RO = y_RO if bias_O is None else y_RO + jax.sharding.reshard(bias_O, P(out_spec[1]))
   return unflatten_batch(y_RO.astype(out_dtype), x_BTI)
 
 
@@ -66,7 +67,7 @@ def _matmul_backward(x_dtype, out_dtype, saved, dy_BTO):
   q_OI = unshard(w.q_OI)
   inputs = jax.typeof(q_OI).sharding.spec[1]
   dx_BTI = matmul_rows(scaled_BTO, q_OI.astype(x_dtype), 0, inputs).astype(x_dtype)
-  db_O = None if bias_O is None else bias_gradient(dy_BTO)
+  db_O = None if bias_O is None else bias_gradient(dy_BTO, gradient_spec(bias_O))
   return dx_BTI, None, db_O
 
 

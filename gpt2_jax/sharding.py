@@ -104,7 +104,17 @@ def unshard(x):
   """All-gathers x over the `data` axis (FSDP unshard)."""
   without_data = {"data": None, ("model", "data"): "model"}
   spec = jax.typeof(x).sharding.spec
-  return jax.sharding.reshard(x, P(*(without_data.get(name, name) for name in spec)))
+  parts = (without_data.get(name, name) for name in spec.update(reduced=frozenset()))
+  return jax.sharding.reshard(x, P(*parts, reduced=spec.reduced))
+
+
+def in_each_row(x, shape: tuple[int, ...], spec: P = RESIDUAL):
+  """Broadcasts what is the same for each row of a batch to `shape`, [B, ...], split like the batch.
+
+  The spec makes its gradient a sum over rows that may stay unreduced, see unreduced.py.
+  """
+  axes = range(len(shape) - x.ndim, len(shape))
+  return jax.lax.broadcast_in_dim(x, shape, tuple(axes), out_sharding=spec)
 
 
 def padded(size: int, multiple: int) -> int:

@@ -35,6 +35,7 @@ from gpt2_jax.runs.validation import (
 )
 from gpt2_jax.runs.workdir import as_path
 from gpt2_jax.sharding import BATCH, ROWS, make_mesh, platform
+from gpt2_jax.unreduced import all_reduce_gradients, defer_reduction, zero_gradients
 
 
 @jax.tree_util.register_dataclass
@@ -66,13 +67,15 @@ def gradients(objective, trained, frozen, batch: Batch, microbatches: int, key=N
   sums and gradients of the parts add up, and the division by the tokens comes last.
   """
 
+  trained = defer_reduction(trained)
+
   # One part: the mean itself is differentiated, so that no pass over the gradients divides them.
   def mean_of(trained):
     return mean_loss(objective, merge(trained, frozen), batch, key)
 
   if microbatches == 1:
     (_, sums), grads = jax.value_and_grad(mean_of, has_aux=True)(trained)
-    return sums, grads
+    return sums, all_reduce_gradients(grads)
 
   # Several: sums are differentiated, for the parts may hold different numbers of tokens.
   def sums_of(trained, batch, key):
@@ -95,10 +98,10 @@ def gradients(objective, trained, frozen, batch: Batch, microbatches: int, key=N
   batches_M = jax.tree.map(split, batch)
   first = jax.tree.map(lambda x: x[0], batches_M)
   _, sums = jax.eval_shape(sums_of, trained, first, key)
-  zero = jax.tree.map(jnp.zeros_like, (sums, trained))
+  zero = jax.tree.map(jnp.zeros_like, sums), zero_gradients(trained)
   indexed_M = (jnp.arange(microbatches), batches_M)
   (sums, grads), _ = jax.lax.scan(add_microbatch, zero, indexed_M)
-  return sums, jax.tree.map(lambda x: per_token(x, sums), grads)
+  return sums, jax.tree.map(lambda x: per_token(x, sums), all_reduce_gradients(grads))
 
 
 def batch_hash(tokens_BT):

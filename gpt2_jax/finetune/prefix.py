@@ -17,7 +17,7 @@ from gpt2_jax.attention import by_heads, causal_attention
 from gpt2_jax.finetune.classify import Classifier
 from gpt2_jax.linear import NO_CONTEXT
 from gpt2_jax.model import GPT2, dropout
-from gpt2_jax.sharding import BATCH, HIDDEN, RESIDUAL, ROWS, axis_size, unshard
+from gpt2_jax.sharding import BATCH, HEADS, HIDDEN, RESIDUAL, ROWS, axis_size, in_each_row, unshard
 
 
 class VirtualTokens(GPT2):
@@ -88,8 +88,10 @@ class PromptTuned(VirtualTokens):
   def embed(self, tokens_BT, positions_BT=None, key=None, context=NO_CONTEXT):
     """Embeddings of virtual and real tokens, [B, P + T, D]."""
     x_BTD = super().embed(tokens_BT, positions_BT, key, context)
-    prompt_PD = unshard(self.prompt[...]) + unshard(self.wpe[...])[: self.n_virtual]
-    prompt_BPD = _in_each_row(prompt_PD.astype(x_BTD.dtype), x_BTD, RESIDUAL)
+    shape = (x_BTD.shape[0], *self.prompt[...].shape)
+    prompt_BPD = in_each_row(unshard(self.prompt[...]), shape)
+    prompt_BPD += in_each_row(unshard(self.wpe[...])[: self.n_virtual], shape)
+    prompt_BPD = prompt_BPD.astype(x_BTD.dtype)
     k_prompt = None if key is None else jax.random.fold_in(key, 1)
     return jnp.concatenate([dropout(prompt_BPD, self.config.embd_pdrop, k_prompt), x_BTD], axis=1)
 
@@ -117,10 +119,11 @@ class PrefixTuned(VirtualTokens):
     attend_all = self.attend_beside(segments_BT)
 
     def attend(c_BTC, key=None, prefix=None):
-      n_virtual, H, _ = prefix.shape
-      c_PHK = jnp.concatenate([jnp.zeros_like(prefix[..., : self.config.head_size]), prefix], -1)
-      c_PC = jnp.reshape(c_PHK, (n_virtual, -1), out_sharding=P(None, "model"))
-      c_BPC = _in_each_row(c_PC.astype(c_BTC.dtype), c_BTC, HIDDEN)
+      n_virtual, shape = prefix.shape[0], (c_BTC.shape[0], *prefix.shape)
+      kv_BPHK = in_each_row(prefix, shape, HEADS).astype(c_BTC.dtype)
+      q_BPHK = jnp.zeros_like(kv_BPHK[..., : self.config.head_size])
+      c_BPHK = jnp.concatenate([q_BPHK, kv_BPHK], axis=-1)
+      c_BPC = jnp.reshape(c_BPHK, (*shape[:2], -1), out_sharding=HIDDEN)
       y_BTX, memory = attend_all(jnp.concatenate([c_BPC, c_BTC], axis=1), key)
       return y_BTX[:, n_virtual:], memory
 
@@ -157,12 +160,6 @@ def _keys_and_values(model: GPT2, prompt_PD):
   x_1PD = jax.sharding.reshard(x_1PD, RESIDUAL)
   _, _, memory = model.hidden(x_1PD, attend=by_heads(remember, model.config.head_size))
   return [jax.sharding.reshard(x_L1PHK, spec)[:, 0] for x_L1PHK in memory]
-
-
-def _in_each_row(x_PX, like_BTX, spec: P):
-  """One row's array in every row of a batch, [B, P, X]."""
-  shape = (like_BTX.shape[0], *x_PX.shape)
-  return jax.sharding.reshard(jnp.broadcast_to(x_PX, shape), spec)
 
 
 def check_plain(model: GPT2) -> None:

@@ -5,6 +5,7 @@ It wants two dimensions, and float32 sums forward and backward: otherwise bfloat
 of its speed. Letters as in model.py.
 """
 
+import functools
 import math
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.sharding import ROWS, axis_size
+from gpt2_jax.unreduced import last_split, sum_over_rows
 
 
 def dot(a, b, contract: tuple[int, int], out_sharding: P):
@@ -47,9 +49,10 @@ def matmul_rows_flat(x_BTI, w, contract: int, last):
   return unflatten_batch(y_RO, x_BTI)
 
 
-def weight_gradient_flat(a_BTI, b_BTO, out_sharding: P):
+def weight_gradient_flat(a_BTI, b_BTO, spec: P):
   """`linear.weight_gradient` as a product of two matrices."""
-  return dot(transpose_rows(a_BTI), flatten_batch(b_BTO), (1, 0), out_sharding)
+  contract = functools.partial(dot, transpose_rows(a_BTI), flatten_batch(b_BTO), (1, 0))
+  return sum_over_rows(contract, spec, (last_split(a_BTI), last_split(b_BTO)))
 
 
 def transpose_rows(x_BTI):
@@ -65,8 +68,10 @@ def transpose_rows(x_BTI):
   return jnp.reshape(x_IBTt, (n, B * T), out_sharding=P(jax.typeof(x_BTI).sharding.spec[2], ROWS))
 
 
-def bias_gradient_as_matmul(y_BTO):
+def bias_gradient_as_matmul(y_BTO, spec: P):
   """`linear.bias_gradient` as a product with ones: the backend reduces rows many times slower."""
   y_RO = flatten_batch(y_BTO)
   ones = jnp.ones((8, y_RO.shape[0]), y_RO.dtype, out_sharding=P(None, ROWS))
-  return dot(ones, y_RO, (1, 0), P(None, jax.typeof(y_RO).sharding.spec[1]))[0]
+  contract = functools.partial(dot, ones, y_RO, (1, 0))
+  last = (None, last_split(y_BTO))
+  return sum_over_rows(contract, P(*last, unreduced=spec.unreduced), last)[0]
