@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from gpt2_jax import train
+from gpt2_jax import linear, train
 from gpt2_jax.batch import Batch
 from gpt2_jax.compat import has_unreduced
 from gpt2_jax.finetune.adapter import TRAINED_NAMES, add_adapter
@@ -106,16 +106,31 @@ def all_reduces_over_replica(text: str) -> list[str]:
   return found
 
 
+def assert_equal(grads, expected, tolerance: float) -> None:
+  """Of each parameter, as a part of its largest gradient."""
+  assert grads.keys() == expected.keys()
+  for name, gradient in grads.items():
+    cut = tuple(map(slice, expected[name].shape))  # padding of the vocabulary
+    error = np.abs(gradient[cut] - expected[name]).max()
+    assert error <= tolerance * np.abs(expected[name]).max(), name
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_one_device(kind, trained_on):
   """float32 sums in another order; int8 products round x by its largest value, a sum's or not."""
   tolerance = 1e-4 if "int8" in kind else 1e-5
   expected, _ = trained_on(kind, (1, 1, 1), 1)
   grads, text = trained_on(kind, (2, 2, 2), 2)
-  assert grads.keys() == expected.keys()
-  for name, gradient in grads.items():
-    cut = tuple(map(slice, expected[name].shape))  # padding of the vocabulary
-    error = np.abs(gradient[cut] - expected[name]).max()
-    assert error <= tolerance * np.abs(expected[name]).max(), name
+  assert_equal(grads, expected, tolerance)
   if has_unreduced():
     assert len(all_reduces_over_replica(text)) == 1, all_reduces_over_replica(text)
+
+
+@needs_unreduced
+def test_the_accelerators_forms_give_the_same_sums(trained_on, monkeypatch):
+  """How products are written for TPUs and GPUs, computed here."""
+  expected, _ = trained_on("all", (1, 1, 1), 1)
+  monkeypatch.setattr(linear, "platform", lambda: "tpu")
+  grads, text = trained_on("all", (2, 2, 2), 2)
+  assert_equal(grads, expected, 1e-5)
+  assert len(all_reduces_over_replica(text)) == 1
