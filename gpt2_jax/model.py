@@ -20,8 +20,9 @@ from gpt2_jax.attention import self_attention
 from gpt2_jax.compat import bernoulli
 from gpt2_jax.linear import NO_CONTEXT, Dense, Linear, embedding_lookup, normal
 from gpt2_jax.own_mesh import call_on_own_mesh
-from gpt2_jax.sharding import check_divides, in_each_row, unshard
+from gpt2_jax.sharding import check_divides, unshard
 from gpt2_jax.sizes import ModelConfig
+from gpt2_jax.unreduced import in_each_row
 
 # What the backward pass keeps, for each `remat` of a ModelConfig.
 REMAT_POLICIES = {

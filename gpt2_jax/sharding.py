@@ -108,15 +108,6 @@ def unshard(x):
   return jax.sharding.reshard(x, P(*parts, reduced=spec.reduced))
 
 
-def in_each_row(x, shape: tuple[int, ...], spec: P = RESIDUAL):
-  """Broadcasts what is the same for each row of a batch to `shape`, [B, ...], split like the batch.
-
-  The spec makes its gradient a sum over rows that may stay unreduced, see unreduced.py.
-  """
-  axes = range(len(shape) - x.ndim, len(shape))
-  return jax.lax.broadcast_in_dim(x, shape, tuple(axes), out_sharding=spec)
-
-
 def padded(size: int, multiple: int) -> int:
   """`size` rounded up to a multiple."""
   return -(-size // multiple) * multiple

@@ -6,9 +6,11 @@ bytes would cross the network once a microbatch. So a parameter is `reduced` whi
 differentiated (an equal copy on each replica), and its gradient is `unreduced`: each replica holds
 the sum over its own rows. `all_reduce_gradients` adds them up, once, at the end.
 
+A parameter that FSDP splits over `data` has its gradient reduce-scattered there as it is summed,
+for whole gradients would not fit. One that it does not split, a bias or a gain, waits as well.
+
 JAX checks both by type. What a parameter is multiplied with is split over `replica`, so it enters
-by a reshard to a plain spec in a custom VJP, or by a broadcast to rows with an `out_sharding`: its
-transpose, a sum over rows, is unreduced by itself.
+by a reshard to a plain spec in a custom VJP, or by `in_each_row`.
 """
 
 import jax
@@ -16,21 +18,21 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.compat import has_unreduced
-from gpt2_jax.sharding import ROWS, axis_size
-
-DEFERRED = frozenset({"replica"})
+from gpt2_jax.sharding import RESIDUAL, ROWS, axis_size
 
 
 def defer_reduction(parameters):
   """The same parameters, whose gradients stay sums over each replica's own rows.
 
-  With one replica, and with a JAX that lacks `unreduced`, they are what they were.
+  With one device to a batch, and with a JAX that lacks `unreduced`, they are what they were.
   """
-  if axis_size("replica") == 1 or not has_unreduced():
+  if axis_size(*ROWS) == 1 or not has_unreduced():
     return parameters
 
   def defer(x):
-    return jax.sharding.reshard(x, jax.typeof(x).sharding.spec.update(reduced=DEFERRED))
+    spec = jax.typeof(x).sharding.spec
+    is_sharded = any("data" in (part if isinstance(part, tuple) else (part,)) for part in spec)
+    return jax.sharding.reshard(x, spec.update(reduced={"replica"} if is_sharded else set(ROWS)))
 
   return jax.tree.map(defer, parameters)
 
@@ -68,9 +70,18 @@ def last_split(x_BTI):
 def sum_over_rows(contract, spec: P, last: tuple):
   """`contract(out_sharding=...)`, a matrix summed over the rows of a batch, laid out by `spec`.
 
-  `last` are the axes that split its operands. What stays unreduced over `replica` is left so over
-  all rows at first, for JAX has no product in between, and then reduce-scattered over `data`.
+  `last` are the axes that split its operands. JAX has products that are unreduced over all rows,
+  and none in between: what is only over `replica` is then reduce-scattered over `data`.
   """
   if not spec.unreduced:
     return contract(out_sharding=spec)
   return jax.sharding.reshard(contract(out_sharding=P(*last, unreduced=set(ROWS))), spec)
+
+
+def in_each_row(x, shape: tuple[int, ...], spec: P = RESIDUAL):
+  """Broadcasts what is the same for each row of a batch to `shape`, [B, ...], split like the batch.
+
+  The spec makes its gradient a sum over rows that may stay unreduced.
+  """
+  axes = range(len(shape) - x.ndim, len(shape))
+  return jax.lax.broadcast_in_dim(x, shape, tuple(axes), out_sharding=spec)

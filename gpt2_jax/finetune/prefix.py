@@ -17,7 +17,8 @@ from gpt2_jax.attention import by_heads, causal_attention
 from gpt2_jax.finetune.classify import Classifier
 from gpt2_jax.linear import NO_CONTEXT
 from gpt2_jax.model import GPT2, dropout
-from gpt2_jax.sharding import BATCH, HEADS, HIDDEN, RESIDUAL, ROWS, axis_size, in_each_row, unshard
+from gpt2_jax.sharding import BATCH, HEADS, HIDDEN, RESIDUAL, ROWS, axis_size, unshard
+from gpt2_jax.unreduced import in_each_row
 
 
 class VirtualTokens(GPT2):
