@@ -101,11 +101,12 @@ def check_divides(size: int, what: str, *names: str, way_out: str) -> None:
 
 
 def unshard(x):
-  """All-gathers x over the `data` axis (FSDP unshard)."""
+  """All-gathers x over the `data` axis (FSDP unshard); its gradient is reduce-scattered."""
   without_data = {"data": None, ("model", "data"): "model"}
   spec = jax.typeof(x).sharding.spec
   parts = (without_data.get(name, name) for name in spec.update(reduced=frozenset()))
-  return jax.sharding.reshard(x, P(*parts, reduced=spec.reduced))
+  reduced = frozenset(ROWS) if spec.reduced else frozenset()  # see unreduced.py
+  return jax.sharding.reshard(x, P(*parts, reduced=reduced))
 
 
 def padded(size: int, multiple: int) -> int:

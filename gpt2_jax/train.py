@@ -66,7 +66,7 @@ def gradients(objective, trained, frozen, batch: Batch, microbatches: int, key=N
   Gradient accumulation: the batch is computed in `microbatches` parts, one after the other. The
   sums and gradients of the parts add up, and the division by the tokens comes last.
   """
-
+  # Gradients add up on each replica, and over replicas once, at the end.
   trained = defer_reduction(trained)
 
   # One part: the mean itself is differentiated, so that no pass over the gradients divides them.
