@@ -7,7 +7,7 @@ differentiated (an equal copy on each replica), and its gradient is `unreduced`:
 the sum over its own rows. `all_reduce_gradients` adds them up, once, at the end.
 
 A parameter that FSDP splits over `data` has its gradient reduce-scattered there as it is summed,
-for whole gradients would not fit. One that it does not split, a bias or a gain, waits as well.
+by layer and microbatch: whole ones would not fit. A bias or a gain, which it does not split, waits.
 
 JAX checks both by type. What a parameter is multiplied with is split over `replica`, so it enters
 by a reshard to a plain spec in a custom VJP, or by `in_each_row`.

@@ -80,6 +80,7 @@ def test_each_axis_of_the_mesh_has_its_own_collectives(small):
   axes = axes_by_kind(small)
   assert "data" in axes["all-gather"] and "data" in axes["reduce-scatter"]
   assert {"replica", "model"} <= axes["all-reduce"]
+  assert "data" not in axes["all-reduce"], "gradients are scattered, those of embeddings too"
   assert not axes["all-to-all"]
   assert not [name for name in axes["all-gather"] | axes["reduce-scatter"] if "replica" in name]
   collectives = [small.program.collective(x) for x, _ in small.program.executed()]
