@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_jax.batch import Batch
-from gpt2_jax.linear import Context
+from gpt2_jax.kernels.choose import choose_cross_entropy
+from gpt2_jax.linear import NO_CONTEXT, Context, Dense
 from gpt2_jax.model import split_or_none
 from gpt2_jax.sharding import AXES, BATCH, axis_size
 
@@ -38,7 +39,7 @@ class NextToken:
     """Sums over the batch: "nats" times the loss mask `batch.weights_BT`, and "tokens", its sum."""
     x_BTD, context = last_hidden(model, batch, key)
     labels_BT = batch.tokens_BT[:, 1:]
-    nats_BT = cross_entropy(model.head(x_BTD, context), labels_BT, model.config.n_vocab)
+    nats_BT = next_token_nats(model, x_BTD, labels_BT, context)
 
     # Loss mask: weights of one, if none are given. The barrier hides that they are, and where nats
     # come from: the sums are the same program, so the same bits, with weights, in a scan, or alone.
@@ -56,6 +57,17 @@ def mean_loss(objective, model, batch: Batch, key=None):
 def per_token(total, sums: dict):
   """A sum over the tokens; 0 where no token has a weight, as in a batch of prompts alone."""
   return total / jnp.maximum(sums["tokens"], 1e-9)
+
+
+def next_token_nats(model, x_BTD, labels_BT, context=NO_CONTEXT):
+  """-log p of each label, float32 [B, T], from the last hidden states: head and cross-entropy."""
+  wte, config = model.wte[...], model.config
+  kernel = choose_cross_entropy(config.cross_entropy, x_BTD.dtype)
+  if kernel == "plain" or not isinstance(wte, Dense):  # an adapter or int8 has its own matmul
+    return cross_entropy(model.head(x_BTD, context), labels_BT, config.n_vocab)
+  from gpt2_jax.kernels.tpu_cross_entropy import fused_cross_entropy
+
+  return fused_cross_entropy(x_BTD, wte.array, labels_BT, config.n_vocab)
 
 
 def _tokens(logits_BTV):

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import math
 
-from gpt2_jax.kernels import KERNELS
+from gpt2_jax.kernels import CROSS_ENTROPY_KERNELS, KERNELS
 
 GELU = ("tanh", "erf")
 DTYPES = ("float32", "bfloat16")
@@ -38,6 +38,7 @@ class ModelConfig:
   # Zero heads up to a multiple of the mesh's model axis. Attention dropout draws numbers for them.
   pad_heads: bool = False
   attention: str = "auto"  # the kernel that trains and scores, see attention.self_attention
+  cross_entropy: str = "auto"  # the kernel of the head and its loss, see loss.next_token_nats
   remat: str = "none"  # what the backward pass recomputes: "none", "dots" (all but matmuls), "full"
   unroll: int = 1  # layers a step of the scan; n_layer is a Python loop
 
@@ -49,6 +50,7 @@ class ModelConfig:
       raise ValueError(f"n_embd of {self.n_embd} does not divide by n_head of {self.n_head}")
 
     choices = {"gelu": GELU, "remat": REMAT, "attention": KERNELS, "dtype": DTYPES}
+    choices["cross_entropy"] = CROSS_ENTROPY_KERNELS
     for name, allowed in choices.items():
       if getattr(self, name) not in allowed:
         value = str(getattr(self, name))[:80]

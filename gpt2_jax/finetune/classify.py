@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.batch import Batch
 from gpt2_jax.linear import NO_CONTEXT, Linear
-from gpt2_jax.loss import NextToken, cross_entropy, last_hidden
+from gpt2_jax.loss import NextToken, cross_entropy, last_hidden, next_token_nats
 from gpt2_jax.model import GPT2
 from gpt2_jax.sharding import BATCH, axis_size, padded
 
@@ -100,8 +100,7 @@ class Classify:
       return sums
 
     # 2. The auxiliary loss: each token counts as one part of its example.
-    tokens_BT = batch.tokens_BT[:, 1:]
-    nats_BT = cross_entropy(model.head(x_BTD, context), tokens_BT, model.config.n_vocab)
+    nats_BT = next_token_nats(model, x_BTD, batch.tokens_BT[:, 1:], context)
     lm_nats = (nats_BT * mean_weights(batch)).sum()
     return sums | {"nats": label_nats + self.lm_weight * lm_nats, "lm_loss": lm_nats}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chooses the attention kernel of a platform. Pallas is imported by the kernels, not here."""
+"""Chooses the kernels of a platform. Pallas is imported by the kernels, not here."""
 
 import jax.numpy as jnp
 
@@ -34,3 +34,14 @@ def choose_attention(kernel: str, T: int, K: int, dtype) -> str:
   if here == "gpu" and dtype == jnp.bfloat16:
     return "cudnn"
   return "chunked"
+
+
+def choose_cross_entropy(kernel: str, dtype) -> str:
+  """The form of the head and its cross-entropy, with "auto" resolved for the mesh in force.
+
+  "fused" is for TPUs and is interpreted elsewhere. Operands of float32 get the plain form: what it
+  would save in memory is half, and exactness is why somebody trains in float32.
+  """
+  if kernel != "auto":
+    return kernel
+  return "fused" if platform() == "tpu" and dtype == jnp.bfloat16 else "plain"

@@ -107,6 +107,9 @@ KNOBS = {
   "model.dtype": _model(str, "mixed precision: bfloat16, or float32", resumable=True),
   "model.pad_heads": _model(bool, "zero heads up to what the model axis divides", resumable=True),
   "model.attention": _model(str, "kernel: auto, chunked, fused, splash, cudnn", resumable=True),
+  "model.cross_entropy": _model(
+    str, "kernel of the head and its loss: auto, plain, fused", resumable=True
+  ),
   "model.remat": _model(str, "recomputed backward: none, dots, full", resumable=True),
   "model.unroll": _model(int, "layers a step of the scan", resumable=True),
   # The data: where it lies may change, what it is may not (the manifests' hashes are compared).

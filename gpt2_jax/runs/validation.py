@@ -14,7 +14,7 @@ from gpt2_jax.compat import get_mesh
 from gpt2_jax.data.stores import RowSource
 from gpt2_jax.files import announce, progress
 from gpt2_jax.finetune.start import saved_part
-from gpt2_jax.loss import cross_entropy
+from gpt2_jax.loss import next_token_nats
 from gpt2_jax.model import GPT2
 from gpt2_jax.runs.metrics import evaluations_since_best
 from gpt2_jax.runs.samples import log_sample
@@ -127,7 +127,7 @@ def initial_loss(model: GPT2, batch: Batch):
   """Nats a token of a batch, and the RMS of the residual stream after each layer, [L]."""
   x_BTD = model.embed(batch.tokens_BT[:, :-1], batch.positions_BT)
   x_BTD, rms_L, _ = model.hidden(x_BTD, attend=model.self_attend(batch.segments_BT))
-  nats_BT = cross_entropy(model.head(x_BTD), batch.tokens_BT[:, 1:], model.config.n_vocab)
+  nats_BT = next_token_nats(model, x_BTD, batch.tokens_BT[:, 1:])
   if batch.weights_BT is None:
     return nats_BT.mean(), rms_L
   total = jnp.maximum(batch.weights_BT.sum(), 1e-9)
