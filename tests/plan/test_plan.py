@@ -109,14 +109,15 @@ def test_hbm_is_what_the_state_takes_and_a_bound_on_the_rest(small):
   assert all(n >= 0 for n in small.hbm.values())
 
 
-def test_both_kernels_are_counted_in_every_layer(small):
+def test_kernels_are_counted_in_every_layer_and_in_the_loss(small):
   kernels = [(x, times) for x, times in small.program.executed() if x.is_kernel]
-  assert sorted(x.name.split(".")[0] for x, _ in kernels) == [
-    "fused_attention_backward",
-    "fused_attention_forward",
-  ]
-  assert {times for _, times in kernels} == {LAYERS}
-  cycles = LAYERS * sum(small.costs.cost(x).cycles for x, _ in kernels)
+  assert {x.name.split(".")[0]: times for x, times in kernels} == {
+    "fused_attention_backward": LAYERS,
+    "fused_attention_forward": LAYERS,
+    "cross_entropy_backward": 1,
+    "cross_entropy_forward": 1,
+  }
+  cycles = sum(small.costs.cost(x).cycles * times for x, times in kernels)
   assert estimate(small).fast[KERNELS] * 1.5e9 == pytest.approx(cycles)
   assert all(small.costs.cost(x).instructions > 1000 for x, _ in kernels)
 
