@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.sharding import BATCH, RESIDUAL, ROWS, platform
+from gpt2_jax.unreduced import gradient_spec, sum_over_rows
 
 VMEM = 15 * 2**20  # bytes that a kernel gets unasked, and on v4 all there are; less some room
 MASKED = -1e30  # the logit of padding: finite, so that a group of padding alone has no NaN
@@ -98,8 +99,7 @@ def _fused_backward(n_vocab, blocks, saved, d_BT):
   dx_RD = on_shards(e_VR, scale_GR, label_R, labels_R, w_VD)
   dx_BTD = jnp.reshape(dx_RD, x_BTD.shape, out_sharding=RESIDUAL)
 
-  # 3. That of the table: a matmul, whose operand XLA makes of e. The spec of the stored table makes
-  #    the sum over rows a reduce-scatter.
+  # 3. That of the table: a matmul, whose operand XLA makes of e.
   (V, R), G = e_VR.shape, max_GR.shape[0]
   grouped = functools.partial(jnp.reshape, out_sharding=P("model", None, ROWS))
   p_GVR = grouped(e_VR, (G, V // G, R)).astype(jnp.float32) * grouped(scale_GR, (G, 1, R))
@@ -107,8 +107,8 @@ def _fused_backward(n_vocab, blocks, saved, d_BT):
   token_VR = jax.lax.broadcasted_iota(jnp.int32, (V, R), 0, out_sharding=BY_VOCABULARY)
   dz_VR = jnp.where(token_VR == labels_R, label_R, p_VR).astype(x_BTD.dtype)
   x_RD = jnp.reshape(x_BTD, (R, -1), out_sharding=P(ROWS, None))
-  spec = jax.typeof(wte_VD).sharding.spec
-  dw_VD = product(dz_VR, x_RD, (((1,), (0,)), ((), ())), out_sharding=spec)
+  contract = functools.partial(product, dz_VR, x_RD, (((1,), (0,)), ((), ())))
+  dw_VD = sum_over_rows(contract, gradient_spec(wte_VD), ("model", None))
   return dx_BTD, dw_VD.astype(wte_VD.dtype), None
 
 

@@ -18,6 +18,7 @@ from gpt2_jax.loss import NextToken, cross_entropy, next_token_nats
 from gpt2_jax.model import ModelConfig
 from gpt2_jax.quantization import quantize
 from gpt2_jax.sharding import BATCH, RESIDUAL
+from gpt2_jax.unreduced import all_reduce_gradients, defer_reduction
 
 # A padded vocabulary, several blocks each way, and a last one of each that is not full.
 V, PADDED, D, T = 301, 384, 48, 21
@@ -51,8 +52,11 @@ def fused(x_BTD, wte_VD, labels_BT):
 
 @functools.partial(jax.jit, static_argnums=0)
 def nats_and_gradients(nats, x_BTD, wte_VD, labels_BT, d_BT):
+  """As a training step has them: that of the table is reduced over replica at the end."""
+  wte_VD = defer_reduction(wte_VD)
   nats_BT, pull = jax.vjp(lambda x, w: nats(x, w, labels_BT), x_BTD, wte_VD)
-  return nats_BT, *pull(d_BT)
+  dx_BTD, dw_VD = pull(d_BT)
+  return nats_BT, dx_BTD, all_reduce_gradients(dw_VD)
 
 
 # One device, every axis, a part of the vocabulary that is padding alone.
