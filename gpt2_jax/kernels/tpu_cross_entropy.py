@@ -64,12 +64,16 @@ class Blocks:
     return max(forward, backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def fused_cross_entropy(x_BTD, wte_VD, labels_BT, n_vocab: int, blocks: Blocks = Blocks()):
   """-log p(label) under the logits `x @ wte.T`, in nats, float32 [B, T].
 
   The vocabulary may be padded, and split over `model`. Sums are float32, operands of x's dtype.
   """
+  return _fused(x_BTD, wte_VD, jax.sharding.reshard(labels_BT, BATCH), n_vocab, blocks)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _fused(x_BTD, wte_VD, labels_BT, n_vocab: int, blocks: Blocks):
   nats_BT, _ = _nats(x_BTD, wte_VD, labels_BT, n_vocab, blocks, keeps=False)
   return nats_BT
 
@@ -112,7 +116,7 @@ def _fused_backward(n_vocab, blocks, saved, d_BT):
   return dx_BTD, dw_VD.astype(wte_VD.dtype), None
 
 
-fused_cross_entropy.defvjp(_fused_forward, _fused_backward)
+_fused.defvjp(_fused_forward, _fused_backward)
 
 
 def _all_gather(wte_VD, dtype):
