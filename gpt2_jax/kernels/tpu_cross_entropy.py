@@ -5,7 +5,8 @@ The kernel multiplies a block of the vocabulary with a block of rows, and carrie
 along. For the backward pass it stores e = exp(z - m) in the dtype of the operands, where m is the
 largest of a few logits z of a row. The softmax is then e * exp(m - lse). That has the relative
 error of the operand which the gradient of the logits is rounded to anyway, and nothing is
-multiplied again. XLA forms this gradient as it reads it, as an operand of two matmuls.
+multiplied again. A second kernel writes the gradient of the logits over e while it multiplies it
+with the table. Its other product, the gradient of the table, is a matmul of XLA's.
 
 Logits stand as [vocabulary, rows]: maxima and sums run along sublanes, and what belongs to a row of
 the batch is a row of lanes.
@@ -60,7 +61,7 @@ class Blocks:
     """VMEM of operands and results, two buffers of each, and of what is computed."""
     x, w, e = self.rows * D, self.vocabulary * D, self.rows * self.vocabulary
     forward = 2 * (x + w + e) * itemsize + 3 * 4 * self.vocabulary * self.columns
-    backward = 2 * (w + e) * itemsize + e * itemsize + 3 * 4 * x
+    backward = 2 * (w + 2 * e) * itemsize + 3 * 4 * x
     return max(forward, backward)
 
 
@@ -92,25 +93,19 @@ def _fused_backward(n_vocab, blocks, saved, d_BT):
   scale_GR = jnp.exp(max_GR - lse_R) * d_R
   label_R = jnp.expm1(-nats_R) * d_R
 
-  # 2. The gradient of x.
+  # 2. The gradients of x and, in the place of e, of the logits.
   on_shards = jax.shard_map(
-    functools.partial(_dx_on_shard, blocks),
+    functools.partial(_backward_on_shard, blocks),
     in_specs=(BY_VOCABULARY, BY_VOCABULARY, P(ROWS), P(ROWS), GATHERED),
-    out_specs=P(ROWS, None),
+    out_specs=(P(ROWS, None), BY_VOCABULARY),
     check_vma=False,
   )
   w_VD = _all_gather(wte_VD, x_BTD.dtype)
-  dx_RD = on_shards(e_VR, scale_GR, label_R, labels_R, w_VD)
+  dx_RD, dz_VR = on_shards(e_VR, scale_GR, label_R, labels_R, w_VD)
   dx_BTD = jnp.reshape(dx_RD, x_BTD.shape, out_sharding=RESIDUAL)
 
-  # 3. That of the table: a matmul, whose operand XLA makes of e.
-  (V, R), G = e_VR.shape, max_GR.shape[0]
-  grouped = functools.partial(jnp.reshape, out_sharding=P("model", None, ROWS))
-  p_GVR = grouped(e_VR, (G, V // G, R)).astype(jnp.float32) * grouped(scale_GR, (G, 1, R))
-  p_VR = jnp.reshape(p_GVR, (V, R), out_sharding=BY_VOCABULARY)
-  token_VR = jax.lax.broadcasted_iota(jnp.int32, (V, R), 0, out_sharding=BY_VOCABULARY)
-  dz_VR = jnp.where(token_VR == labels_R, label_R, p_VR).astype(x_BTD.dtype)
-  x_RD = jnp.reshape(x_BTD, (R, -1), out_sharding=P(ROWS, None))
+  # 3. That of the table.
+  x_RD = jnp.reshape(x_BTD, dx_RD.shape, out_sharding=P(ROWS, None))
   contract = functools.partial(product, dz_VR, x_RD, (((1,), (0,)), ((), ())))
   dw_VD = sum_over_rows(contract, gradient_spec(wte_VD), ("model", None))
   return dx_BTD, dw_VD.astype(wte_VD.dtype), None
@@ -231,10 +226,10 @@ def _kernel(
     # 1. Logits. The label's is found before padding is masked.
     here = slice(start, min(start + columns, rows))
     z_VR = product(w_ref[...], x_ref[here], (((1,), (1,)), ((), ())))
-    token_VR = jax.lax.broadcasted_iota(jnp.int32, z_VR.shape, 0) + first
-    label_VR = jnp.where(token_VR == labels_ref[:, here], z_VR, 0.0)
+    token_VR = jax.lax.broadcasted_iota(jnp.int32, z_VR.shape, 0)
+    label_VR = jnp.where(token_VR == labels_ref[:, here] - first, z_VR, 0.0)
     running_label[:, here] += label_VR.sum(0, keepdims=True)
-    z_VR = jnp.where(token_VR < end_ref[0], z_VR, MASKED)
+    z_VR = jnp.where(token_VR < end_ref[0] - first, z_VR, MASKED)
 
     # 2. Group by group, exp(z - m) and its sum.
     maxima, sums = [], []
@@ -262,8 +257,9 @@ def _kernel(
     label_ref[...] = running_label[...]
 
 
-def _dx_on_shard(blocks: Blocks, e_VR, scale_GR, label_R, labels_R, w_VD):
-  """The gradient of a device's rows, [R, D]: the sum over all parts of the vocabulary."""
+def _backward_on_shard(blocks: Blocks, e_VR, scale_GR, label_R, labels_R, w_VD):
+  """The gradient of a device's rows, [R, D], summed over all parts of the vocabulary, and that of
+  its logits, [V, R], which takes the memory of e."""
   (V, R), D, itemsize = e_VR.shape, w_VD.shape[1], w_VD.dtype.itemsize
   blocks = blocks.fitted(D, itemsize)
   rows, block, group = min(blocks.rows, R), min(blocks.vocabulary, V), V // scale_GR.shape[0]
@@ -273,29 +269,36 @@ def _dx_on_shard(blocks: Blocks, e_VR, scale_GR, label_R, labels_R, w_VD):
   w_VD = jnp.pad(w_VD, ((0, grid[1] * block - V), (0, 0)))
   labels_1R = labels_R[None] - jax.lax.axis_index("model") * V
   of_rows = pl.BlockSpec((1, rows), lambda i, j: (0, i))
-  moved = (V * R + grid[0] * V * D + 2 * R * D) * itemsize
-  dx_RD = pl.pallas_call(
-    functools.partial(_dx_kernel, group, V),
+  of_e = pl.BlockSpec((block, rows), lambda i, j: (j, i))
+  moved = (2 * V * R + grid[0] * V * D + 2 * R * D) * itemsize
+  dx_RD, dz_VR = pl.pallas_call(
+    functools.partial(_backward_kernel, group, V),
     grid=grid,
     in_specs=[
-      pl.BlockSpec((block, rows), lambda i, j: (j, i)),
+      of_e,
       pl.BlockSpec((block // group, rows), lambda i, j: (j, i)),
       of_rows,
       of_rows,
       pl.BlockSpec((block, D), lambda i, j: (j, 0)),
     ],
-    out_specs=pl.BlockSpec((rows, D), lambda i, j: (i, 0)),
-    out_shape=jax.ShapeDtypeStruct((R, D), jnp.float32),
+    out_specs=[pl.BlockSpec((rows, D), lambda i, j: (i, 0)), of_e],
+    out_shape=[
+      jax.ShapeDtypeStruct((R, D), jnp.float32),
+      jax.ShapeDtypeStruct((V, R), e_VR.dtype),
+    ],
+    input_output_aliases={0: 1},
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
     cost_estimate=pl.CostEstimate(flops=2 * R * V * D, transcendentals=0, bytes_accessed=moved),
     interpret=platform() != "tpu",
     name="cross_entropy_backward",
   )(e_VR, scale_GR, label_R[None], labels_1R, w_VD)
-  return jax.lax.psum(dx_RD, "model").astype(w_VD.dtype)
+  return jax.lax.psum(dx_RD, "model").astype(w_VD.dtype), dz_VR
 
 
-def _dx_kernel(group: int, V: int, e_ref, scale_ref, label_ref, labels_ref, w_ref, dx_ref):
-  """Adds a block of the vocabulary to the gradient of a block of rows."""
+def _backward_kernel(
+  group: int, V: int, e_ref, scale_ref, label_ref, labels_ref, w_ref, dx_ref, dz_ref
+):
+  """The gradient of a block of logits, and what it adds to that of a block of rows."""
   block = w_ref.shape[0]
   first = pl.program_id(1) * block
 
@@ -303,11 +306,12 @@ def _dx_kernel(group: int, V: int, e_ref, scale_ref, label_ref, labels_ref, w_re
   def _():
     dx_ref[...] = jnp.zeros_like(dx_ref)
 
-  parts = []
   for g in range(block // group):
     tokens = slice(g * group, (g + 1) * group)
     p_gR = e_ref[tokens].astype(jnp.float32) * scale_ref[g : g + 1]
-    token_gR = jax.lax.broadcasted_iota(jnp.int32, p_gR.shape, 0) + (first + g * group)
-    dz_gR = jnp.where(token_gR == labels_ref[...], label_ref[...], p_gR)
-    parts.append(jnp.where(token_gR < V, dz_gR, 0.0).astype(w_ref.dtype))
-  dx_ref[...] += product(jnp.concatenate(parts), w_ref[...], (((0,), (0,)), ((), ())))
+    token_gR = jax.lax.broadcasted_iota(jnp.int32, p_gR.shape, 0)
+    is_label_gR = token_gR == labels_ref[...] - (first + g * group)
+    dz_gR = jnp.where(is_label_gR, label_ref[...], p_gR)
+    # A group is of the vocabulary, or beyond it, as a whole.
+    dz_ref[tokens] = jnp.where(first + g * group < V, dz_gR, 0.0).astype(dz_ref.dtype)
+  dx_ref[...] += product(dz_ref[...], w_ref[...], (((0,), (0,)), ((), ())))
