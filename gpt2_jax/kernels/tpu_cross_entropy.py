@@ -33,7 +33,7 @@ MASKED = -1e30  # the logit of padding: finite, so that a group of padding alone
 GATHERED = P("model", None)  # wte while it is multiplied
 BY_VOCABULARY = P("model", ROWS)  # [V, R]
 
-product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+matmul_f32 = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _fused_backward(n_vocab, blocks, saved, d_BT):
 
   # 3. That of the table.
   x_RD = jnp.reshape(x_BTD, dx_RD.shape, out_sharding=P(ROWS, None))
-  contract = functools.partial(product, dz_VR, x_RD, (((1,), (0,)), ((), ())))
+  contract = functools.partial(matmul_f32, dz_VR, x_RD, (((1,), (0,)), ((), ())))
   dw_VD = sum_over_rows(contract, gradient_spec(wte_VD), ("model", None))
   return dx_BTD, dw_VD.astype(wte_VD.dtype), None
 
@@ -128,7 +128,7 @@ def _nats(x_BTD, wte_VD, labels_BT, n_vocab: int, blocks: Blocks, keeps: bool):
   """The nats, and if `keeps` what the backward pass needs: the logsumexp, e and its maxima."""
   out_specs = (BATCH, BATCH, *(BY_VOCABULARY,) * (2 * keeps))
   on_shards = jax.shard_map(
-    functools.partial(_on_shard, n_vocab, blocks, keeps),
+    functools.partial(_forward_on_shard, n_vocab, blocks, keeps),
     in_specs=(RESIDUAL, GATHERED, BATCH),
     out_specs=out_specs,
     check_vma=False,
@@ -137,7 +137,7 @@ def _nats(x_BTD, wte_VD, labels_BT, n_vocab: int, blocks: Blocks, keeps: bool):
   return nats_BT, kept
 
 
-def _on_shard(n_vocab: int, blocks: Blocks, keeps: bool, x_BTD, w_VD, labels_BT):
+def _forward_on_shard(n_vocab: int, blocks: Blocks, keeps: bool, x_BTD, w_VD, labels_BT):
   """A device's rows and its part of the vocabulary."""
   # 1. Tokens count from the first of this part: labels of other parts are outside of it.
   (B, T, D), V = x_BTD.shape, w_VD.shape[0]
@@ -145,7 +145,9 @@ def _on_shard(n_vocab: int, blocks: Blocks, keeps: bool, x_BTD, w_VD, labels_BT)
   labels_1R = labels_BT.reshape(1, B * T) - first
   labels_1R = jnp.where(labels_1R < V, labels_1R, -1)  # in no block, and not beyond the last one
   end = jnp.clip(n_vocab - first, 0, V).reshape(1)
-  lse_1R, label_1R, *kept = _run(x_BTD.reshape(B * T, D), w_VD, labels_1R, end, blocks, keeps)
+  lse_1R, label_1R, *kept = _forward_call(
+    x_BTD.reshape(B * T, D), w_VD, labels_1R, end, blocks, keeps
+  )
 
   # 2. All parts together.
   top_1R = jax.lax.pmax(lse_1R, "model")
@@ -154,7 +156,7 @@ def _on_shard(n_vocab: int, blocks: Blocks, keeps: bool, x_BTD, w_VD, labels_BT)
   return (lse_1R - label_1R).reshape(B, T), lse_1R.reshape(B, T), *kept
 
 
-def _run(x_RD, w_VD, labels_1R, end, blocks: Blocks, keeps: bool):
+def _forward_call(x_RD, w_VD, labels_1R, end, blocks: Blocks, keeps: bool):
   """Runs the kernel: the logsumexp and the label's logit, [1, R], and e [V, R], its maxima [G, R].
 
   Blocks that reach beyond the vocabulary or the rows compute what is masked, or never written.
@@ -179,7 +181,7 @@ def _run(x_RD, w_VD, labels_1R, end, blocks: Blocks, keeps: bool):
 
   moved = (R * D + grid[0] * V * D + keeps * V * R) * itemsize
   return pl.pallas_call(
-    functools.partial(_kernel, blocks.columns, group, keeps),
+    functools.partial(_forward_kernel, blocks.columns, group),
     grid=grid,
     in_specs=[
       pl.BlockSpec(memory_space=pltpu.SMEM),
@@ -198,21 +200,10 @@ def _run(x_RD, w_VD, labels_1R, end, blocks: Blocks, keeps: bool):
   )(end, x_RD, w_VD, labels_1R)
 
 
-def _kernel(
-  columns: int,
-  group: int,
-  keeps: bool,
-  end_ref,
-  x_ref,
-  w_ref,
-  labels_ref,
-  lse_ref,
-  label_ref,
-  *rest,
-):
+def _forward_kernel(columns: int, group: int, end_ref, x_ref, w_ref, labels_ref, *rest):
   """A block of rows and one of the vocabulary; `end` is the first token that is padding."""
-  e_ref, max_ref = rest[:2] if keeps else (None, None)
-  running_max, running_sum, running_label = rest[-3:]
+  lse_ref, label_ref, *kept, running_max, running_sum, running_label = rest
+  e_ref, max_ref = kept or (None, None)
   rows, block = x_ref.shape[0], w_ref.shape[0]
   first = pl.program_id(1) * block
 
@@ -225,7 +216,7 @@ def _kernel(
   for start in range(0, rows, columns):
     # 1. Logits. The label's is found before padding is masked.
     here = slice(start, min(start + columns, rows))
-    z_VR = product(w_ref[...], x_ref[here], (((1,), (1,)), ((), ())))
+    z_VR = matmul_f32(w_ref[...], x_ref[here], (((1,), (1,)), ((), ())))
     token_VR = jax.lax.broadcasted_iota(jnp.int32, z_VR.shape, 0)
     label_VR = jnp.where(token_VR == labels_ref[:, here] - first, z_VR, 0.0)
     running_label[:, here] += label_VR.sum(0, keepdims=True)
@@ -239,7 +230,7 @@ def _kernel(
       e_gR = jnp.exp(z_VR[tokens] - max_1R)
       maxima.append(max_1R)
       sums.append(e_gR.sum(0, keepdims=True))
-      if keeps:
+      if kept:
         e_ref[tokens, here] = e_gR.astype(e_ref.dtype)
         max_ref[g : g + 1, here] = max_1R
 
@@ -314,4 +305,4 @@ def _backward_kernel(
     dz_gR = jnp.where(is_label_gR, label_ref[...], p_gR)
     # A group is of the vocabulary, or beyond it, as a whole.
     dz_ref[tokens] = jnp.where(first + g * group < V, dz_gR, 0.0).astype(dz_ref.dtype)
-  dx_ref[...] += product(dz_ref[...], w_ref[...], (((0,), (0,)), ((), ())))
+  dx_ref[...] += matmul_f32(dz_ref[...], w_ref[...], (((0,), (0,)), ((), ())))
