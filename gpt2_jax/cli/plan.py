@@ -4,17 +4,21 @@
   gpt2-jax plan --config=gpt2:1542M --topology=v5e:8x8 --config.mesh.replica=8 \\
     --config.mesh.data=8 --config.model.remat=full --usd_per_chip_hour=1.2
   gpt2-jax plan --config=gpt2:1542M --topology=v5e:8x8 --search
+  gpt2-jax plan --config=gpt2:117M --topology=v5e:1x1 --decode --batch=1,8 --dtype=bfloat16,int8
 
 It compiles the training step that gpt2-jax train runs with that config, with libtpu (pip install
 '.[plan]'). It prints what HBM holds, what fills a step, and how long all steps of the config take.
-All times are estimates.
+With --decode it compiles a step of text generation instead, with --evaluate the scoring of a batch
+of LAMBADA. All times are estimates.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import pathlib
+import re
 import sys
 from typing import TYPE_CHECKING
 
@@ -24,13 +28,15 @@ from tqdm import tqdm
 
 from gpt2_jax import chips
 from gpt2_jax.cli import shell
-from gpt2_jax.files import local_path
+from gpt2_jax.files import local_path, progress
 from gpt2_jax.runs import knobs
 
 if TYPE_CHECKING:
   from gpt2_jax.plan import report
 
 _LIST_PRICES = ", ".join(f"{name} {tpu.usd_per_chip_hour:.2f}" for name, tpu in chips.TPUS.items())
+
+_DTYPES = ("bfloat16", "float32", "int8")  # int8 weights, with activations in bfloat16
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A config: a name that is listed below, or a path."
@@ -50,6 +56,18 @@ _SEARCH = flags.DEFINE_bool(
 )
 _COMPILED = flags.DEFINE_integer(
   "compiled", 4, "Of a search, how many of the best estimates are compiled.", lower_bound=1
+)
+_DECODE = flags.DEFINE_bool(
+  "decode", False, "Plan text generation in place of training: tokens/s beside the HBM bound."
+)
+_EVALUATE = flags.DEFINE_bool(
+  "evaluate", False, "Plan the scoring of LAMBADA in place of training: tokens/s beside a bound."
+)
+_BATCH = flags.DEFINE_list(
+  "batch", None, "With --decode or --evaluate: numbers of rows; 1,8,64 or 32 if not given."
+)
+_DTYPE = flags.DEFINE_list(
+  "dtype", None, "With --decode or --evaluate: bfloat16, float32, int8; the first if not given."
 )
 _TOKENS = flags.DEFINE_float(
   "tokens", None, "Tokens to train on; all of the config's steps if not given."
@@ -73,8 +91,11 @@ def main() -> None:
     if flag.value is not None and not 0 < flag.value < math.inf:
       raise ValueError(f"--{flag.name}={flag.value} is not a finite number above 0")
   out = None if _OUT.value is None else _writable_folder(_OUT.value)
+  batches, dtypes = _inference_flags()
 
   # 2. Plan.
+  if _DECODE.value or _EVALUATE.value:
+    return _plan_inference(config, topology, batches, dtypes, out)
   if _SEARCH.value:
     plan = _search(config, topology)
     print(plan.table())
@@ -85,6 +106,51 @@ def main() -> None:
 
   if out is not None:
     report.save(plan, str(out))
+
+
+def _inference_flags() -> tuple[list[int], list[str]]:
+  """The batch sizes and dtypes of --decode and --evaluate. Raises ValueError for what is none."""
+  modes = {"decode": _DECODE.value, "evaluate": _EVALUATE.value, "search": _SEARCH.value}
+  named = [f"--{name}" for name, is_given in modes.items() if is_given]
+  if len(named) > 1:
+    raise ValueError(f"{' and '.join(named)} exclude each other: give one of them")
+  for flag in (_BATCH, _DTYPE):
+    if flag.value is not None and not (_DECODE.value or _EVALUATE.value):
+      raise ValueError(f"--{flag.name} is for --decode and --evaluate; give one of them with it")
+
+  default = ["1", "8", "64"] if _DECODE.value else ["32"]
+  batches = []
+  for number in _BATCH.value or default:
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", number.strip()):
+      raise ValueError(
+        f"--batch={number[:40]} is no number of rows from 1 to 999,999, as in 1,8,64"
+      )
+    batches.append(int(number))
+
+  dtypes = [dtype.strip() for dtype in _DTYPE.value or ["bfloat16"]]
+  for dtype in dtypes:
+    if dtype not in _DTYPES:
+      raise ValueError(f"--dtype={dtype[:40]} is none of {', '.join(_DTYPES)}")
+  return batches, dtypes
+
+
+def _plan_inference(
+  config: ConfigDict,
+  topology: chips.Topology,
+  batches: list[int],
+  dtypes: list[str],
+  out: pathlib.Path | None,
+) -> None:
+  """Plans text generation or scoring: prints a row for each dtype and batch size."""
+  from gpt2_jax.plan import decoding
+
+  workload = decoding.Workload(config, topology, scores=_EVALUATE.value)
+  rows = []
+  for dtype, batch in progress(list(itertools.product(dtypes, batches)), "compiling"):
+    rows.append(workload.throughput(dtype, batch))
+  print(decoding.table(workload, rows))
+  if out is not None:
+    decoding.save(workload, rows, str(out))
 
 
 def _writable_folder(flag: str) -> pathlib.Path:

@@ -70,6 +70,7 @@ _SETTINGS = {
 
 def main() -> None:
   from gpt2_jax.convert.pretrained import load_pretrained
+  from gpt2_jax.decoding import for_inference
   from gpt2_jax.sharding import make_mesh
 
   # 1. What cannot be is refused before anything is loaded.
@@ -97,12 +98,14 @@ def main() -> None:
   if tokenizer is None:
     raise ValueError(f"{_MODEL.value} has no tokenizer; put its files beside the checkpoint")
   check_special_tokens(tokenizer, settings, template)
+  # The model is of no other use here, so no second copy of it is held.
+  decoder = for_inference(model, donate=True)
 
   # 3. Generate: in a session, one text as it comes, or several when all of them are there.
   if _INTERACTIVE.value:
-    _run_console(model, tokenizer, settings, template)
+    _run_console(decoder, tokenizer, settings, template)
   else:
-    _print_texts(model, tokenizer, settings, template)
+    _print_texts(decoder, tokenizer, settings, template)
 
 
 def _settings() -> Settings:
@@ -123,7 +126,7 @@ def _load_template():
   return load_template(_TEMPLATE.value)
 
 
-def _run_console(model, tokenizer, settings: Settings, template) -> None:
+def _run_console(decoder, tokenizer, settings: Settings, template) -> None:
   # Bytes that are no UTF-8 make an error of their line, and not of the session; so does what the
   # terminal has no sign for.
   if sys.stdin.encoding:
@@ -134,11 +137,11 @@ def _run_console(model, tokenizer, settings: Settings, template) -> None:
   if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-  Console(model, tokenizer, settings, open_terminal(complete_line), template).run()
+  Console(decoder, tokenizer, settings, open_terminal(complete_line), template).run()
 
 
-def _print_texts(model, tokenizer, settings: Settings, template) -> None:
-  from gpt2_jax.decoding import complete, for_inference, stream
+def _print_texts(decoder, tokenizer, settings: Settings, template) -> None:
+  from gpt2_jax.decoding import complete, stream
 
   texts = _PROMPT.value or [""]
   prompts = [prompt_ids(tokenizer, settings, template, [], text) for text in texts]
@@ -154,14 +157,13 @@ def _print_texts(model, tokenizer, settings: Settings, template) -> None:
   # 1. The default number of tokens is for contexts that have room for it.
   if not _SETTINGS["n_new"].present:
     longest = max(map(len, prompts))
-    generation, note = shorten_to_context(generation, longest, model.config.n_ctx)
+    generation, note = shorten_to_context(generation, longest, decoder.model.config.n_ctx)
     if note:
       waiting.write(note, "dim")
 
   # 2. One text, as it comes. The prompt is dim on a terminal, and what the model added is not.
   if n_texts == 1:
     with waiting.waiting("compiling and reading the prompt"):
-      decoder = for_inference(model)
       chunks = stream(decoder, tokenizer, prompts[0], generation=generation)
       first = next(chunks, "")
     terminal.write(texts[0], "dim", end="")
@@ -171,7 +173,7 @@ def _print_texts(model, tokenizer, settings: Settings, template) -> None:
     return
 
   # 3. Several, when all of them are there; `complete` says so if it takes a while.
-  for row, added in enumerate(complete(model, tokenizer, prompts, generation=generation)):
+  for row, added in enumerate(complete(decoder, tokenizer, prompts, generation=generation)):
     terminal.write("-" * 80, "dim")
     terminal.write(texts[row // _SAMPLES.value], "dim", end="")
     terminal.write(added)

@@ -83,13 +83,14 @@ def load_pretrained(
     if is_workdir(path):
       _check_states_no_gelu(path, gelu)
       model, tokenizer = _load_run(path, mesh, dtype, step, adapter)
+      model = quantization.quantize(model) if quantize else model
     elif step != "latest":
       raise ValueError(f"{path} is no workdir of a run, and has no step {step!r}")
     else:
       weights = _read_weights(path, bool(adapter), gelu)
-      model, tokenizer = _load_base(weights, adapter, mesh, dtype), weights.tokenizer
-    if quantize:
-      model = quantization.quantize(model)
+      weights = _with_saved(weights, adapter)
+      model = to_model(weights, mesh, dtype, quantize == "int8")
+      tokenizer = weights.tokenizer
     if adapter:
       model = _attach(model, adapter)
   return model, tokenizer
@@ -100,8 +101,8 @@ def _load_run(path: pathlib.Path, mesh, dtype: str, step: str, adapter):
   with jax.set_mesh(mesh):
     model, tokenizer = _load_workdir(path, dtype, step)
   if adapter:
-    weights = from_model(model, tokenizer, f"{path} (Orbax)")
-    model = _load_base(weights, adapter, mesh, dtype, model)
+    weights = _with_saved(from_model(model, tokenizer, f"{path} (Orbax)"), adapter)
+    model = to_model(weights, mesh, dtype) if adapter.saved else model
   return model, tokenizer
 
 
@@ -133,16 +134,15 @@ def _read_adapter(path: str):
   return read_adapter(path)
 
 
-def _load_base(weights: Weights, adapter, mesh, dtype: str, model: GPT2 | None = None) -> GPT2:
-  """Loads weights as the base of an adapter (None: there is none), which has to be one of them.
+def _with_saved(weights: Weights, adapter) -> Weights:
+  """Weights as the base of an adapter, which has to be one of them, with what it saved in whole.
 
-  A `model` that holds them already is returned, if the adapter leaves it as it is.
+  Without an adapter (None) they are as they were.
   """
-  if adapter:
-    _check_base(weights, adapter)
-    if adapter.saved:
-      weights, model = adapter.replace_saved(weights), None
-  return to_model(weights, mesh, dtype) if model is None else model
+  if adapter is None:
+    return weights
+  _check_base(weights, adapter)
+  return adapter.replace_saved(weights) if adapter.saved else weights
 
 
 def _check_base(weights: Weights, adapter) -> None:

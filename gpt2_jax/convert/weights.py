@@ -2,7 +2,6 @@
 """Weights of a GPT-2 checkpoint, read lazily in canonical form; loaded onto any mesh, and back."""
 
 import dataclasses
-import functools
 import hashlib
 import re
 from collections.abc import Callable
@@ -14,8 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.convert import names
 from gpt2_jax.files import progress, summarize
+from gpt2_jax.kernels.int8 import TINY
+from gpt2_jax.linear import Dense
 from gpt2_jax.model import GPT2, ModelConfig, check_mesh, name_of
-from gpt2_jax.sharding import concrete
+from gpt2_jax.quantization import Int8, int8, quantize_on_mesh
+from gpt2_jax.sharding import concrete, make_mesh
 from gpt2_jax.tokenizer import Tokenizer
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -102,62 +104,106 @@ def add_zero_biases(weights: Weights) -> Weights:
   return dataclasses.replace(weights, config=config, read=read)
 
 
-def to_model(weights: Weights, mesh: jax.sharding.Mesh, dtype: str) -> GPT2:
+def to_model(weights: Weights, mesh: jax.sharding.Mesh, dtype: str, quantize: bool = False) -> GPT2:
   """Loads weights into a sharded model on `mesh`, with float32 parameters, computing in `dtype`.
 
   Each tensor is read once. The host holds one parameter at a time (all its layers), in addition to
-  what the devices hold.
+  what the devices hold. With `quantize` it is the model of `quantization.quantize`: each matrix
+  becomes int8 as it is read, and of float32 there is one layer at a time.
   """
   # 1. The target: every parameter's shape and sharding on this mesh, without any memory.
   config = dataclasses.replace(weights.config, dtype=dtype, pad_heads=True)
+
+  def make() -> GPT2:
+    model = GPT2(config, jax.random.key(0))
+    return quantize_on_mesh(model) if quantize else model
+
   with jax.set_mesh(mesh):
     check_mesh(config)
-    target = concrete(jax.eval_shape(functools.partial(GPT2, config), jax.random.key(0)), mesh)
-  leaves = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(target)}
+    target = concrete(jax.eval_shape(make), mesh)
+  paths, structure = jax.tree_util.tree_flatten_with_path(target, _is_int8)
+  leaves = {name_of(path): leaf for path, leaf in paths}
 
   # 2. The largest parameters first, so that the peak stays near the model's own size where host
   #    and device share their memory.
+  sizes = {name: max(x.size for x in jax.tree.leaves(leaf)) for name, leaf in leaves.items()}
   arrays = {}
-  for name in progress(sorted(leaves, key=lambda name: -leaves[name].size), "loading"):
+  for name in progress(sorted(leaves, key=lambda name: -sizes[name]), "loading"):
     arrays[name] = _load_parameter(weights, name, leaves[name])
-  return jax.tree.unflatten(jax.tree.structure(target), list(map(arrays.get, leaves)))
+  return jax.tree.unflatten(structure, list(map(arrays.get, leaves)))
 
 
-def _load_parameter(weights: Weights, name: str, target: jax.ShapeDtypeStruct) -> jax.Array:
+def _is_int8(node) -> bool:
+  return isinstance(node, Int8)
+
+
+def _load_parameter(weights: Weights, name: str, target: jax.ShapeDtypeStruct | Int8):
   """Loads one parameter, all layers of it, into its shards; zeros where `target` is padded."""
-  # 1. A buffer for each distinct shard, by its bounds [start, stop) on each axis. Devices that
-  #    hold a replica share one.
-  device_to_index = target.sharding.addressable_devices_indices_map(target.shape)
-  device_to_bounds = {}
-  shards = {}
-  for device, index in device_to_index.items():
-    bounds = tuple(s.indices(n)[:2] for s, n in zip(index, target.shape, strict=True))
-    device_to_bounds[device] = bounds
-    if bounds not in shards:
-      shards[bounds] = np.zeros([stop - start for start, stop in bounds], np.float32)
+  # 1. A buffer for each distinct shard. A scale of padding is that of zeros.
+  if _is_int8(target):
+    parts = Int8(_Shards(target.q_OI), _Shards(target.scale_O, TINY))
+  else:
+    parts = _Shards(target)
 
   # 2. Read each tensor once, and copy to every shard the part that it holds. The layers axis of
   #    stacked parameters is not sharded, so a shard has every layer.
   stacked = name.startswith("h.")
-  for layer in range(target.shape[0]) if stacked else (None,):
+  n_layer = weights.config.n_layer
+  for layer in range(n_layer) if stacked else (None,):
     tensor = weights.read(name if layer is None else _name_in_layer(name, layer))
     if ".c_attn." in name:
       tensor = names.group_by_head(tensor, weights.config.n_head)
-
-    for bounds, shard in shards.items():
-      within = bounds[1:] if stacked else bounds
-      part = tensor[tuple(slice(*bound) for bound in within)]
-      # Padding is at the end of an axis: the part is cut there, and the zeros stay.
-      unpadded = tuple(map(slice, part.shape))
-      (shard[layer] if stacked else shard)[unpadded] = part
+    if _is_int8(target):
+      tensor = _quantize_tensor(tensor, outputs_are_rows=name == "wte")
+    jax.tree.map(lambda shards, part, layer=layer: shards.fill(part, layer), parts, tensor)
 
   # 3. Wait for the copies, so that the buffers are freed before the next parameter is read.
-  arrays = []
-  for device, bounds in device_to_bounds.items():
-    arrays.append(jax.device_put(shards[bounds], device))
-  return jax.block_until_ready(
-    jax.make_array_from_single_device_arrays(target.shape, target.sharding, arrays)
-  )
+  return jax.block_until_ready(jax.tree.map(_Shards.to_device, parts))
+
+
+class _Shards:
+  """Buffers on the host for the shards of an array, by their bounds [start, stop) on each axis.
+
+  Devices that hold a replica share one.
+  """
+
+  def __init__(self, target: jax.ShapeDtypeStruct, padding: float = 0):
+    self.target = target
+    self.device_to_bounds = {}
+    self.buffers = {}
+    device_to_index = target.sharding.addressable_devices_indices_map(target.shape)
+    for device, index in device_to_index.items():
+      bounds = tuple(s.indices(n)[:2] for s, n in zip(index, target.shape, strict=True))
+      self.device_to_bounds[device] = bounds
+      if bounds not in self.buffers:
+        shape = [stop - start for start, stop in bounds]
+        # Zeros take no memory until they are written.
+        empty = np.full(shape, padding, target.dtype) if padding else np.zeros(shape, target.dtype)
+        self.buffers[bounds] = empty
+
+  def fill(self, tensor: np.ndarray, layer: int | None) -> None:
+    """Copies a tensor, or one layer of it, to every shard the part that it holds."""
+    for bounds, buffer in self.buffers.items():
+      within = bounds if layer is None else bounds[1:]
+      part = tensor[tuple(slice(*bound) for bound in within)]
+      # Padding is at the end of an axis: the part is cut there, and the rest stays.
+      unpadded = tuple(map(slice, part.shape))
+      (buffer if layer is None else buffer[layer])[unpadded] = part
+
+  def to_device(self) -> jax.Array:
+    """The sharded array, on its way to the devices."""
+    arrays = []
+    for device, bounds in self.device_to_bounds.items():
+      arrays.append(jax.device_put(self.buffers[bounds], device))
+    return jax.make_array_from_single_device_arrays(self.target.shape, self.target.sharding, arrays)
+
+
+def _quantize_tensor(tensor: np.ndarray, outputs_are_rows: bool) -> Int8:
+  """Quantizes one matrix, on one of this process's devices."""
+  mesh = make_mesh(1, 1, 1, jax.local_devices()[:1])
+  with jax.set_mesh(mesh):
+    weight = jax.jit(int8)(Dense(np.asarray(tensor, np.float32), outputs_are_rows))
+  return jax.tree.map(np.asarray, weight)
 
 
 def _name_in_layer(stacked_name: str, layer: int) -> str:

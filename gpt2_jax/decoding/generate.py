@@ -8,6 +8,7 @@ Prompts of a batch may have any lengths. Each row has its own positions, its own
 and its own random numbers. So its tokens do not depend on the other rows, on the mesh, or on how
 many steps a call makes. (In bfloat16, near-ties may be rounded one way or the other.)
 
+  P rows that are prefilled: samples of a prompt share one
   W columns of the tokens: prompts end at one column, and the new tokens follow  S slots of a cache
 """
 
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.decoding.adapters import adapter_numbers
 from gpt2_jax.decoding.generation_config import Completion, Generation, make_generation
@@ -161,16 +163,45 @@ def start(
       adapter_B = np.zeros(B, np.int32)
       adapter_B[: len(rows)] = np.repeat(adapters, generation.samples)
 
-    arrays = shard_rows(decoder, tokens_BW, prompt_start_B, row_B, done_B, adapter_B)
+    # 5. Samples of a prompt share its prefill.
+    arrays = (tokens_BW, prompt_start_B, row_B, done_B, adapter_B)
+    shared = None
+    if generation.samples > 1:
+      prompt_P, place_B = prefilled_rows(len(rows), B, generation.samples)
+      of_prompts = None if adapter_B is None else adapter_B[prompt_P]
+      shared = (tokens_BW[prompt_P], prompt_start_B[prompt_P], of_prompts, place_B)
+
+    arrays, shared = shard_rows(decoder, arrays, shared)
     return _start(
       decoder,
       *arrays,
+      shared,
       random_key(generation.seed),
       prompt_end,
       generation.samples,
       generation.window,
       generation.logprobs,
     )
+
+
+def prefilled_rows(n_rows: int, B: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
+  """The rows that are prefilled, [P]: one for each prompt of a part; and each row's place, [B].
+
+  A part are the rows of one device. What it prefills stays there, so no cache is sent: a place is
+  a number among the P / parts prefilled rows of the part.
+  """
+  # 1. Rows beyond `n_rows` only fill the mesh, and take what is in the first place.
+  per_part = B // axis_size(*ROWS)
+  row_B = np.arange(B, dtype=np.int32)
+  first_B = row_B - row_B % per_part  # the first row of each row's part
+  place_B = np.where(row_B < n_rows, row_B // samples - first_B // samples, 0).astype(np.int32)
+
+  # 2. The first row of each prompt in its part; parts with fewer prompts repeat their first row.
+  places = int(place_B.max()) + 1
+  prompt_P = np.repeat(row_B[::per_part], places)
+  for row in range(n_rows - 1, -1, -1):
+    prompt_P[row // per_part * places + place_B[row]] = row
+  return prompt_P, place_B
 
 
 def advance(decoder: InferenceModel, state: State, n: int, generation: Generation) -> State:
@@ -183,6 +214,16 @@ def advance(decoder: InferenceModel, state: State, n: int, generation: Generatio
     return _advance(
       decoder, state, np.int32(n), np.int32(eot), generation.sampler, generation.window
     )
+
+
+def snapshot(state: State) -> State:
+  """What `completions` reads of a state that the next `advance` is given: dispatched, not read."""
+  return _copy(state._replace(caches=[], mask_BS=None, keys_B=None, context=NO_CONTEXT))
+
+
+@jax.jit
+def _copy(tree):
+  return jax.tree.map(jnp.copy, tree)
 
 
 def completions(state: State, begin: int = 0) -> list[Completion]:
@@ -213,12 +254,15 @@ def _start(
   row_B,
   done_B,
   adapter_B,
+  shared,
   key,
   prompt_end: int,
   samples: int,
   window,
   logprobs: bool,
 ):
+  """The State before the first new token. `shared` is what to prefill in place of all rows, with
+  each row's place in it (see `prefilled_rows`), or None."""
   # 1. Sizes: T tokens of a prompt are read here, all but its last; a cache has S slots.
   n_ctx = decoder.model.config.n_ctx
   W, T = tokens_BW.shape[1], min(prompt_end - 1, n_ctx)
@@ -228,11 +272,14 @@ def _start(
 
   # 2. Prefill. With a window the slots are a ring, and the first step writes slot 0.
   slot = jnp.int32(T if window is None else 0)
-  lengths_B = prompt_end - prompt_start_B
-  context = Context(adapter_B=adapter_B)
-  mask_BS, caches = _prefill_remembered(
-    decoder, tokens_BW, prompt_start_B, lengths_B, slot, (T, S), window, context
+  tokens_PW, start_P, adapter_P, place_B = shared or (tokens_BW, prompt_start_B, adapter_B, None)
+  context = Context(adapter_B=adapter_P)
+  memory = _prefill_remembered(
+    decoder, tokens_PW, start_P, prompt_end - start_P, slot, (T, S), window, context
   )
+  if shared:
+    memory = jax.tree.map(lambda x: _take_in_parts(x, place_B), memory)
+  mask_BS, caches = memory
 
   # 3. A random key for each sample of each prompt.
   keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, row_B // samples)
@@ -251,8 +298,18 @@ def _start(
     slot=slot,
     mask_BS=mask_BS,
     caches=caches,
-    context=context,
+    context=Context(adapter_B=adapter_B),
   )
+
+
+def _take_in_parts(x_P, place_B):
+  """For each row what is in its place, [B, ...], among the rows of its own part of the mesh."""
+  parts = axis_size(*ROWS)
+  spec = jax.typeof(x_P).sharding.spec
+  x_NP = jnp.reshape(x_P, (parts, -1, *x_P.shape[1:]), out_sharding=P(ROWS, None, *spec[1:]))
+  place_NB = jnp.reshape(place_B, (parts, -1), out_sharding=P(ROWS, None))
+  x_NB = jax.vmap(lambda x_P, place_B: x_P[place_B])(x_NP, place_NB)
+  return jnp.reshape(x_NB, (-1, *x_P.shape[1:]), out_sharding=spec)
 
 
 def _prefill_remembered(

@@ -6,6 +6,7 @@ says which slots a token reads, so rows of any lengths share one cache.
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,16 +18,16 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.attention import by_heads, cached_attention, causal_attention
 from gpt2_jax.finetune.prefix import VirtualTokens, as_keys_and_values
-from gpt2_jax.linear import NO_CONTEXT, Context, Linear
+from gpt2_jax.linear import NO_CONTEXT, Context
 from gpt2_jax.model import GPT2, Block
-from gpt2_jax.sharding import RESIDUAL, unshard
+from gpt2_jax.sharding import RESIDUAL, axis_size, unshard
 
 
 class InferenceModel(NamedTuple):
   """Inference model: a GPT-2 all-gathered over `data`, in the compute dtype, a block a layer.
 
   Layers are a list: a scan over stacked ones would slice each matrix out of its stack, for every
-  token again.
+  token again. What is stored in the compute dtype already, and is not stacked, is the model's own.
   """
 
   model: GPT2  # without its stacked blocks `h`
@@ -38,40 +39,68 @@ class InferenceModel(NamedTuple):
     return self.model.mesh
 
 
-def for_inference(model: GPT2 | InferenceModel) -> InferenceModel:
+def for_inference(model: GPT2 | InferenceModel, donate: bool = False) -> InferenceModel:
   """Prepares a model for inference; done once, the result serves any number of calls.
 
-  An InferenceModel is returned as it is.
+  An InferenceModel is returned as it is. Matrices and `wte` are cast here, once, so that no call
+  does it again. `donate` gives the model's memory away: its layers are freed as they are prepared,
+  and nobody may use it afterwards.
   """
   if isinstance(model, InferenceModel):
     return model
   if isinstance(model, VirtualTokens) and model.n_virtual:
     plain, prefix_L = as_keys_and_values(model)
-    return with_prefix(for_inference(plain), prefix_L)
+    return with_prefix(for_inference(plain, donate), prefix_L)
   with jax.set_mesh(model.mesh):
-    return _ready(model)
+    return for_inference_on_mesh(model, donate)
 
 
-@jax.jit
-def _ready(model: GPT2) -> InferenceModel:
-  # Matrices only, those of adapters too: biases, LayerNorms and scales stay float32.
-  def cast(node):
-    if not isinstance(node, Linear):
-      return node
-    dtype = model.config.dtype
+def for_inference_on_mesh(model: GPT2, donate: bool = False) -> InferenceModel:
+  """`for_inference` with the model's mesh in force, also inside of `jax.eval_shape`."""
+  # 1. What changes. A table that stays as it is does not go through `jax.jit`, which would copy it.
+  dtype, wte = model.config.dtype, model.wte
+  blocks = _donated_layers(model.h, dtype) if donate else _layers(model.h, dtype)
+  stays = all(x.ndim < 2 or x.dtype in (dtype, jnp.int8) for x in jax.tree.leaves(wte))
+  if not stays or axis_size("data") > 1:
+    wte = _cast_matrices(wte, dtype, 2)
 
-    def cast_array(x):
-      if x.ndim < 3:
-        return x
-      return unshard(x if x.dtype == jnp.int8 else x.astype(dtype))
-
-    return jax.tree.map(cast_array, node)
-
-  model = jax.tree.map(cast, model, is_leaf=lambda node: isinstance(node, Linear))
-  blocks = [jax.tree.map(lambda x, i=i: x[i], model.h) for i in range(model.config.n_layer)]
-  model.wte = jax.tree.map(unshard, model.wte)
-  model.h = None
+  # 2. A copy of the module with the same other arrays.
+  model = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(model))
+  model.wte, model.h = wte, None
   return InferenceModel(model, blocks, [None] * len(blocks))
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "ndim"))
+def _cast_matrices(tree, dtype: str, ndim: int):
+  """Matrices, arrays of `ndim` axes or more, in the compute dtype and all-gathered over `data`.
+
+  int8 stays int8; biases, LayerNorms and scales stay float32.
+  """
+
+  def cast(x):
+    if x.ndim < ndim:
+      return x
+    return unshard(x if x.dtype == jnp.int8 else x.astype(dtype))
+
+  return jax.tree.map(cast, tree)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _layers(stacked, dtype: str) -> list:
+  """The tree of each layer, from one whose arrays are stacked over layers."""
+  stacked = _cast_matrices(stacked, dtype, 3)
+  n_layer = jax.tree.leaves(stacked)[0].shape[0]
+  return [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(n_layer)]
+
+
+def _donated_layers(stacked, dtype: str) -> list:
+  """`_layers`, one array at a time, which is freed then: no second copy of the model exists."""
+  arrays, structure = jax.tree.flatten(stacked)
+  layers = []
+  for stacked_array in arrays:
+    layers.append(jax.block_until_ready(_layers(stacked_array, dtype)))
+    stacked_array.delete()
+  return [jax.tree.unflatten(structure, layer) for layer in zip(*layers, strict=True)]
 
 
 def with_prefix(decoder: InferenceModel, prefix_L) -> InferenceModel:

@@ -5,7 +5,7 @@ import dataclasses
 import numbers
 from collections.abc import Iterable, Iterator, Sequence
 
-from gpt2_jax.decoding.generate import advance, check_generation, completions, start
+from gpt2_jax.decoding.generate import advance, check_generation, completions, snapshot, start
 from gpt2_jax.decoding.generation_config import Generation, make_generation
 from gpt2_jax.decoding.kv_cache import InferenceModel, for_inference
 from gpt2_jax.decoding.samplers import Greedy, Sample
@@ -166,21 +166,42 @@ def _text_chunks(
 def _advance_chunks(decoder, state, generation: Generation, live: dict, in_one_call: bool):
   """Adds tokens in portions, until no row is live.
 
-  Yields, for each portion of a row, the text that it makes certain and its number of tokens.
+  Yields, for each portion of a row, the text that it makes certain and its number of tokens. The
+  next portion is dispatched before one is read, unless a stop string may end the texts before it.
   """
-  steps, made = iter(STEPS), 0
-  while live:
-    n = generation.n_new if in_one_call else min(next(steps, STEPS[-1]), generation.n_new - made)
-    state = advance(decoder, state, n, generation)
-    rows = completions(state, made)
-    made += n
+  portions = _portions(generation.n_new, in_one_call)
+  is_ahead = not generation.stop
+  made, n = 0, next(portions)
+  state = advance(decoder, state, n, generation)
 
+  while live:
+    # 1. `advance` takes the state with it, so what is to be read is copied before.
+    current, following = snapshot(state), next(portions, 0)
+    if is_ahead and following:
+      state = advance(decoder, state, following, generation)
+    rows = completions(current, made)
+    made, n = made + n, following
+
+    # 2. Text of the new tokens.
     for row, (decoder_of_row, stopper) in list(live.items()):
       last = rows[row].finished or made == generation.n_new
       chunk = stopper.push(decoder_of_row.push(rows[row].tokens, last), last)
       yield row, chunk, len(rows[row].tokens)
       if last or stopper.stopped:
         del live[row]
+
+    if live and not is_ahead:
+      state = advance(decoder, state, n, generation)
+
+
+def _portions(n_new: int, in_one_call: bool) -> Iterator[int]:
+  """How many tokens each call adds: STEPS, or all at once."""
+  steps = iter(STEPS)
+  left = n_new
+  while left:
+    n = n_new if in_one_call else min(next(steps, STEPS[-1]), left)
+    yield n
+    left -= n
 
 
 def _is_prompt(prompt) -> bool:

@@ -175,14 +175,19 @@ def _dispatch(model: GPT2, rows: Sequence[ScoredRow], B: int, T: int):
   #    columns are static, so that few programs are compiled.
   most_labels = max(len(row.labels) for row in rows)
   rows_per_device = B // math.prod(model.mesh.shape[name] for name in ROWS)
-  is_long = rows_per_device * most_labels > SHORT_LOGIT_ROWS
-  logit_rows = LONG_LOGIT_ROWS if is_long else SHORT_LOGIT_ROWS
-  columns = min(T, max(1, logit_rows // rows_per_device))
+  columns = columns_at_once(T, rows_per_device, most_labels)
   steps = np.int32(-(-most_labels // columns))
 
   tree = None if rows[0].tree is None else (position_BT, branch_BT)
   arrays = jax.device_put((tokens_BT, labels_BT, begin_B, tree), NamedSharding(model.mesh, P(ROWS)))
   return _score(model, *arrays, steps, columns)
+
+
+def columns_at_once(T: int, rows_per_device: int, most_labels: int) -> int:
+  """Of how many of a row's T columns the logits exist at once, if it has that many labels."""
+  is_long = rows_per_device * most_labels > SHORT_LOGIT_ROWS
+  logit_rows = LONG_LOGIT_ROWS if is_long else SHORT_LOGIT_ROWS
+  return min(T, max(1, logit_rows // rows_per_device))
 
 
 @functools.partial(jax.jit, static_argnames="columns")
