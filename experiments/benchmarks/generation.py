@@ -118,11 +118,9 @@ def limits(rows: list[Row], decoders: dict, read_rate: float) -> dict:
     if batch != "1":
       continue
 
-    # A token reads every weight once. In bfloat16 the head's operand is cast once a call.
+    # A token reads every weight once.
     decoder = decoders[dtype]
-    weights = sum(x.nbytes for x in jax.tree.leaves((decoder.blocks, decoder.model.wte)))
-    if dtype == "bfloat16":
-      weights -= decoder.model.wte[...].array.nbytes // 2
+    weights = sum(x.nbytes for x in jax.tree.leaves((decoder.blocks, decoder.head)))
 
     limit = read_rate / weights
     rate = statistics.median(row.rates["ours"])

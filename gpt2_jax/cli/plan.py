@@ -18,7 +18,6 @@ import itertools
 import math
 import os
 import pathlib
-import re
 import sys
 from typing import TYPE_CHECKING
 
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
   from gpt2_jax.plan import report
 
 _LIST_PRICES = ", ".join(f"{name} {tpu.usd_per_chip_hour:.2f}" for name, tpu in chips.TPUS.items())
-
-_DTYPES = ("bfloat16", "float32", "int8")  # int8 weights, with activations in bfloat16
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A config: a name that is listed below, or a path."
@@ -91,11 +88,11 @@ def main() -> None:
     if flag.value is not None and not 0 < flag.value < math.inf:
       raise ValueError(f"--{flag.name}={flag.value} is not a finite number above 0")
   out = None if _OUT.value is None else _writable_folder(_OUT.value)
-  batches, dtypes = _inference_flags()
+  _check_modes()
 
   # 2. Plan.
   if _DECODE.value or _EVALUATE.value:
-    return _plan_inference(config, topology, batches, dtypes, out)
+    return _plan_inference(config, topology, out)
   if _SEARCH.value:
     plan = _search(config, topology)
     print(plan.table())
@@ -108,8 +105,8 @@ def main() -> None:
     report.save(plan, str(out))
 
 
-def _inference_flags() -> tuple[list[int], list[str]]:
-  """The batch sizes and dtypes of --decode and --evaluate. Raises ValueError for what is none."""
+def _check_modes() -> None:
+  """Raises ValueError for flags that do not belong together."""
   modes = {"decode": _DECODE.value, "evaluate": _EVALUATE.value, "search": _SEARCH.value}
   named = [f"--{name}" for name, is_given in modes.items() if is_given]
   if len(named) > 1:
@@ -118,32 +115,18 @@ def _inference_flags() -> tuple[list[int], list[str]]:
     if flag.value is not None and not (_DECODE.value or _EVALUATE.value):
       raise ValueError(f"--{flag.name} is for --decode and --evaluate; give one of them with it")
 
-  default = ["1", "8", "64"] if _DECODE.value else ["32"]
-  batches = []
-  for number in _BATCH.value or default:
-    if not re.fullmatch(r"[1-9][0-9]{0,5}", number.strip()):
-      raise ValueError(
-        f"--batch={number[:40]} is no number of rows from 1 to 999,999, as in 1,8,64"
-      )
-    batches.append(int(number))
 
-  dtypes = [dtype.strip() for dtype in _DTYPE.value or ["bfloat16"]]
-  for dtype in dtypes:
-    if dtype not in _DTYPES:
-      raise ValueError(f"--dtype={dtype[:40]} is none of {', '.join(_DTYPES)}")
-  return batches, dtypes
-
-
-def _plan_inference(
-  config: ConfigDict,
-  topology: chips.Topology,
-  batches: list[int],
-  dtypes: list[str],
-  out: pathlib.Path | None,
-) -> None:
+def _plan_inference(config: ConfigDict, topology: chips.Topology, out: pathlib.Path | None) -> None:
   """Plans text generation or scoring: prints a row for each dtype and batch size."""
-  from gpt2_jax.plan import decoding
+  from gpt2_jax.plan import compiling, decoding
 
+  # 1. A compilation takes minutes: what can be known is said before.
+  default = ["32"] if _EVALUATE.value else ["1", "8", "64"]
+  batches = decoding.parse_batches(_BATCH.value or default)
+  dtypes = decoding.parse_dtypes(_DTYPE.value or ["bfloat16"])
+  compiling.check_installed()
+
+  # 2. Plan.
   workload = decoding.Workload(config, topology, scores=_EVALUATE.value)
   rows = []
   for dtype, batch in progress(list(itertools.product(dtypes, batches)), "compiling"):

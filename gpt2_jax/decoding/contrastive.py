@@ -24,6 +24,7 @@ from gpt2_jax.decoding.kv_cache import (
   logits,
   not_finite,
   prefill,
+  slots_axis,
 )
 from gpt2_jax.decoding.prompts import batch_prompts
 from gpt2_jax.model import GPT2
@@ -87,13 +88,18 @@ def _likeness(x_BCD, units_BSD, past_BS):
   return jnp.where(past_BS[:, None], cosines_BCS, -1.0).max(-1)
 
 
-def _move_to_first(x_BHSK, chosen_B, slot):
+def _move_to_first(cache, chosen_B, slot):
   """Moves the chosen candidate's keys or values to the first of the candidates' slots.
 
   The next step's candidates overwrite the others.
   """
-  chosen_BH1K = jax.vmap(lambda c, x_HSK: x_HSK[:, slot + c][:, None])(chosen_B, x_BHSK)
-  return jax.lax.dynamic_update_slice_in_dim(x_BHSK, chosen_BH1K, slot, 2)
+  axis = slots_axis()
+
+  def choose(c, row):
+    return jax.lax.dynamic_slice_in_dim(row, slot + c, 1, axis - 1)
+
+  chosen = jax.vmap(choose)(chosen_B, cache)
+  return jax.lax.dynamic_update_slice_in_dim(cache, chosen, slot, axis)
 
 
 @functools.partial(jax.jit, static_argnames=("n_new", "C"))
@@ -129,7 +135,7 @@ def _search(decoder: InferenceModel, tokens_BT, lengths_B, n_new: int, C: int, a
     )
 
     # 4. Keep the chosen one, and forget the others.
-    caches = jax.tree.map(lambda x_BHSK: _move_to_first(x_BHSK, chosen_B, T + n), caches)
+    caches = jax.tree.map(lambda cache: _move_to_first(cache, chosen_B, T + n), caches)
     done_B |= token_B == eot
     new_BN = jax.lax.dynamic_update_slice_in_dim(new_BN, token_B[:, None], n, 1)
     units_BSD = jax.lax.dynamic_update_slice_in_dim(units_BSD, _unit(x_B1D), T + n, 1)

@@ -34,6 +34,7 @@ from gpt2_jax.decoding.kv_cache import (
   not_finite,
   prefill,
   random_key,
+  slots_axis,
 )
 from gpt2_jax.decoding.prompts import BUCKET, check_prompts, check_room, pad_prompts, shard_rows
 from gpt2_jax.decoding.samplers import Greedy, History, Sample
@@ -342,8 +343,9 @@ def _prefill_remembered(
   position_BS = jnp.arange(S) + jnp.zeros_like(held_B1)
   if window is not None:
     position_BS = (position_BS - slot + held_B1) % S
-    order_B1S1 = position_BS[:, None, :, None]
-    caches = jax.tree.map(lambda x_BHSK: jnp.take_along_axis(x_BHSK, order_B1S1, axis=2), caches)
+    axis = slots_axis()
+    order = jnp.expand_dims(position_BS, [1, 3] if axis == 2 else [2])
+    caches = jax.tree.map(lambda x: jnp.take_along_axis(x, order, axis), caches)
   return position_BS < held_B1, caches
 
 

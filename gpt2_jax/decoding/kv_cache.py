@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """KV cache: `prefill` fills it in a forward pass over prompts, `decode` reads it for more tokens.
 
-A cache holds, for each layer, keys and values [B, H, S, K]: S slots for the tokens of a row. A mask
-says which slots a token reads, so rows of any lengths share one cache.
+A cache holds, for each layer, keys and values: S slots for the tokens of a row. A mask says which
+slots a token reads, so rows of any lengths share one cache. They are [B, H, S, K], and on a TPU
+[B, S, H K], for the reasons in `kernels/tpu_decoding.py`.
 """
 
 import dataclasses
@@ -16,21 +17,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from gpt2_jax.attention import by_heads, cached_attention, causal_attention
+from gpt2_jax.attention import by_heads, cached_attention, causal_attention, merge_heads
 from gpt2_jax.finetune.prefix import VirtualTokens, as_keys_and_values
-from gpt2_jax.linear import NO_CONTEXT, Context
+from gpt2_jax.kernels.tpu_decoding import attention_side_by_side
+from gpt2_jax.linear import NO_CONTEXT, Context, Dense
 from gpt2_jax.model import GPT2, Block
-from gpt2_jax.sharding import RESIDUAL, axis_size, unshard
+from gpt2_jax.sharding import RESIDUAL, axis_size, platform, unshard
 
 
 class InferenceModel(NamedTuple):
   """Inference model: a GPT-2 all-gathered over `data`, in the compute dtype, a block a layer.
 
   Layers are a list: a scan over stacked ones would slice each matrix out of its stack, for every
-  token again. What is stored in the compute dtype already, and is not stacked, is the model's own.
+  token again. Embeddings are the model's own arrays.
   """
 
   model: GPT2  # without its stacked blocks `h`
+  head: Dense  # `wte` in the compute dtype; `model.wte` itself where it needs no cast
   blocks: list[Block]
   prefixes: Sequence = ()  # for each block the keys and values that every token sees, or None
 
@@ -42,9 +45,9 @@ class InferenceModel(NamedTuple):
 def for_inference(model: GPT2 | InferenceModel, donate: bool = False) -> InferenceModel:
   """Prepares a model for inference; done once, the result serves any number of calls.
 
-  An InferenceModel is returned as it is. Matrices and `wte` are cast here, once, so that no call
-  does it again. `donate` gives the model's memory away: its layers are freed as they are prepared,
-  and nobody may use it afterwards.
+  An InferenceModel is returned as it is. Matrices and the head are cast here, once, so that no call
+  does it again; embeddings stay float32. `donate` gives the model's memory away: its layers are
+  freed as they are prepared, and nobody may use it afterwards.
   """
   if isinstance(model, InferenceModel):
     return model
@@ -57,17 +60,21 @@ def for_inference(model: GPT2 | InferenceModel, donate: bool = False) -> Inferen
 
 def for_inference_on_mesh(model: GPT2, donate: bool = False) -> InferenceModel:
   """`for_inference` with the model's mesh in force, also inside of `jax.eval_shape`."""
-  # 1. What changes. A table that stays as it is does not go through `jax.jit`, which would copy it.
-  dtype, wte = model.config.dtype, model.wte
+  dtype = model.config.dtype
   blocks = _donated_layers(model.h, dtype) if donate else _layers(model.h, dtype)
-  stays = all(x.ndim < 2 or x.dtype in (dtype, jnp.int8) for x in jax.tree.leaves(wte))
-  if not stays or axis_size("data") > 1:
-    wte = _cast_matrices(wte, dtype, 2)
 
-  # 2. A copy of the module with the same other arrays.
+  # 1. A copy of the module with the same arrays. What stays as it is does not go through `jax.jit`,
+  #    which would copy it.
   model = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(model))
-  model.wte, model.h = wte, None
-  return InferenceModel(model, blocks, [None] * len(blocks))
+  model.h = None
+  if axis_size("data") > 1:
+    model.wte = jax.jit(lambda wte: jax.tree.map(unshard, wte))(model.wte)
+
+  # 2. The head multiplies in the compute dtype; a lookup adds in float32.
+  head = model.wte[...]
+  if any(x.ndim > 1 and x.dtype not in (dtype, jnp.int8) for x in jax.tree.leaves(head)):
+    head = _cast_matrices(head, dtype, 2)
+  return InferenceModel(model, head, blocks, [None] * len(blocks))
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "ndim"))
@@ -134,7 +141,22 @@ def _with_prefix(decoder: InferenceModel, prefix_L) -> InferenceModel:
   model = jax.tree.unflatten(jax.tree.structure(decoder.model), jax.tree.leaves(decoder.model))
   model.wpe = nnx.Param(model.wpe[size:])
   model.config = dataclasses.replace(config, n_ctx=config.n_ctx - size)
-  return InferenceModel(model, decoder.blocks, prefixes)
+  return decoder._replace(model=model, prefixes=prefixes)
+
+
+def slots_axis() -> int:
+  """The axis of a cache's slots on the mesh in force."""
+  return 1 if platform() == "tpu" else 2
+
+
+def count_slots(caches) -> int:
+  """The slots of each row."""
+  return caches[0][0].shape[slots_axis()]
+
+
+def as_cached(x_BTHK):
+  """Keys or values of T tokens in the form of a cache with T slots."""
+  return merge_heads(x_BTHK) if slots_axis() == 1 else jnp.swapaxes(x_BTHK, 1, 2)
 
 
 def _in_front(x_PHK, y_BTHK):
@@ -145,18 +167,24 @@ def _in_front(x_PHK, y_BTHK):
   return jnp.concatenate([x_BPHK, y_BTHK], axis=1)
 
 
+def _with_slots(cache, size: int):
+  """A cache with zeros in more slots, `size` in all."""
+  room = [(0, 0)] * cache.ndim
+  room[slots_axis()] = (0, size - cache.shape[slots_axis()])
+  return jnp.pad(cache, room)
+
+
 def prefill(decoder: InferenceModel, tokens_BT, size: int, context: Context = NO_CONTEXT):
   """Prefills the KV cache: the forward pass over prompts that fills it.
 
-  Returns the normed output at every position, and for each layer keys and values [B, H, size, K].
+  Returns the normed output at every position, and for each layer keys and values of `size` slots.
   `context` has the adapter of each row, if the model has a bank of them.
   """
   x_BTD, caches = decoder.model.embed(tokens_BT, context=context), []
   for block, prefix in zip(decoder.blocks, decoder.prefixes, strict=True):
 
     def attention(q, k, v, prefix=prefix):
-      room = ((0, 0), (0, 0), (0, size - tokens_BT.shape[1]), (0, 0))
-      memory = tuple(jnp.pad(jnp.swapaxes(x_BTHK, 1, 2), room) for x_BTHK in (k, v))
+      memory = tuple(_with_slots(as_cached(x_BTHK), size) for x_BTHK in (k, v))
       if prefix is None:
         return causal_attention(q, k, v), memory
 
@@ -178,21 +206,21 @@ def cache_write(slot):
   A function (cache, new) -> cache for `decode`, in place of old contents: it copies a few bytes.
   """
 
-  def update_slice(old_BHSK, new_BHTK):
-    return jax.lax.dynamic_update_slice_in_dim(old_BHSK, new_BHTK, slot, 2)
+  def update_slice(old, new):
+    return jax.lax.dynamic_update_slice_in_dim(old, new, slot, slots_axis())
 
   # XLA's CPU backend would fuse the write with what reads it, and copy the whole cache for that. A
   # condition that always holds keeps them apart. bfloat16 goes as integers, because its write would
   # go through float32.
-  def update_slice_unfused(old_BHSK, new_BHTK):
-    bits = jnp.uint16 if old_BHSK.dtype == jnp.bfloat16 else old_BHSK.dtype
-    old = jax.lax.bitcast_convert_type(old_BHSK, bits)
-    new = jax.lax.bitcast_convert_type(new_BHTK, bits)
-    written = jax.lax.cond(slot >= 0, update_slice, lambda old, new: old, old, new)
-    return jax.lax.bitcast_convert_type(written, old_BHSK.dtype)
+  def update_slice_unfused(old, new):
+    bits = jnp.uint16 if old.dtype == jnp.bfloat16 else old.dtype
+    old_bits = jax.lax.bitcast_convert_type(old, bits)
+    new_bits = jax.lax.bitcast_convert_type(new, bits)
+    written = jax.lax.cond(slot >= 0, update_slice, lambda old, new: old, old_bits, new_bits)
+    return jax.lax.bitcast_convert_type(written, old.dtype)
 
-  return lambda old_BHSK, new_BHTK: jax.lax.platform_dependent(
-    old_BHSK, new_BHTK, cpu=update_slice_unfused, default=update_slice
+  return lambda old, new: jax.lax.platform_dependent(
+    old, new, cpu=update_slice_unfused, default=update_slice
   )
 
 
@@ -207,18 +235,17 @@ def decode(
 ):
   """Decoding: the normed output [B, T, D] for T more tokens a row, and the caches with them.
 
-  `write` puts keys or values [B, H, T, K] into a cache; `mask_BTS` says which of its slots each
-  token reads, its own among them.
+  `write(cache, new)` puts keys or values of T slots into a cache. `mask_BTS` says which of its
+  slots each token reads, its own among them.
   """
   x_BTD = decoder.model.embed(tokens_BT, positions_BT, context=context)
   after = []
   for block, cache, prefix in zip(decoder.blocks, caches, decoder.prefixes, strict=True):
 
     def attention(q, k, v, cache=cache, prefix=prefix):
-      memory = tuple(
-        write(old, jnp.swapaxes(new, 1, 2)) for old, new in zip(cache, (k, v), strict=True)
-      )
-      return cached_attention(q, *memory, mask_BTS, prefix), memory
+      memory = tuple(write(old, as_cached(new)) for old, new in zip(cache, (k, v), strict=True))
+      attention_over = attention_side_by_side if slots_axis() == 1 else cached_attention
+      return attention_over(q, *memory, mask_BTS, prefix), memory
 
     attend = by_heads(attention, decoder.model.config.head_size)
     x_BTD, memory = block(x_BTD, attend, context=context)
@@ -271,7 +298,8 @@ def last_token(x_BTD, lengths_B):
 
 def logits(decoder: InferenceModel, x_BTD, context: Context = NO_CONTEXT):
   """The logits [B, T, V], float32, all-gathered over `model`, without the vocabulary's padding."""
-  logits_BTV = jax.sharding.reshard(decoder.model.head(x_BTD, context), RESIDUAL)
+  logits_BTV = decoder.head.matmul(x_BTD, None, P("model", None), context, jnp.float32)
+  logits_BTV = jax.sharding.reshard(logits_BTV, RESIDUAL)
   return logits_BTV[..., : decoder.model.config.n_vocab]
 
 

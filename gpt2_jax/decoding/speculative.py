@@ -25,6 +25,7 @@ from gpt2_jax.decoding.generation_config import Completion
 from gpt2_jax.decoding.kv_cache import (
   InferenceModel,
   check_finite,
+  count_slots,
   decode,
   for_inference,
   last_token,
@@ -32,6 +33,7 @@ from gpt2_jax.decoding.kv_cache import (
   not_finite,
   prefill,
   random_key,
+  slots_axis,
 )
 from gpt2_jax.decoding.prompts import batch_prompts
 from gpt2_jax.decoding.samplers import Greedy, History, Sample, apply_filters
@@ -168,12 +170,12 @@ def rejection_sample(key, p_TV, q_NV, draft_N, sampler: Greedy | Sample):
 def extend(decoder: InferenceModel, tokens_BT, position_B, caches):
   """Decodes T more tokens a row, the first at `position_B`: normed output [B, T, D], and caches."""
   positions_BT = position_B[:, None] + jnp.arange(tokens_BT.shape[1])
-  mask_BTS = jnp.arange(caches[0][0].shape[2]) <= positions_BT[:, :, None]
+  mask_BTS = jnp.arange(count_slots(caches)) <= positions_BT[:, :, None]
 
   # The last pass over a row may look beyond its end, and so beyond the context; nothing of that is
   # kept.
   positions_BT = jnp.minimum(positions_BT, decoder.model.config.n_ctx - 1)
-  write = functools.partial(_update_rows, start_B=position_B, axis=1)
+  write = functools.partial(_update_rows, start_B=position_B, axis=slots_axis() - 1)
   return decode(decoder, tokens_BT, positions_BT, mask_BTS, caches, write)
 
 

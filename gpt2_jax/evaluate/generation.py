@@ -14,6 +14,7 @@ from gpt2_jax.decoding.kv_cache import (
   InferenceModel,
   cache_write,
   check_finite,
+  count_slots,
   decode,
   last_token,
   logits,
@@ -212,7 +213,7 @@ def _next_tokens(decoder: InferenceModel, token_BN, length_B, step, caches):
 
   The words of a row share one cache: behind the context each step fills n slots, a word one.
   """
-  n, S = token_BN.shape[1], caches[0][0].shape[2]
+  n, S = token_BN.shape[1], count_slots(caches)
   begin = S - n * (MAX_WORD_TOKENS - 1)
 
   # 1. A word reads its context and its own slots, the one of this step among them.

@@ -19,6 +19,7 @@ from gpt2_jax.convert.weights import (
   weights_sha256,
 )
 from gpt2_jax.model import GPT2, ModelConfig, name_of
+from gpt2_jax.quantization import quantize
 from gpt2_jax.sharding import make_mesh
 
 FIVE = ModelConfig(
@@ -94,6 +95,32 @@ def test_padding_is_zero(loaded, five):
     and c_attn[..., : 5 * 3 * 8].all()
     and not c_attn[..., 5 * 3 * 8 :].any()
   )
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_int8_while_loading_is_quantizing_what_was_loaded(sizes, loaded, five):
+  """Bit for bit, in the same shards; padding too."""
+  expected = quantize(loaded[sizes])
+  model = to_model(five, mesh_of(sizes), "float32", quantize=True)
+  assert jax.tree.structure(model) == jax.tree.structure(expected)
+  for ours, theirs in zip(jax.tree.leaves(model), jax.tree.leaves(expected), strict=True):
+    assert (ours.dtype, ours.sharding) == (theirs.dtype, theirs.sharding)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_int8_while_loading_holds_one_layer_of_float32(sizes, five):
+  """Of all that is on the devices when a tensor is read, no float32 array is as large as two layers
+  of a matrix."""
+  layer = 4 * FIVE.n_embd * FIVE.n_embd
+
+  def read(name):
+    held = [x.size for x in jax.live_arrays() if x.dtype == np.float32 and id(x) not in before]
+    assert max(held, default=0) < 2 * layer, f"while {name} is read"
+    return five.read(name)
+
+  before = set(map(id, jax.live_arrays()))
+  to_model(dataclasses.replace(five, read=read), mesh_of(sizes), "float32", quantize=True)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)

@@ -9,7 +9,6 @@ import pytest
 from configs import gpt2
 from gpt2_jax.chips import parse_topology
 from gpt2_jax.plan import decoding
-from gpt2_jax.plan.cost import hbm_traffic
 from gpt2_jax.plan.decoding import Throughput, TooLarge, Workload
 
 if importlib.util.find_spec("libtpu") is None:
@@ -55,24 +54,16 @@ def test_the_bound_is_weights_and_cache_read_once(dtype, item, programs):
   throughput, _, body = programs[dtype]
   n_bytes = item * (MATRICES + TABLE) + 2 * CACHE
   assert throughput.bound_seconds * 819e9 == pytest.approx(n_bytes, rel=0.05)
-  assert throughput.step_seconds[0] > throughput.bound_seconds
+  assert throughput.step_seconds[0] > 0.95 * throughput.bound_seconds
 
-  traffic = 0.0
-  for instruction, times in body.program.executed():
-    if body.costs.cost(instruction).cycles:
-      traffic += times * hbm_traffic(body.program, instruction)
-  assert 0.5 * n_bytes < traffic < 2 * n_bytes
+  assert 0.9 * n_bytes < decoding.hbm_bytes(body) < 1.5 * n_bytes
 
 
 def test_nothing_is_done_in_a_call_that_can_be_done_once(programs):
-  """A call casts no table: around its steps it moves less than the table has."""
+  """A call casts no table, and turns no cache into another layout."""
   for throughput, outside, _ in programs.values():
-    moved = 0.0
-    for instruction, times in outside.program.executed():
-      if outside.costs.cost(instruction).cycles:
-        moved += times * hbm_traffic(outside.program, instruction)
-    assert moved < TABLE
-    assert throughput.call_seconds[1] < throughput.step_seconds[1]
+    assert decoding.hbm_bytes(outside) < TABLE / 10
+    assert throughput.call_seconds[1] < throughput.step_seconds[0] / 10
 
 
 def test_a_batch_of_lambada_is_above_its_bound():
@@ -80,7 +71,7 @@ def test_a_batch_of_lambada_is_above_its_bound():
   weights, tokens = 2 * MATRICES, ROWS * decoding.LAMBADA_LENGTH
   assert throughput.tokens == decoding.LAMBADA_LENGTH
   assert throughput.bound_seconds >= weights * tokens / 197e12
-  assert throughput.step_seconds[0] > throughput.bound_seconds
+  assert throughput.step_seconds[0] > 0.95 * throughput.bound_seconds
 
 
 def test_a_batch_that_does_not_fit_is_a_row_of_the_table():
@@ -91,3 +82,17 @@ def test_a_batch_that_does_not_fit_is_a_row_of_the_table():
   lines = decoding.table(large, rows).splitlines()
   assert row.reason in lines[2] and "microbatches" not in lines[2]
   assert "1.000-2.000" in lines[3] and "4,000-8,000" in lines[3] and "25%-50%" in lines[3]
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "x", "1.5", "", "1" * 500])
+def test_a_batch_that_is_no_number_is_one_line(text):
+  with pytest.raises(ValueError, match="is no number of rows from 1 to 999,999") as error:
+    decoding.parse_batches(["8", text])
+  assert len(str(error.value)) < 200
+  assert decoding.parse_batches(["1", " 8"]) == [1, 8]
+
+
+def test_a_dtype_is_one_of_three():
+  assert decoding.parse_dtypes(["int8", " bfloat16"]) == ["int8", "bfloat16"]
+  with pytest.raises(ValueError, match="--dtype=fp8 is none of bfloat16, float32, int8"):
+    decoding.parse_dtypes(["fp8"])
