@@ -31,47 +31,45 @@ def workload(scores: bool = False, topology: str = "v5e:1x1", **model) -> Worklo
 
 
 @pytest.fixture(scope="module")
-def programs():
-  """Throughput, the body of the loop and what is around it, of bfloat16 and int8."""
-  kept = {}
+def decoded():
+  """Throughput of decoding in bfloat16, what the program does around its loop, and the body."""
+  parts = []
   split = decoding.split_last_loop
 
   def spy(scheduled):
-    kept["split"] = split(scheduled)
-    return kept["split"]
+    parts.extend(split(scheduled))
+    return parts
 
-  found = {}
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(decoding, "split_last_loop", spy)
-    for dtype in ("bfloat16", "int8"):
-      found[dtype] = (workload().throughput(dtype, ROWS), *kept["split"])
-  return found
+    return workload().throughput("bfloat16", ROWS), *parts
 
 
-@pytest.mark.parametrize("dtype, item", [("bfloat16", 2), ("int8", 1)])
-def test_the_bound_is_weights_and_cache_read_once(dtype, item, programs):
-  """And the step that is scheduled reads no less, nor twice as much: nothing is converted in it."""
-  throughput, _, body = programs[dtype]
-  n_bytes = item * (MATRICES + TABLE) + 2 * CACHE
+def test_a_step_reads_weights_and_cache_once(decoded):
+  """So the bound says; and what is scheduled reads no less, nor much more: nothing is cast in it,
+  and no axis of a cache is padded."""
+  throughput, _, body = decoded
+  n_bytes = 2 * (MATRICES + TABLE + CACHE)
   assert throughput.bound_seconds * 819e9 == pytest.approx(n_bytes, rel=0.05)
-  assert throughput.step_seconds[0] > 0.95 * throughput.bound_seconds
+  assert 0.9 * n_bytes < decoding.hbm_bytes(body) < 1.3 * n_bytes
+  assert throughput.step_seconds[0] > 0.9 * throughput.bound_seconds
+  assert throughput.hbm_needed < 1.3 * n_bytes + 4 * (TABLE + CONTEXT * WIDTH)
 
-  assert 0.9 * n_bytes < decoding.hbm_bytes(body) < 1.5 * n_bytes
 
-
-def test_nothing_is_done_in_a_call_that_can_be_done_once(programs):
+def test_nothing_is_done_in_a_call_that_can_be_done_once(decoded):
   """A call casts no table, and turns no cache into another layout."""
-  for throughput, outside, _ in programs.values():
-    assert decoding.hbm_bytes(outside) < TABLE / 10
-    assert throughput.call_seconds[1] < throughput.step_seconds[0] / 10
+  throughput, outside, _ = decoded
+  assert decoding.hbm_bytes(outside) < TABLE / 10
+  assert throughput.call_seconds[1] < throughput.step_seconds[0] / 10
 
 
 def test_a_batch_of_lambada_is_above_its_bound():
-  throughput = workload(scores=True).throughput("bfloat16", ROWS)
-  weights, tokens = 2 * MATRICES, ROWS * decoding.LAMBADA_LENGTH
+  small = workload(scores=True, n_embd=128, n_head=2, n_vocab=512, n_ctx=128)
+  throughput = small.throughput("int8", ROWS)
+  multiply_adds = 12 * LAYERS * 128**2 * ROWS * decoding.LAMBADA_LENGTH
   assert throughput.tokens == decoding.LAMBADA_LENGTH
-  assert throughput.bound_seconds >= weights * tokens / 197e12
-  assert throughput.step_seconds[0] > 0.95 * throughput.bound_seconds
+  assert throughput.bound_seconds >= 2 * multiply_adds / 197e12
+  assert throughput.step_seconds[0] > throughput.bound_seconds
 
 
 def test_a_batch_that_does_not_fit_is_a_row_of_the_table():
