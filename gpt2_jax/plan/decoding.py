@@ -29,8 +29,7 @@ from gpt2_jax.evaluate.loglikelihood import _score, columns_at_once
 from gpt2_jax.files import atomic_write
 from gpt2_jax.model import GPT2, ModelConfig, check_mesh
 from gpt2_jax.plan.compiling import DoesNotFit, Scheduled, compile_lowered, open_topology
-from gpt2_jax.plan.cost import copied_bytes, hbm_traffic
-from gpt2_jax.plan.estimate import ALLOWANCE, estimate_program
+from gpt2_jax.plan.estimate import estimate_program
 from gpt2_jax.runs.limits import local_bytes
 from gpt2_jax.sharding import BATCH, ROWS, axis_size, concrete, make_mesh, padded
 
@@ -52,7 +51,8 @@ class Throughput:
   step_seconds: tuple[float, float]  # the fast and the slow end
   call_seconds: tuple[float, float]  # beside its steps, once for any number of them
   bound_seconds: float  # weights and cache at the full HBM bandwidth, or FLOPs at the peak
-  hbm_needed: float  # bytes a chip
+  hbm_bytes: float  # that a chip reads and writes in a step
+  hbm_needed: float  # bytes a chip holds
   compile_seconds: float
 
   def facts(self) -> dict:
@@ -178,6 +178,7 @@ def _throughput(
   """The estimate of a compiled function, whose last loop makes the steps; sizes are [B, tokens]."""
   outside, body = split_last_loop(scheduled)
   B, tokens = sizes
+  step, call = (estimate_program(part, 0.0, B * tokens) for part in (body, outside))
   hbm = (
     memory.argument_size_in_bytes
     + memory.output_size_in_bytes
@@ -189,34 +190,13 @@ def _throughput(
     dtype=dtype,
     batch_size=B,
     tokens=tokens,
-    step_seconds=_seconds(body, B * tokens),
-    call_seconds=_seconds(outside, B * tokens),
+    step_seconds=step.step,
+    call_seconds=call.step,
+    hbm_bytes=step.hbm_bytes,
     bound_seconds=bound,
     hbm_needed=hbm,
     compile_seconds=scheduled.seconds,
   )
-
-
-def _seconds(scheduled: Scheduled, tokens: int) -> tuple[float, float]:
-  """The fast and the slow end, and no less than all HBM traffic takes at the full bandwidth.
-
-  The estimate lets a copy that was scheduled beside work take no time. Here weights are read by
-  nothing but such copies, and all of them hide behind the same work.
-  """
-  floor = hbm_bytes(scheduled) / scheduled.topology.chip.hbm_bandwidth
-  fast, slow = estimate_program(scheduled, 0.0, tokens).step
-  return max(fast, floor), max(slow, floor * (1 + ALLOWANCE))
-
-
-def hbm_bytes(scheduled: Scheduled) -> float:
-  """Bytes that a program reads and writes in a chip's HBM."""
-  total = 0.0
-  for instruction, times in scheduled.program.executed():
-    if nbytes := copied_bytes(instruction):
-      total += nbytes * times
-    elif scheduled.costs.cost(instruction).cycles:
-      total += hbm_traffic(scheduled.program, instruction) * times
-  return total
 
 
 def split_last_loop(scheduled: Scheduled) -> tuple[Scheduled, Scheduled]:
