@@ -17,7 +17,7 @@ if importlib.util.find_spec("libtpu") is None:
 if jax.__version_info__ < (0, 10):
   pytest.skip("a plan is made with JAX 0.10 or newer", allow_module_level=True)
 
-# Above what the chip's VMEM holds, 128 MiB, so that a step reads them from HBM.
+# Together above what the chip's VMEM holds, 128 MiB: a step reads them from HBM.
 WIDTH, VOCABULARY, LAYERS, CONTEXT, ROWS = 1024, 50_304, 1, 4096, 8
 MATRICES = 12 * LAYERS * WIDTH**2
 TABLE = VOCABULARY * WIDTH
@@ -47,13 +47,13 @@ def decoded():
 
 
 def test_a_step_reads_weights_and_cache_once(decoded):
-  """So the bound says; and what is scheduled reads no less, nor much more: nothing is cast in it,
-  and no axis of a cache is padded."""
+  """So the bound says, and what is scheduled reads no more: nothing is cast in it, and no axis of a
+  cache is padded. It may read less, for what fits VMEM stays there from step to step."""
   throughput, _ = decoded
   n_bytes = 2 * (MATRICES + TABLE + CACHE)
   assert throughput.bound_seconds * 819e9 == pytest.approx(n_bytes, rel=0.05)
-  assert 0.9 * n_bytes < throughput.hbm_bytes < 1.3 * n_bytes
-  assert throughput.step_seconds[0] > 0.9 * throughput.bound_seconds
+  assert throughput.hbm_bytes < 1.1 * n_bytes
+  assert throughput.step_seconds[0] > 0.5 * throughput.bound_seconds
   assert throughput.hbm_needed < 1.3 * n_bytes + 4 * (TABLE + CONTEXT * WIDTH)
 
 
