@@ -131,7 +131,7 @@ def _plan_inference(config: ConfigDict, topology: chips.Topology, out: pathlib.P
   rows = []
   for dtype, batch in progress(list(itertools.product(dtypes, batches)), "compiling"):
     rows.append(workload.throughput(dtype, batch))
-  print(decoding.table(workload, rows))
+  print(decoding.throughput_table(workload, rows))
   if out is not None:
     decoding.save(workload, rows, str(out))
 

@@ -87,8 +87,7 @@ def load_pretrained(
     elif step != "latest":
       raise ValueError(f"{path} is no workdir of a run, and has no step {step!r}")
     else:
-      weights = _read_weights(path, bool(adapter), gelu)
-      weights = _with_saved(weights, adapter)
+      weights = _with_saved(_read_weights(path, bool(adapter), gelu), adapter)
       model = to_model(weights, mesh, dtype, quantize == "int8")
       tokenizer = weights.tokenizer
     if adapter:

@@ -168,10 +168,8 @@ def start(
     arrays = (tokens_BW, prompt_start_B, row_B, done_B, adapter_B)
     shared = None
     if generation.samples > 1:
-      prompt_P, place_B = prefilled_rows(len(rows), B, generation.samples)
-      of_prompts = None if adapter_B is None else adapter_B[prompt_P]
-      shared = (tokens_BW[prompt_P], prompt_start_B[prompt_P], of_prompts, place_B)
-
+      prefilled_P, place_B = prefilled_rows(len(rows), B, generation.samples)
+      shared = _take_rows((tokens_BW, prompt_start_B, adapter_B), prefilled_P), place_B
     arrays, shared = shard_rows(decoder, arrays, shared)
     return _start(
       decoder,
@@ -183,6 +181,10 @@ def start(
       generation.window,
       generation.logprobs,
     )
+
+
+def _take_rows(arrays, row_P):
+  return jax.tree.map(lambda x_B: x_B[row_P], arrays)
 
 
 def prefilled_rows(n_rows: int, B: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
@@ -262,8 +264,7 @@ def _start(
   window,
   logprobs: bool,
 ):
-  """The State before the first new token. `shared` is what to prefill in place of all rows, with
-  each row's place in it (see `prefilled_rows`), or None."""
+  """The State before the first token. `shared` are rows to prefill and places in them, or None."""
   # 1. Sizes: T tokens of a prompt are read here, all but its last; a cache has S slots.
   n_ctx = decoder.model.config.n_ctx
   W, T = tokens_BW.shape[1], min(prompt_end - 1, n_ctx)
@@ -273,14 +274,11 @@ def _start(
 
   # 2. Prefill. With a window the slots are a ring, and the first step writes slot 0.
   slot = jnp.int32(T if window is None else 0)
-  tokens_PW, start_P, adapter_P, place_B = shared or (tokens_BW, prompt_start_B, adapter_B, None)
-  context = Context(adapter_B=adapter_P)
+  rows, place_B = shared or ((tokens_BW, prompt_start_B, adapter_B), None)
   memory = _prefill_remembered(
-    decoder, tokens_PW, start_P, prompt_end - start_P, slot, (T, S), window, context
+    decoder, rows[0], rows[1], prompt_end - rows[1], slot, (T, S), window, Context(None, rows[2])
   )
-  if shared:
-    memory = jax.tree.map(lambda x: _take_in_parts(x, place_B), memory)
-  mask_BS, caches = memory
+  mask_BS, caches = memory if shared is None else _take_in_parts(memory, place_B)
 
   # 3. A random key for each sample of each prompt.
   keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, row_B // samples)
@@ -303,14 +301,18 @@ def _start(
   )
 
 
-def _take_in_parts(x_P, place_B):
+def _take_in_parts(tree, place_B):
   """For each row what is in its place, [B, ...], among the rows of its own part of the mesh."""
   parts = axis_size(*ROWS)
-  spec = jax.typeof(x_P).sharding.spec
-  x_NP = jnp.reshape(x_P, (parts, -1, *x_P.shape[1:]), out_sharding=P(ROWS, None, *spec[1:]))
   place_NB = jnp.reshape(place_B, (parts, -1), out_sharding=P(ROWS, None))
-  x_NB = jax.vmap(lambda x_P, place_B: x_P[place_B])(x_NP, place_NB)
-  return jnp.reshape(x_NB, (-1, *x_P.shape[1:]), out_sharding=spec)
+
+  def take(x_P):
+    spec = jax.typeof(x_P).sharding.spec
+    x_NP = jnp.reshape(x_P, (parts, -1, *x_P.shape[1:]), out_sharding=P(ROWS, None, *spec[1:]))
+    x_NB = jax.vmap(lambda x_P, place_B: x_P[place_B])(x_NP, place_NB)
+    return jnp.reshape(x_NB, (-1, *x_P.shape[1:]), out_sharding=spec)
+
+  return jax.tree.map(take, tree)
 
 
 def _prefill_remembered(

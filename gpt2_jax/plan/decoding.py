@@ -51,8 +51,7 @@ class Throughput:
   step_seconds: tuple[float, float]  # the fast and the slow end
   call_seconds: tuple[float, float]  # beside its steps, once for any number of them
   bound_seconds: float  # weights and cache at the full HBM bandwidth, or FLOPs at the peak
-  hbm_bytes: float  # that a chip reads and writes in a step
-  hbm_needed: float  # bytes a chip holds
+  hbm_needed: float  # bytes a chip
   compile_seconds: float
 
   def facts(self) -> dict:
@@ -192,7 +191,6 @@ def _throughput(
     tokens=tokens,
     step_seconds=step.step,
     call_seconds=call.step,
-    hbm_bytes=step.hbm_bytes,
     bound_seconds=bound,
     hbm_needed=hbm,
     compile_seconds=scheduled.seconds,
@@ -237,7 +235,7 @@ def parse_dtypes(texts: list[str]) -> list[str]:
   return dtypes
 
 
-def table(workload: Workload, rows: list[Throughput | TooLarge]) -> str:
+def throughput_table(workload: Workload, rows: list[Throughput | TooLarge]) -> str:
   """The rows as text for a terminal."""
   model, chip = workload.config.model, workload.topology.chip
   what = f"{model.n_layer} layers x {model.n_embd} on {workload.topology}"

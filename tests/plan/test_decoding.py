@@ -47,14 +47,13 @@ def decoded():
 
 
 def test_a_step_reads_weights_and_cache_once(decoded):
-  """So the bound says, and what is scheduled reads no more: nothing is cast in it, and no axis of a
-  cache is padded. It may read less, for what fits VMEM stays there from step to step."""
+  """So the bound says, and HBM holds little more: no axis of a cache is padded, and there is no
+  second one. A step may read less, for what fits VMEM stays there from step to step."""
   throughput, _ = decoded
   n_bytes = 2 * (MATRICES + TABLE + CACHE)
   assert throughput.bound_seconds * 819e9 == pytest.approx(n_bytes, rel=0.05)
-  assert throughput.hbm_bytes < 1.1 * n_bytes
   assert throughput.step_seconds[0] > 0.5 * throughput.bound_seconds
-  assert throughput.hbm_needed < 1.3 * n_bytes + 4 * (TABLE + CONTEXT * WIDTH)
+  assert throughput.hbm_needed < 1.1 * n_bytes + 4 * (TABLE + CONTEXT * WIDTH)
 
 
 def test_nothing_is_done_in_a_call_that_can_be_done_once(decoded):
@@ -77,8 +76,8 @@ def test_a_batch_that_does_not_fit_is_a_row_of_the_table():
   large = workload()
   row = large.throughput("bfloat16", 4096)
   assert isinstance(row, TooLarge) and "does not fit v5e:1x1: it needs" in row.reason
-  rows = [row, Throughput("int8", 8, 1, (1e-3, 2e-3), (0, 1e-4), 5e-4, 1e6, 2.0**30, 1.0)]
-  lines = decoding.table(large, rows).splitlines()
+  rows = [row, Throughput("int8", 8, 1, (1e-3, 2e-3), (0, 1e-4), 5e-4, 2.0**30, 1.0)]
+  lines = decoding.throughput_table(large, rows).splitlines()
   assert row.reason in lines[2] and "microbatches" not in lines[2]
   assert "1.000-2.000" in lines[3] and "4,000-8,000" in lines[3] and "25%-50%" in lines[3]
 
