@@ -158,11 +158,8 @@ def start(
     if numbers is not None:
       row_B[: len(rows)] = numbers
 
-    # 4. The adapter of each row: all samples of a prompt go through its own.
-    adapter_B = None
-    if adapters is not None:
-      adapter_B = np.zeros(B, np.int32)
-      adapter_B[: len(rows)] = np.repeat(adapters, generation.samples)
+    # 4. The adapter of each row.
+    adapter_B = None if adapters is None else _of_rows(adapters, generation.samples, B)
 
     # 5. Samples of a prompt share its prefill.
     arrays = (tokens_BW, prompt_start_B, row_B, done_B, adapter_B)
@@ -171,16 +168,15 @@ def start(
       prefilled_P, place_B = prefilled_rows(len(rows), B, generation.samples)
       shared = _take_rows((tokens_BW, prompt_start_B, adapter_B), prefilled_P), place_B
     arrays, shared = shard_rows(decoder, arrays, shared)
-    return _start(
-      decoder,
-      *arrays,
-      shared,
-      random_key(generation.seed),
-      prompt_end,
-      generation.samples,
-      generation.window,
-      generation.logprobs,
-    )
+    options = (prompt_end, generation.samples, generation.window, generation.logprobs)
+    return _start(decoder, *arrays, shared, random_key(generation.seed), *options)
+
+
+def _of_rows(numbers: Sequence[int], samples: int, B: int) -> np.ndarray:
+  """The number of each row, [B]: all samples of a prompt have the prompt's, the rest have 0."""
+  number_B = np.zeros(B, np.int32)
+  number_B[: len(numbers) * samples] = np.repeat(numbers, samples)
+  return number_B
 
 
 def _take_rows(arrays, row_P):
