@@ -248,7 +248,7 @@ def throughput_table(workload: Workload, rows: list[Throughput | TooLarge]) -> s
 
   lines = [
     head,
-    "dtype       rows  HBM, GiB       ms a step        tokens/s     bound, ms    of it   ms a call",
+    "dtype       rows  HBM, GiB       ms a step            tokens/s     bound, ms    of it   ms a call",
   ]
   for row in rows:
     name = f"{row.dtype:9.9}{row.batch_size:7,}"
@@ -269,7 +269,7 @@ def _numbers(row: Throughput) -> str:
   milliseconds = f"{fast:.3f}-{slow:.3f}"
   rates = f"{low:,.0f}-{high:,.0f}"
   return (
-    f"{row.hbm_needed / GIB:10.2f}{milliseconds:>16}{rates:>16}{1e3 * row.bound_seconds:14.3f}"
+    f"{row.hbm_needed / GIB:10.2f}{milliseconds:>16}{rates:>20}{1e3 * row.bound_seconds:14.3f}"
     f"{f'{least:.0%}-{most:.0%}':>9}{1e3 * row.call_seconds[1]:12.3f}"
   )
 

@@ -98,9 +98,9 @@ def test_heads_side_by_side_are_heads_apart(has_prefix, sizes, mesh):
 
 
 def test_a_cache_of_heads_side_by_side_gives_the_same_text(mesh, weights, place, monkeypatch):
-  """Also where a window turns and refills it, and samples share a prefill."""
+  """Also where a window turns and refills it."""
   prompts = [[1, 2, 3], [7] * 90]
-  options = {"n_new": 20, "samples": 2, "temperature": 2.0, "window": SlidingWindow(8)}
+  options = {"n_new": 20, "temperature": 2.0, "window": SlidingWindow(8)}
   with mesh(1, 1, 2):
     decoder = for_inference(place(TINY, weights))
   expected = generate(decoder, prompts, **options)
