@@ -248,7 +248,8 @@ def throughput_table(workload: Workload, rows: list[Throughput | TooLarge]) -> s
 
   lines = [
     head,
-    "dtype       rows  HBM, GiB       ms a step            tokens/s     bound, ms    of it   ms a call",
+    "dtype       rows  HBM, GiB       ms a step            tokens/s     bound, ms    of it"
+    "   ms a call",
   ]
   for row in rows:
     name = f"{row.dtype:9.9}{row.batch_size:7,}"
