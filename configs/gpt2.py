@@ -36,6 +36,7 @@ def get_config(size: str = "117M") -> ConfigDict:
       "batch_size": 512,  # windows in one update, over all devices
       "microbatches": 1,  # gradient accumulation: parts of a batch, in turn; divides batch_size
       "steps_per_call": 1,  # updates in one dispatch; more helps where a step takes milliseconds
+      "compiler_options": "auto",  # of XLA: auto, none, or auto,NAME=VALUE,...
       "learning_rate": learning_rate,  # peak learning rate
       "warmup_steps": 2000,
       "final_lr_fraction": 0.1,  # of the peak, at the end of the cosine

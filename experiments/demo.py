@@ -88,12 +88,12 @@ def seconds_of_ten_steps() -> float:
   from gpt2_jax.batch import Batch
   from gpt2_jax.loss import NextToken
   from gpt2_jax.model import ModelConfig
-  from gpt2_jax.sharding import make_mesh, platform
+  from gpt2_jax.sharding import make_mesh
   from gpt2_jax.train import make_step
 
   config = demo.get_config("long")
   with jax.set_mesh(make_mesh(**config.mesh)):
-    init, step = make_step(config, ModelConfig(**config.model), platform())
+    init, step = make_step(config, ModelConfig(**config.model))
     state = jax.jit(init)(jax.random.key(0))
     shape = (config.steps_per_call, config.batch_size, config.model.n_ctx + 1)
     batches, signals = Batch(jnp.zeros(shape, jnp.int32)), jnp.zeros(1, jnp.int32)

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from gpt2_jax import compiler_options
 from gpt2_jax.batch import Batch
 from gpt2_jax.compat import get_mesh
 from gpt2_jax.files import announce, user_path
@@ -34,7 +35,7 @@ from gpt2_jax.runs.validation import (
   validate,
 )
 from gpt2_jax.runs.workdir import as_path
-from gpt2_jax.sharding import BATCH, ROWS, make_mesh, platform
+from gpt2_jax.sharding import BATCH, ROWS, make_mesh
 from gpt2_jax.unreduced import all_reduce_gradients, defer_reduction, zero_gradients
 
 
@@ -181,18 +182,13 @@ def step_with_signals(state: TrainState, batches: Batch, objective, signals, **o
   return state, metrics, jnp.max(signals)
 
 
-# For the TPU's compiler. Matmuls that wait for a gathered weight step by step around a ring
-# ("windowed einsums") are slower than an all-gather beside the matmul before, by the compiler's own
-# estimate.
-COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}}
-
-
-def make_step(config: ConfigDict, model_config: ModelConfig, platform: str):
+def make_step(config: ConfigDict, model_config: ModelConfig, options: dict | None = None):
   """The two functions of a run: `init(key, model)`, the state before step 0, and the jitted step,
   `step(state, batches, objective, signals)`, of `steps_per_call` updates.
 
   `model` is the `initial_model`, by default made from the key. `gpt2-jax plan` compiles the same
-  step. Nothing is computed here but two keys, and no mesh needs to be in force.
+  step; `compiler_options.for_mesh` gives its options. Nothing is computed here but two keys, and
+  no mesh needs to be in force.
   """
   rate = schedule(config.learning_rate, config.steps, config.warmup_steps, config.final_lr_fraction)
   optimizer = adamw(rate, config.b1, config.b2, config.weight_decay, config.clip_norm)
@@ -210,7 +206,7 @@ def make_step(config: ConfigDict, model_config: ModelConfig, platform: str):
     dropout_key=jax.random.split(jax.random.key(config.seed))[1],
     rate=rate,
   )
-  return init, jax.jit(step, donate_argnums=0, compiler_options=COMPILER_OPTIONS.get(platform))
+  return init, jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 def is_due(step: int, every: int, config: ConfigDict) -> bool:
@@ -311,7 +307,8 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     model_config = ModelConfig(**config.model)
     check_batch(config)
     check_kernel(model_config)
-    init, jitted_step = make_step(config, model_config, platform())
+    options = compiler_options.for_mesh(mesh, config.compiler_options)
+    init, jitted_step = make_step(config, model_config, options)
     key = jax.random.split(jax.random.key(config.seed))[0]
     abstract_state = jax.eval_shape(init, key)
     check_update_fits(config, model_config, abstract_state)

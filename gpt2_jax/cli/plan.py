@@ -18,20 +18,14 @@ import itertools
 import math
 import os
 import pathlib
-import sys
-from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
-from tqdm import tqdm
 
 from gpt2_jax import chips
 from gpt2_jax.cli import shell
 from gpt2_jax.files import local_path, progress
 from gpt2_jax.runs import knobs
-
-if TYPE_CHECKING:
-  from gpt2_jax.plan import report
 
 _LIST_PRICES = ", ".join(f"{name} {tpu.usd_per_chip_hour:.2f}" for name, tpu in chips.TPUS.items())
 
@@ -49,10 +43,16 @@ _SLICES = flags.DEFINE_integer(
   upper_bound=4096,
 )
 _SEARCH = flags.DEFINE_bool(
-  "search", False, "Try meshes, microbatches, remat and kernels; print the best as flags."
+  "search",
+  False,
+  "Try meshes, microbatches, remat, kernels and unroll; print the best as flags. With --out, a "
+  "search that was cut off resumes.",
 )
 _COMPILED = flags.DEFINE_integer(
-  "compiled", 4, "Of a search, how many of the best estimates are compiled.", lower_bound=1
+  "compiled",
+  10,
+  "Of a search, how many candidates are compiled at most, a minute or more each.",
+  lower_bound=1,
 )
 _DECODE = flags.DEFINE_bool(
   "decode", False, "Plan text generation in place of training: tokens/s beside the HBM bound."
@@ -77,7 +77,7 @@ _OUT = flags.DEFINE_string("out", None, "A folder for plan.json and plan.png.")
 
 def main() -> None:
   from gpt2_jax.finetune.init_from import resolve_planned
-  from gpt2_jax.plan import report
+  from gpt2_jax.plan import compiling, report, trials
 
   # 1. A compilation takes minutes: what can be known is said before.
   config = _CONFIG.value
@@ -93,12 +93,18 @@ def main() -> None:
   # 2. Plan.
   if _DECODE.value or _EVALUATE.value:
     return _plan_inference(config, topology, out)
+
+  def compile_plan(config: ConfigDict) -> report.Plan:
+    return report.Plan.of(config, topology, _TOKENS.value, _PRICE.value)
+
   if _SEARCH.value:
-    plan = _search(config, topology)
+    # Before the ranking, which takes a while and needs no libtpu.
+    compiling.check_installed()
+    plan = trials.fastest_plan(config, topology, compile_plan, _COMPILED.value, out)
     print(plan.table())
     print(f"\nthe best, to paste after --config:\n{report.flags(plan)}")
   else:
-    plan = _plan(config, topology)
+    plan = compile_plan(config)
     print(plan.table())
 
   if out is not None:
@@ -145,52 +151,6 @@ def _writable_folder(flag: str) -> pathlib.Path:
   if not there.is_dir() or not os.access(there, os.W_OK):
     raise OSError(f"--out={path} cannot be written: {there} is no folder that this user may write")
   return path
-
-
-def _plan(config: ConfigDict, topology: chips.Topology) -> report.Plan:
-  from gpt2_jax.plan import report
-
-  return report.Plan.of(config, topology, _TOKENS.value, _PRICE.value)
-
-
-def _search(config: ConfigDict, topology: chips.Topology) -> report.Plan:
-  """The fastest plan among the best estimates, each reported as soon as it is compiled.
-
-  Raises ValueError if none of them fits.
-  """
-  from gpt2_jax.plan import compiling, search
-
-  # Before the ranking, which takes a while and needs no libtpu.
-  compiling.check_installed()
-
-  # 1. Rank by the roofline estimate.
-  ranked = search.candidates(config, topology)
-  leading = search.leading(ranked, _COMPILED.value)
-  print(
-    f"{len(ranked)} candidates divide and are estimated to fit; compiling {len(leading)}",
-    file=sys.stderr,
-  )
-
-  # 2. Compile the best. The estimate of HBM is rough, so some may not fit.
-  plans = []
-  for candidate in tqdm(leading, unit="compile", disable=None):
-    try:
-      plan = _plan(candidate.apply(config), topology)
-    except compiling.DoesNotFit as error:
-      tqdm.write(f"{candidate}: {error}")
-      continue
-
-    plans.append(plan)
-    fast, slow = plan.estimate.step
-    hbm = plan.compiled.hbm_needed / chips.GIB
-    tqdm.write(f"{candidate}: {1e3 * fast:,.0f} to {1e3 * slow:,.0f} ms, {hbm:.2f} GiB")
-
-  # 3. The fastest, by the middle of its range.
-  if not plans:
-    raise ValueError(
-      f"none of the {len(leading)} compiled fits {topology}; take more with --compiled"
-    )
-  return min(plans, key=lambda plan: sum(plan.estimate.step))
 
 
 def run() -> None:

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 import gpt2_jax.compat as compat
-from gpt2_jax import train
+from gpt2_jax import compiler_options, train
 from gpt2_jax.batch import Batch
 from gpt2_jax.chips import Topology
 from gpt2_jax.files import announce, first_line
@@ -121,6 +121,7 @@ class Compiled(Scheduled):
   batch_size: int
   microbatches: int
   hbm: dict[str, float]  # bytes, by what they hold
+  options: dict = dataclasses.field(default_factory=dict)  # of the compiler
   frozen_weights: int = 0  # of matmuls, in the whole model: those without a gradient
 
   @property
@@ -164,7 +165,8 @@ def compile_step(config: ConfigDict, topology: Topology) -> Compiled:
   model_config = ModelConfig(**config.model)
   config = config.copy_and_resolve_references()
   config.steps_per_call = 1
-  init, call = train.make_step(config, model_config, platform="tpu")
+  options = compiler_options.for_mesh(mesh, config.compiler_options)
+  init, call = train.make_step(config, model_config, options)
 
   with jax.set_mesh(mesh):
     check_batch(config)
@@ -190,6 +192,7 @@ def compile_step(config: ConfigDict, topology: Topology) -> Compiled:
     batch_size=config.batch_size,
     microbatches=config.microbatches,
     hbm=_hbm_by_class(memory, state, kept),
+    options=options,
     frozen_weights=_frozen_weights(state.model, config),
   )
 

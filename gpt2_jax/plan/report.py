@@ -65,6 +65,7 @@ class Plan:
       "batch_size": compiled.batch_size,
       "microbatches": compiled.microbatches,
       "model": dataclasses.asdict(compiled.model),
+      "compiler_options": compiled.options,
       "compile_seconds": compiled.seconds,
       "hbm_per_chip": compiled.hbm | available,
       "estimates": self._estimates(),
@@ -283,4 +284,5 @@ def flags(plan: Plan) -> str:
   knobs["model.remat"] = model.remat
   knobs["model.attention"] = model.attention
   knobs["model.pad_heads"] = model.pad_heads
+  knobs["model.unroll"] = model.unroll
   return " ".join(f"--config.{name}={value}" for name, value in knobs.items())

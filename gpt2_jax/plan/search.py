@@ -1,37 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Searches mesh, gradient accumulation (microbatches), remat and attention kernel for a TPU slice.
+"""Searches mesh, microbatches, remat, attention kernel and unroll for the fastest step on a slice.
 
-A roofline estimate of step time and HBM ranks and prunes the candidates. It is rough: the compiler
-decides among the best of them (gpt2-jax plan --search).
+A roofline estimate of step time and HBM ranks what divides and is estimated to fit. It is rough, so
+the compiler decides: first among the best of each remat policy, then among the neighbours of the
+fastest, which differ from it in one knob by one step (gpt2-jax plan --search).
 """
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 
 from ml_collections import ConfigDict
 
 from gpt2_jax.chips import Topology
 from gpt2_jax.kernels.choose import fused_fits
 from gpt2_jax.model import ModelConfig
-from gpt2_jax.runs.metrics import flops_per_token
 
 # Activations that each layer keeps for the backward pass, in units of n_embd x 2 bytes a token:
 # those that the `model` axis does not split, and those that it splits. "dots" keeps the outputs of
 # matmuls and attention; "none" those of GELU and LayerNorm, too.
-KEPT = {"full": (1, 0), "dots": (3, 8), "none": (5, 12)}
-# Forward passes of the matmuls in a step: one, and what remat computes again.
-FORWARDS = {"full": 2.0, "dots": 1.05, "none": 1.0}
+KEPT = {"full": (1, 0), "dots": (3, 8), "none": (6, 13)}
+# Of the forward pass of a layer's matmuls and of its attention, what remat computes again. The last
+# matmul of a block (8 D^2 of 24 D^2) is nobody's input in the backward pass.
+RECOMPUTED = {"full": (2 / 3, 1.0), "dots": (0.0, 0.0), "none": (0.0, 0.0)}
 # Instructions of an attention head of 1,024 x 64, forward and backward, on v5e. Those of splash
 # include the copies around it.
-BUNDLES = {"fused": (3200, 6700), "splash": (11_000, 20_000)}
-# Of the peak FLOP/s, in matmuls.
-EFFICIENCY = 0.9
-# Bytes that elementwise operations move in a layer, an element of the residual stream: not split by
-# `model` and split, as in KEPT.
-MOVED = (80, 200)
+BUNDLES = {"fused": (4000, 6700), "splash": (11_000, 20_000)}
+
+# Fitted to the twelve compiled plans of experiments/README.md, which they meet to 20 %: matmuls at
+# this fraction of the peak, and the activations that they move beside it; elementwise operations
+# and copies, bytes an element of the residual stream in each layer, of a logit, of a parameter.
+PEAK_FRACTION, MATMUL_TRAFFIC = 1.09, 1.42
+LAYER_BYTES = {"full": 73, "dots": 78, "none": 83}
+LOGIT_BYTES, PARAMETER_BYTES = 6.4, 105
+# Two TensorCores that show as one chip share its work less than evenly.
+MEGACORE = 1.25
+
 # Of the HBM: candidates that need more are left out.
 HBM_LIMIT = 0.92
+# After a candidate that does not fit, the next one of its policy needs at most this fraction, and
+# so many may not fit.
+LESS_HBM, POLICY_TRIES = 0.85, 3
+# A neighbour whose estimate is more times that of the fastest is not compiled.
+NEIGHBOUR_LIMIT = 1.25
+UNROLL_COST = 1.05
+# Layers a step of the scan: more of them take longer to compile.
+UNROLLS = (1, 2, 3, 4, 6, 12)
+POLICIES = ("full", "dots", "none")  # in the order of what they keep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +60,13 @@ class Candidate:
   microbatches: int
   remat: str
   attention: str
-  seconds: float  # of a step: for ranking only
-  hbm: float  # bytes a chip
+  unroll: int
+  seconds: float = dataclasses.field(compare=False)  # of a step: for ranking only
+  hbm: float = dataclasses.field(compare=False)  # bytes a chip
+
+  @property
+  def mesh(self) -> tuple[int, int, int]:
+    return self.replica, self.data, self.model
 
   def apply(self, config: ConfigDict) -> ConfigDict:
     """A copy of the config with this mesh and these knobs."""
@@ -55,12 +76,17 @@ class Candidate:
 
     # Heads that do not divide by the `model` axis are padded with zero heads.
     pad_heads = config.model.n_head % self.model > 0
-    config.model.update(remat=self.remat, attention=self.attention, pad_heads=pad_heads)
+    config.model.update(
+      remat=self.remat, attention=self.attention, pad_heads=pad_heads, unroll=self.unroll
+    )
     return config
 
   def __str__(self):
-    mesh = f"mesh {self.replica} x {self.data} x {self.model}"
-    return f"{mesh}, {self.microbatches} microbatches, remat {self.remat}, {self.attention}"
+    mesh = " x ".join(map(str, self.mesh))
+    return (
+      f"mesh {mesh}, microbatches {self.microbatches}, remat {self.remat}, {self.attention}, "
+      f"unroll {self.unroll}"
+    )
 
 
 def candidates(config: ConfigDict, topology: Topology) -> list[Candidate]:
@@ -72,38 +98,93 @@ def candidates(config: ConfigDict, topology: Topology) -> list[Candidate]:
   kernels = list(BUNDLES)
   if not fused_fits(config.model.n_ctx, head_size):
     kernels.remove("fused")
+  unrolls = [n for n in UNROLLS if config.model.n_layer % n == 0]
+  if config.model.unroll not in unrolls:
+    unrolls.append(config.model.unroll)
 
   fitting = []
   for mesh in _meshes(config, topology):
     accumulations = _microbatches(config, mesh)
-    for microbatches, remat, kernel in itertools.product(accumulations, KEPT, kernels):
+    for microbatches, remat, kernel in itertools.product(accumulations, POLICIES, kernels):
       hbm = _hbm_bytes(config, mesh, microbatches, remat)
       if hbm < HBM_LIMIT * topology.chip.hbm:
         seconds = _roofline_seconds(config, topology, mesh, microbatches, remat, kernel)
-        fitting.append(Candidate(*mesh, microbatches, remat, kernel, seconds, hbm))
+        for unroll in unrolls:
+          knobs = (*mesh, microbatches, remat, kernel, unroll)
+          fitting.append(Candidate(*knobs, seconds, hbm))
 
   if not fitting:
     raise ValueError(
       f"no mesh of {topology} holds this model with batch_size of {config.batch_size}; "
       f"take more chips, or a batch that divides by them"
     )
-  return sorted(fitting, key=lambda candidate: candidate.seconds)
+
+  # The roofline knows nothing of unroll: of equal ones, the config's own comes first.
+  def speed(candidate: Candidate) -> tuple[float, bool]:
+    return candidate.seconds, candidate.unroll != config.model.unroll
+
+  return sorted(fitting, key=speed)
 
 
-def leading(ranked: list[Candidate], count: int) -> list[Candidate]:
-  """The fastest candidate of each mesh and remat policy, and among them one of each policy first.
+def next_candidate(
+  ranked: list[Candidate], measured: Mapping[Candidate, float | None]
+) -> Candidate | None:
+  """What to compile next; None when no neighbour of the fastest is left.
 
-  Policies go first since the roofline is least to be trusted between them.
+  `measured` are the seconds of what was compiled, None for what did not fit.
   """
-  of_mesh_and_policy, of_policy = {}, {}
-  for candidate in ranked:
-    mesh = candidate.replica, candidate.data, candidate.model
-    of_mesh_and_policy.setdefault((mesh, candidate.remat), candidate)
-    of_policy.setdefault(candidate.remat, candidate)
+  fitting = {candidate: s for candidate, s in measured.items() if s is not None}
+  fastest = min(fitting, key=fitting.get, default=None)
+  limit = NEIGHBOUR_LIMIT * fastest.seconds if fastest else math.inf
 
-  first = list(of_policy.values())
-  rest = [candidate for candidate in of_mesh_and_policy.values() if candidate not in first]
-  return [*first, *rest][:count]
+  # 1. The best of each remat policy, between which the roofline is least to be trusted. After one
+  #    that does not fit, the best that needs clearly less, if it is not much slower than others.
+  tried = {policy: [] for policy in dict.fromkeys(candidate.remat for candidate in ranked)}
+  for candidate in measured:
+    tried[candidate.remat].append(candidate)
+  for policy in sorted(tried, key=lambda policy: len(tried[policy])):
+    of_policy = tried[policy]
+    if len(of_policy) >= POLICY_TRIES or not fitting.keys().isdisjoint(of_policy):
+      continue
+    room = min((LESS_HBM * candidate.hbm for candidate in of_policy), default=math.inf)
+    for candidate in ranked:
+      is_fast = not of_policy or candidate.seconds < limit
+      if candidate.remat == policy and candidate.hbm <= room and is_fast:
+        return candidate
+
+  # 2. The neighbours of the fastest, likely ones first. Of unroll the roofline knows nothing, and
+  #    more of it takes longer to compile: it comes after what is estimated to be nearly as fast.
+  def cost(candidate: Candidate) -> float:
+    return candidate.seconds * (1.0 if candidate.unroll == fastest.unroll else UNROLL_COST)
+
+  neighbours = []
+  for candidate in ranked:
+    is_new = candidate not in measured and candidate.seconds < limit
+    if is_new and fastest is not None and _are_neighbours(candidate, fastest):
+      neighbours.append(candidate)
+  return min(neighbours, key=cost, default=None)
+
+
+def _are_neighbours(one: Candidate, other: Candidate) -> bool:
+  """Whether they differ in one knob, by one step: half or twice, or the next of a list."""
+  steps = []
+  if one.mesh != other.mesh:
+    # Chips move between two axes of the mesh, two or half as many.
+    ratios = [a / b for a, b in zip(one.mesh, other.mesh, strict=True)]
+    steps.append(1 if sorted(ratios) == [0.5, 1.0, 2.0] else 2)
+  if one.microbatches != other.microbatches:
+    ratio = one.microbatches / other.microbatches
+    steps.append(1 if ratio in (0.5, 2.0) else 2)
+  for values, a, b in (
+    (POLICIES, one.remat, other.remat),
+    (UNROLLS, one.unroll, other.unroll),
+    (tuple(BUNDLES), one.attention, other.attention),
+  ):
+    if a != b:
+      # Unroll goes by divisors of the layers, so that the next one may be two places on.
+      apart = abs(values.index(a) - values.index(b)) if {a, b} <= set(values) else 1
+      steps.append(1 if apart == 1 or values is UNROLLS and apart == 2 else 2)
+  return steps == [1]
 
 
 def _meshes(config: ConfigDict, topology: Topology) -> Iterator[tuple[int, int, int]]:
@@ -144,11 +225,11 @@ def _hbm_bytes(
   )  # that a chip holds of a batch
 
   # 18 bytes a parameter: itself, two moments and the gradient in float32, a copy in bfloat16; a
-  # frozen one has neither moments nor a gradient, and an adapter is small. Six bytes a logit of one
-  # microbatch, and six an entry of the embedding, gathered over `data`.
+  # frozen one has neither moments nor a gradient, and an adapter is small. Four bytes a logit of
+  # one microbatch, and six an entry of the embedding, gathered over `data`.
   of_parameter = 6 if config.adapter.kind else 18
   not_split, split = KEPT[remat]
-  kept = 2 * D * L * (split / model + not_split) + 6 * V / model
+  kept = 2 * D * L * (split / model + not_split) + 4 * V / model
   state = of_parameter * (layers + embedding) / (data * model)
   return state + tokens / microbatches * kept + 6 * embedding / model
 
@@ -165,25 +246,39 @@ def _roofline_seconds(
   replica, data, model = mesh
   chip = topology.chip
   model_config = ModelConfig(**config.model)
-  D, L, T = model_config.n_embd, model_config.n_layer, model_config.n_ctx
+  D, L, T, V = (
+    model_config.n_embd,
+    model_config.n_layer,
+    model_config.n_ctx,
+    model_config.n_vocab,
+  )
   rows = config.batch_size // (replica * data)  # that a chip holds of a batch
   tokens = rows * T
+  matmul_again, attention_again = RECOMPUTED[remat]
 
-  # 1. Matmuls: a third of the FLOPs is the forward pass, which remat repeats.
-  matmul_flops = flops_per_token(model_config) - 12 * L * T * D  # without those of attention
-  matmuls = tokens * matmul_flops / model * (2 + FORWARDS[remat]) / 3
+  # 1. Matmuls: three of each, and what is recomputed. A layer's read and write 16 D a token.
+  matmul_flops = tokens * 2 * (12 * L * D * D * (3 + matmul_again) + 3 * V * D) / model
+  traffic = tokens * L * D * 2 * 16 * (3 + matmul_again) / model
+  matmuls = matmul_flops / (PEAK_FRACTION * chip.flops)
+  matmuls += MATMUL_TRAFFIC * traffic / chip.hbm_bandwidth
 
   # 2. Attention kernels, a bundle of instructions a cycle.
   heads = -(-model_config.n_head // model)  # of a chip, rounded up
   forward, backward = BUNDLES[kernel]
-  kernels = rows * heads * L * (forward * FORWARDS[remat] + backward) / chip.clock
+  kernels = rows * heads * L * (forward * (1 + attention_again) + backward) / chip.clock
 
-  # 3. Elementwise operations, at the full HBM bandwidth.
-  elementwise = tokens * L * D * (MOVED[0] + MOVED[1] / model) / chip.hbm_bandwidth
+  # 3. Elementwise operations at the full HBM bandwidth; two fifths are not split by `model`. Those
+  #    of parameters are made once a step, and their gradients are added for each microbatch.
+  parameters = sum(_parameters(model_config)) / (data * model)
+  moved = tokens * L * D * LAYER_BYTES[remat] * (0.4 + 0.6 / model)
+  moved += tokens * V / model * LOGIT_BYTES
+  moved += parameters * (PARAMETER_BYTES + 12 * (microbatches - 1))
+  work = matmuls + kernels + moved / chip.hbm_bandwidth
+  if chip.libtpu_config == "megacore":
+    work *= MEGACORE
 
   # 4. Collectives. Nothing overlaps here: exposed or not, more of them is worse.
-  ici, dcn = _communication_seconds(model_config, topology, mesh, microbatches, remat, tokens)
-  return matmuls / (EFFICIENCY * chip.flops) + kernels + elementwise + ici + dcn
+  return work + _communication_seconds(model_config, topology, mesh, microbatches, remat, tokens)
 
 
 def _communication_seconds(
@@ -193,8 +288,8 @@ def _communication_seconds(
   microbatches: int,
   remat: str,
   tokens: int,
-) -> tuple[float, float]:
-  """Estimated seconds of a step's collectives: over ICI, and between slices over DCN."""
+) -> float:
+  """Estimated seconds of a step's collectives, over ICI and between slices over DCN."""
   replica, data, model = mesh
   layers, embedding = _parameters(config)
   weights = (layers + embedding) / model
@@ -203,25 +298,32 @@ def _communication_seconds(
   #    float32, for each microbatch. Over more than one axis of the torus the compiler makes an
   #    all-reduce and a slice of a reduce-scatter.
   scatter = 2 if data > max(topology.shape) else 1
-  gathers = microbatches * (1 + FORWARDS[remat])
-  moved = weights * (2 * gathers + 4 * scatter * microbatches) * (data - 1) / data
+  moved = weights * (2 * 2 + 4 * scatter) * microbatches * (data - 1) / data
+  seconds = moved / (_links(topology, data) * topology.chip.ici_bandwidth)
 
-  # 2. Gradients: an all-reduce over the replicas, in float32.
-  moved += 8 * weights / data * microbatches * (replica - 1) / replica
+  # 2. Gradients: an all-reduce over the replicas of a slice, in float32, once a step.
+  within = replica // topology.slices
+  moved = 8 * weights / data * (within - 1) / within
+  seconds += moved / (_links(topology, within) * topology.chip.ici_bandwidth)
 
   # 3. Activations: two all-reduces over `model` in each direction, in float32.
+  passes = 2 + RECOMPUTED[remat][0]
   activations = 16 * config.n_layer * tokens * config.n_embd
-  moved += activations * (1 + FORWARDS[remat]) * (model - 1) / model
+  moved = activations * passes * (model - 1) / model
+  seconds += moved / (_links(topology, model) * topology.chip.ici_bandwidth)
 
-  # 4. A `data` axis that fills a ring uses both directions of its links.
-  rings = []
-  for axis, length in enumerate(topology.shape):
-    if topology.wraps_around(axis):
-      rings.append(length)
-  bandwidth = (2 if data in rings else 1) * topology.chip.ici_bandwidth
+  # 4. Gradients once more, between slices: each chip its part of what its slice has summed.
+  between = 8 * weights / data / within * (topology.slices - 1) / topology.slices
+  return seconds + between / topology.chip.dcn_bandwidth
 
-  # 5. Gradients once more, between slices.
-  between = 0.0
-  if topology.slices > 1:
-    between = 8 * weights / data / topology.chip.dcn_bandwidth
-  return moved / bandwidth, between
+
+def _links(topology: Topology, size: int) -> int:
+  """Links of a chip that a mesh axis of this size uses: two for each ring of the torus it fills."""
+  links, left = 0, size
+  for axis in sorted(range(len(topology.shape)), key=lambda axis: topology.shape[axis]):
+    if left <= 1:
+      break
+    length = topology.shape[axis]
+    links += 2 if left >= length and topology.wraps_around(axis) else 1
+    left = -(-left // length)
+  return max(1, links)

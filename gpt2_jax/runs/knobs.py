@@ -152,6 +152,9 @@ KNOBS = {
   "batch_size": _count("windows in one update, over all devices"),
   "microbatches": _count("gradient accumulation: parts of a batch, in turn", resumable=True),
   "steps_per_call": _count("updates in one dispatch", resumable=True),
+  "compiler_options": Knob(
+    str, "of XLA: auto, none, or auto,NAME=VALUE,...", resumable=True, added="auto"
+  ),
   "learning_rate": Knob(float, "peak learning rate", 0, above_low=True),
   "warmup_steps": _count("steps of linear warmup", 0),
   "final_lr_fraction": Knob(float, "of the peak, at the end of the cosine", 0, 1),

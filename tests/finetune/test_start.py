@@ -52,7 +52,7 @@ def test_width_1600_and_25_heads_start_alike_on_one_device_and_on_eight(mesh, pu
 
 def bytes_a_device(config) -> tuple[int, int, int]:
   """Of the model, the optimizer state and a checkpoint, on the mesh in force."""
-  init, _ = train.make_step(config, ModelConfig(**config.model), "cpu")
+  init, _ = train.make_step(config, ModelConfig(**config.model))
   state = jax.eval_shape(init, jax.random.key(0))
   parts = (state.model, state.opt_state, saved_part(config, state))
   return tuple(local_bytes(part, get_mesh()) for part in parts)

@@ -205,11 +205,8 @@ def test_a_search_offers_only_what_divides_and_is_estimated_to_fit():
     ranked = search.candidates(config, target)
     seconds = [candidate.seconds for candidate in ranked]
     assert seconds == sorted(seconds)
-    leading = search.leading(ranked, 5)
-    assert leading[0] == ranked[0] and len(set(leading)) == 5
-    assert {candidate.remat for candidate in leading[:3]} == {"full", "dots", "none"}
     devices = open_topology(target)
-    for candidate in leading:
+    for candidate in ranked[:5]:
       make_mesh(candidate.replica, candidate.data, candidate.model, devices=devices)
     for candidate in ranked:
       applied = candidate.apply(config)
@@ -234,7 +231,7 @@ def test_a_plan_of_lora_bounds_what_is_kept_over_any_base(mesh, quantize):
     config = config_for((1, 1, 1))
     config.adapter.update(kind=kind, quantize=quantize if kind else "")
     with mesh(1, 1, 1):
-      init, _ = train.make_step(config, ModelConfig(**config.model), "cpu")
+      init, _ = train.make_step(config, ModelConfig(**config.model))
       state = concrete(jax.eval_shape(init, jax.random.key(0)), get_mesh())
       kept[kind] = _kept_for_backward(state.model, config, get_mesh())
   assert 0.5 * kept[""] < kept["lora"] < 1.01 * kept[""]

@@ -100,7 +100,7 @@ def test_arrays_of_version_0_are_restored_bit_for_bit(data, workdir, mesh):
   with ocp.PyTreeCheckpointer() as reader:
     saved = reader.restore(folder)
   config = config_for(data, "float32")
-  init, _ = train.make_step(config, train.ModelConfig(**config.model), "cpu")
+  init, _ = train.make_step(config, train.ModelConfig(**config.model))
   with mesh(1, 2, 1):
     checkpoints = Checkpoints(str(workdir / "float32"), create=False)
     state = checkpoints.restore(20, jax.eval_shape(init, jax.random.key(0)))

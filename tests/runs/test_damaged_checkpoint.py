@@ -52,7 +52,7 @@ def metadata_of(parts: int = 3, train_data: str = "a", source: str = "a folder")
 def abstract_state():
   config = gpt2.get_config()
   config.model.update(SIZES)
-  init, _ = train.make_step(config, ModelConfig(**config.model), "cpu")
+  init, _ = train.make_step(config, ModelConfig(**config.model))
   return jax.eval_shape(init, jax.random.key(0)), init
 
 

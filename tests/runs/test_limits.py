@@ -13,7 +13,7 @@ from gpt2_jax.compat import get_mesh
 from gpt2_jax.loss import NextToken
 from gpt2_jax.model import ModelConfig
 from gpt2_jax.runs import limits
-from gpt2_jax.sharding import concrete, platform
+from gpt2_jax.sharding import concrete
 
 
 def check(mesh, sizes=(1, 1, 1), **knobs):
@@ -24,7 +24,7 @@ def check(mesh, sizes=(1, 1, 1), **knobs):
   config.update_from_flattened_dict(knobs)
   model_config = ModelConfig(**config.model)
   with mesh(*sizes):
-    init, _ = train.make_step(config, model_config, platform())
+    init, _ = train.make_step(config, model_config)
     state = jax.eval_shape(init, jax.random.key(0))
     limits.check_update_fits(config, model_config, state)
     return limits.memory_needs(config, model_config, state)
@@ -56,7 +56,7 @@ def test_the_estimate_is_below_what_the_compiler_needs(mesh):
   config.model.update(n_vocab=23, n_ctx=16, n_embd=16, n_head=2, n_layer=2, dtype="float32")
   config.update(steps=24, batch_size=64, warmup_steps=4)
   with mesh(1, 1, 1):
-    init, step = train.make_step(config, ModelConfig(**config.model), "cpu")
+    init, step = train.make_step(config, ModelConfig(**config.model))
     state = concrete(jax.eval_shape(init, jax.random.key(0)), get_mesh())
     tokens_BT = jax.ShapeDtypeStruct((1, 64, 17), jnp.int32)
     signals = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -76,7 +76,7 @@ def test_running_out_of_memory_is_one_line_with_the_knobs(mesh):
   config = gpt2.get_config()
   model_config = ModelConfig(**config.model)
   with mesh(1, 1, 1):
-    init, _ = train.make_step(config, model_config, "cpu")
+    init, _ = train.make_step(config, model_config)
     state = jax.eval_shape(init, jax.random.key(0))
     with (
       pytest.raises(

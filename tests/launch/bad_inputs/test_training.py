@@ -98,6 +98,8 @@ KNOBS = rows(
     ),
     ("no microbatches", "microbatches", "--config.microbatches=0"),
     ("no steps in a call", "steps_per_call", "--config.steps_per_call=0"),
+    ("options of the compiler in words", "NAME=VALUE", "--config.compiler_options=fast"),
+    ("an option no compiler knows", "xla_faster", "--config.compiler_options=xla_faster=true"),
     ("a learning rate of zero", "learning_rate", "--config.learning_rate=0"),
     ("a learning rate of nan", "learning_rate", "--config.learning_rate=nan"),
     ("a learning rate of inf", "learning_rate", "--config.learning_rate=inf"),
