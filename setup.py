@@ -88,6 +88,7 @@ setup(
     "plan": ["jax[tpu]"],  # libtpu (0.7 GB), for its compiler: `gpt2-jax plan` needs no TPU
     "cuda": ["jax[cuda12]"],
     "convert": ["torch>=2.13"],  # nanoGPT's and pickled files
+    "gpt1": ["ftfy>=6.3", "spacy>=3.8"],  # GPT-1's tokenizer cuts words by them
     "eval": ["rouge-score>=0.1.2", "sacrebleu>=2.6"],  # of summaries and translations
     "wandb": ["wandb>=0.31"],  # config.wandb_project
     "harness": ["lm_eval>=0.4.13"],  # this project's models under lm-evaluation-harness
@@ -120,6 +121,8 @@ setup(
       "accelerate>=1.15",  # lm_eval's own hf model imports it
       "peft>=0.21",  # LoRA, prompt and prefix tuning
       "wandb>=0.31",  # its own library, offline
+      "ftfy>=6.3",
+      "spacy>=3.8",  # OpenAI's GPT-1 tokenizer
     ],
     "bench": [
       "torch==2.13.0",

@@ -34,6 +34,7 @@ def get_config(trained: str = "full") -> ConfigDict:
     config.model[name] = placeholder(float)
   config.model.use_bias = placeholder(bool)
   config.model.gelu = placeholder(str)
+  config.model.family = placeholder(str)
   config.init_from = "gpt2"
   config.data.tokenizer = ""
 

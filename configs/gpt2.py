@@ -76,6 +76,7 @@ def finetuning() -> dict:
     },
     "classify": {
       "classes": 0,  # labels of a head on the last token; 0 is a language model
+      "form": "",  # "similarity" or "choice": examples of several texts, as GPT-1 has them
       "lm_weight": 0.5,  # of the language model's loss beside the labels', as GPT-1 has it
     },
   }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a GPT-2 is, in numbers: ModelConfig, and the published sizes with their names.
+"""What a GPT-2 is, in numbers: ModelConfig, and the published sizes with their names; and GPT-1.
 
 It imports no JAX, so that a config file can be read, and its knobs be listed, at once.
 """
@@ -10,6 +10,7 @@ import math
 
 from gpt2_jax.kernels import CROSS_ENTROPY_KERNELS, KERNELS
 
+FAMILIES = ("gpt2", "gpt1")
 GELU = ("tanh", "erf")
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "dots", "full")
@@ -41,6 +42,7 @@ class ModelConfig:
   cross_entropy: str = "auto"  # the kernel of the head and its loss, see loss.next_token_nats
   remat: str = "none"  # what the backward pass recomputes: "none", "dots" (all but matmuls), "full"
   unroll: int = 1  # layers a step of the scan; n_layer is a Python loop
+  family: str = "gpt2"  # "gpt1": LayerNorms after the sums, and none at the end (gpt1.py)
 
   def __post_init__(self):
     for name in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer", "unroll"):
@@ -49,7 +51,13 @@ class ModelConfig:
     if self.n_embd % self.n_head:
       raise ValueError(f"n_embd of {self.n_embd} does not divide by n_head of {self.n_head}")
 
-    choices = {"gelu": GELU, "remat": REMAT, "attention": KERNELS, "dtype": DTYPES}
+    choices = {
+      "family": FAMILIES,
+      "gelu": GELU,
+      "remat": REMAT,
+      "attention": KERNELS,
+      "dtype": DTYPES,
+    }
     choices["cross_entropy"] = CROSS_ENTROPY_KERNELS
     for name, allowed in choices.items():
       if getattr(self, name) not in allowed:
@@ -70,7 +78,7 @@ class ModelConfig:
     D = self.n_embd
     norms, biases = (4 * D, 9 * D) if self.use_bias else (2 * D, 0)  # of one layer
     layer = 12 * D * D + norms + biases
-    ln_f = 2 * D if self.use_bias else D
+    ln_f = 0 if self.family == "gpt1" else norms // 2
     return (self.n_vocab + self.n_ctx) * D + self.n_layer * layer + ln_f
 
   @property
@@ -102,6 +110,10 @@ SIZES = {
   "1542M": ModelConfig(n_embd=1600, n_head=25, n_layer=48),
   "distilgpt2": ModelConfig(n_embd=768, n_head=12, n_layer=6),
 }
+GPT1_CONFIG = ModelConfig(
+  n_vocab=40478, n_ctx=512, embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1, family="gpt1"
+)
+GPT1_NAMES = ("gpt1", "openai-gpt")
 ALIASES = {
   "117M": ("gpt2", "124M"),
   "345M": ("gpt2-medium", "355M"),

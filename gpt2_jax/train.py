@@ -16,8 +16,8 @@ from gpt2_jax import compiler_options
 from gpt2_jax.batch import Batch
 from gpt2_jax.compat import get_mesh
 from gpt2_jax.files import announce, user_path
-from gpt2_jax.finetune.classify import make_objective
 from gpt2_jax.finetune.init_from import resolve_model
+from gpt2_jax.finetune.objective import make_objective
 from gpt2_jax.finetune.start import build_on, initial_model, restored, saved_part, trained_names
 from gpt2_jax.finetune.trainable import merge, partition, trainable_mask
 from gpt2_jax.loss import mean_loss, per_token

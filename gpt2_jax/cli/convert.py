@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Converts GPT-2 checkpoints between all formats, and checks the parity of two checkpoints.
 
-gpt2-jax convert --from=gpt2 --to=out/gpt2 --format=hf             # or orbax, nanogpt, llmc
+gpt2-jax convert --from=gpt2 --to=out/gpt2 --format=hf       # or orbax, nanogpt, llmc, gpt1
 gpt2-jax convert --from=gpt2 --adapter=adapters/mine --to=out/merged      # peft's LoRA, merged
 gpt2-jax convert --from=runs/lora --to=adapters/mine --format=peft        # what a run trained
 gpt2-jax convert --verify=out/gpt2 --against=gpt2 --oracle=transformers --text=book.txt
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
   from gpt2_jax.convert import parity
 
 # What convert.pretrained can write.
-FORMATS = ("hf", "orbax", "nanogpt", "llmc")
+FORMATS = ("hf", "orbax", "nanogpt", "llmc", "gpt1")
 
 _FROM = flags.DEFINE_string("from", None, "The checkpoint to convert: a name or a path.")
 _TO = flags.DEFINE_string(
@@ -51,6 +51,9 @@ _OTHER_GELU = flags.DEFINE_bool(
 )
 _GELU = flags.DEFINE_enum(
   "gelu", None, ["tanh", "erf"], "The GELU of nanoGPT's --from, which its file does not state."
+)
+_TASK_TOKENS = flags.DEFINE_bool(
+  "task_tokens", False, "Add _start_, _delimiter_ and _classify_ to a GPT-1, for --template=gpt1."
 )
 _REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit of the Hub's repository.")
 _VERIFY = flags.DEFINE_string("verify", None, "The checkpoint to check: a name or a path.")
@@ -77,13 +80,14 @@ _TOLERANCE = flags.DEFINE_float(
 _OUT = flags.DEFINE_string("out", "parity.json", "Where the result goes; it must not exist.")
 
 # Of a flag of the other half of this script, nothing would be heard.
-_ONLY_FROM = (_TO, _FORMAT, _ADAPTER, _MERGE, _DTYPE, _OTHER_GELU, _GELU, _REVISION)
+_ONLY_FROM = (_TO, _FORMAT, _ADAPTER, _MERGE, _DTYPE, _OTHER_GELU, _GELU)
+_ONLY_FROM += (_TASK_TOKENS, _REVISION)
 _ONLY_VERIFY = (_AGAINST, _ORACLE, _LOGITS, _TEXT, _WINDOWS, _TOLERANCE, _OUT)
 
 
 def convert() -> None:
   """Converts --from to --to, reads it back, and compares the SHA-256 of the weights."""
-  from gpt2_jax.convert import pretrained
+  from gpt2_jax.convert import gpt1_files, pretrained
   from gpt2_jax.convert.weights import cast_weights, weights_sha256
   from gpt2_jax.runs.workdir import is_remote
 
@@ -102,6 +106,8 @@ def convert() -> None:
   weights = pretrained.open_weights(
     _FROM.value, _REVISION.value, _ADAPTER.value, _MERGE.value, _GELU.value
   )
+  if _TASK_TOKENS.value:
+    weights = gpt1_files.add_task_tokens(weights)
   pretrained.write(weights, to, _FORMAT.value, _DTYPE.value, _OTHER_GELU.value)
 
   # 3. Read back from disk: what is announced as written has been read.
@@ -130,8 +136,10 @@ def convert() -> None:
 def _has_own_form(tokenizer) -> bool:
   """Whether the tokenizer was written in a form that only this project reads."""
   from gpt2_jax.convert.vocabulary import as_tokenizer_json
-  from gpt2_jax.tokenizer import Gpt2Bpe, HuggingFace
+  from gpt2_jax.tokenizer import Gpt1Bpe, Gpt2Bpe, HuggingFace
 
+  if _FORMAT.value in ("hf", "gpt1") and isinstance(tokenizer, Gpt1Bpe):
+    return False
   if _FORMAT.value == "hf":
     return not isinstance(tokenizer, Gpt2Bpe) and as_tokenizer_json(tokenizer) is None
   return _FORMAT.value != "orbax" and not isinstance(tokenizer, Gpt2Bpe | HuggingFace)
@@ -142,7 +150,7 @@ def _write_adapter() -> None:
   from gpt2_jax.convert import pretrained
   from gpt2_jax.convert.peft_files import read_adapter
 
-  unused = (_ADAPTER, _MERGE, _DTYPE, _OTHER_GELU, _GELU, _REVISION)
+  unused = (_ADAPTER, _MERGE, _DTYPE, _OTHER_GELU, _GELU, _TASK_TOKENS, _REVISION)
   if names := [f"--{flag.name}" for flag in unused if flag.present]:
     raise ValueError(f"{', '.join(names)} is nothing to --format=peft; leave it out")
   base = pretrained.save_adapter(_FROM.value, _TO.value)

@@ -71,7 +71,10 @@ def read(path: pathlib.Path) -> Weights:
   config = _model_config(payload, path)
 
   # 2. The tensors by GPT-2's names, whatever stands before them in the file.
-  match = find_gpt2(_open_tensors(path), str(path))
+  tensors = _open_tensors(path)
+  if config.family == "gpt1":
+    tensors = names.without_gpt1_names(tensors)
+  match = find_gpt2(tensors, str(path))
   if not payload.get("tie_word_embeddings", True) and match.head is None:
     raise ValueError(DEPARTS.format(path, "tie_word_embeddings=False, without an lm_head"))
 
@@ -102,7 +105,7 @@ def _model_config(payload: dict, path: pathlib.Path) -> ModelConfig:
 
   Whether the head is tied, the tensors say.
   """
-  _check_model_type(payload, path)
+  family = _family(payload, path)
 
   # 1. Sizes. The first files called the context n_ctx.
   try:
@@ -112,18 +115,22 @@ def _model_config(payload: dict, path: pathlib.Path) -> ModelConfig:
   except KeyError as error:
     raise ValueError(f"{path}/config.json says nothing of {error}") from error
 
-  activation = str(payload.get("activation_function", "gelu_new"))
-  gelu = GELU.get(activation, "tanh")
+  # GPT-1's "gelu" is the tanh form, and its other activations are other functions.
+  if family == "gpt1":
+    activation, known = str(payload.get("afn", "gelu")), {"gelu": "tanh"}
+  else:
+    activation, known = str(payload.get("activation_function", "gelu_new")), GELU
+  gelu = known.get(activation, "tanh")
   rates = {name: payload.get(name, 0.0) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
-  config = names.config_from_sizes(sizes, f"{path}/config.json", gelu=gelu, **rates)
+  config = names.config_from_sizes(sizes, f"{path}/config.json", gelu=gelu, family=family, **rates)
 
   # 2. Variants that transformers computes and this model does not: their logits would be wrong.
   variants = []
   for name, fixed in FIXED.items():
     if name != "tie_word_embeddings" and payload.get(name, fixed) != fixed:
       variants.append(f"{name}={payload[name]!r}")
-  if activation not in GELU:
-    variants.append(f"activation_function={activation!r}")
+  if activation not in known:
+    variants.append(f"{'afn' if family == 'gpt1' else 'activation_function'}={activation!r}")
   if payload.get("n_inner") not in (None, 4 * config.n_embd):
     variants.append(f"n_inner={payload['n_inner']!r}")
   if payload.get("quantization_config"):
@@ -133,22 +140,25 @@ def _model_config(payload: dict, path: pathlib.Path) -> ModelConfig:
   return config
 
 
-def _check_model_type(payload: dict, path: pathlib.Path) -> None:
-  """Raises ValueError for a config.json of another model.
+def _family(payload: dict, path: pathlib.Path) -> str:
+  """Whether a config.json is of a GPT-2 or a GPT-1. Raises ValueError for one of another model.
 
   The first files, and those of other libraries, name no type: then the architecture says it, or
   the fields of the sizes, whose names are GPT-2's. The tensors have to be GPT-2's in any case.
   """
   model_type, architectures = payload.get("model_type"), payload.get("architectures")
   if model_type is None and architectures:
-    is_gpt2 = isinstance(architectures, list) and str(architectures[0]).startswith("GPT2")
-    model_type = "gpt2" if is_gpt2 else architectures
+    first = str(architectures[0]) if isinstance(architectures, list) else ""
+    model_type = "gpt2" if first.startswith("GPT2") else architectures
+    model_type = "openai-gpt" if first.startswith("OpenAIGPT") else model_type
   elif model_type is None and {"n_embd", "n_head", "n_layer", "vocab_size"} <= payload.keys():
     model_type = "gpt2"
-  if model_type != "gpt2":
+  if model_type not in ("gpt2", "openai-gpt"):
     raise ValueError(
-      f"{path} holds a model of type {repr(model_type)[:40]}, not gpt2; this is GPT-2 only"
+      f"{path} holds a model of type {repr(model_type)[:40]}, not gpt2; this is GPT-2 only "
+      f"(and GPT-1, openai-gpt)"
     )
+  return "gpt1" if model_type == "openai-gpt" else "gpt2"
 
 
 def _open_tensors(path: pathlib.Path) -> dict[str, StoredTensor]:
@@ -293,10 +303,12 @@ def write(weights: Weights, path: pathlib.Path, dtype: str = "float32") -> None:
   from safetensors.numpy import save_file
 
   weights = add_zero_biases(weights)
+  if weights.config.family == "gpt1" and weights.config.gelu != "tanh":
+    raise ValueError("transformers' GPT-1 has the tanh GELU alone, and this model's is erf")
   shapes = names.shapes(weights.config)
   torch_name = {}
   for name in shapes:
-    torch_name[name] = "transformer." + names.translate_name(name, names.TORCH)
+    torch_name[name] = "transformer." + names.hugging_face_name(name, weights.config)
 
   # 1. Plan the shards by size alone: broadcast scalars have a shape and take no memory.
   split = huggingface_hub.split_state_dict_into_shards_factory(
@@ -335,24 +347,35 @@ def _write_json(payload: dict, path: pathlib.Path) -> None:
 
 def config_json(config: ModelConfig, dtype: str, eot: int | None) -> dict:
   """The content of config.json, in transformers' own names."""
-  return FIXED | {
-    "activation_function": "gelu_new" if config.gelu == "tanh" else "gelu",
-    "architectures": ["GPT2LMHeadModel"],
+  if config.family == "gpt1":
+    own = {
+      "afn": "gelu",
+      "architectures": ["OpenAIGPTLMHeadModel"],
+      "layer_norm_epsilon": FIXED["layer_norm_epsilon"],
+      "model_type": "openai-gpt",
+      "tie_word_embeddings": True,
+    }
+  else:
+    own = FIXED | {
+      "activation_function": "gelu_new" if config.gelu == "tanh" else "gelu",
+      "architectures": ["GPT2LMHeadModel"],
+      "model_type": "gpt2",
+      "n_inner": None,
+      "reorder_and_upcast_attn": False,
+      "use_cache": True,
+    }
+  return own | {
     "attn_pdrop": config.attn_pdrop,
     "bos_token_id": eot,
     "dtype": dtype,
     "embd_pdrop": config.embd_pdrop,
     "eos_token_id": eot,
     "initializer_range": 0.02,
-    "model_type": "gpt2",
     "n_ctx": config.n_ctx,
     "n_embd": config.n_embd,
     "n_head": config.n_head,
-    "n_inner": None,
     "n_layer": config.n_layer,
     "n_positions": config.n_ctx,
-    "reorder_and_upcast_attn": False,
     "resid_pdrop": config.resid_pdrop,
-    "use_cache": True,
     "vocab_size": config.n_vocab,
   }

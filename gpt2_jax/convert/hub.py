@@ -5,7 +5,7 @@ import pathlib
 import re
 
 from gpt2_jax.files import first_line
-from gpt2_jax.sizes import ALIASES
+from gpt2_jax.sizes import ALIASES, GPT1_NAMES
 from gpt2_jax.tokenizer import OWN_TOKENIZER
 from gpt2_jax.tokenizer.companion_files import COMPANIONS, MORE_CHAT_TEMPLATES
 from gpt2_jax.tokenizer.folder import VOCABULARIES
@@ -14,6 +14,7 @@ from gpt2_jax.tokenizer.folder import VOCABULARIES
 def _published_names() -> dict[str, str]:
   """The Hub's repository of every name that a published size has."""
   repositories = {"distilgpt2": "distilbert/distilgpt2"}
+  repositories |= dict.fromkeys(GPT1_NAMES, "openai-community/openai-gpt")
   for size, aliases in ALIASES.items():
     for name in (size, *aliases):
       repositories[name] = f"openai-community/{aliases[0]}"

@@ -36,6 +36,8 @@ TABLE = (
   ("ln_f.g", "D", "ln_f.weight", "ln_f/g"),
   ("ln_f.b", "D", "ln_f.bias", "ln_f/b"),
 )
+# What Hugging Face calls the embeddings of a GPT-1, by the name in GPT-2.
+GPT1_TORCH = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embed.weight"}
 TORCH = {canonical: torch for canonical, _, torch, _ in TABLE}
 OPENAI = {canonical: openai for canonical, _, _, openai in TABLE}
 
@@ -74,6 +76,8 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   for name, letters, _, _ in TABLE:
     if name.endswith(".b") and not config.use_bias:
       continue
+    if name.startswith("ln_f") and config.family == "gpt1":
+      continue
     shape = tuple(map(size.get, letters))
     for layer in range(config.n_layer if "{}" in name else 1):
       by_name[name.format(layer)] = shape
@@ -84,6 +88,23 @@ def translate_name(name: str, column: Mapping[str, str]) -> str:
   """A canonical name in another column of the table: TORCH or OPENAI."""
   layer = re.search(r"\.(\d+)\.", name)
   return column[re.sub(r"\.\d+\.", ".{}.", name)].format(layer[1] if layer else "")
+
+
+def hugging_face_name(name: str, config: ModelConfig) -> str:
+  """The name in Hugging Face's files, after their "transformer."."""
+  torch_name = translate_name(name, TORCH)
+  return GPT1_TORCH.get(torch_name, torch_name) if config.family == "gpt1" else torch_name
+
+
+def without_gpt1_names(tensors: Mapping[str, object]) -> dict[str, object]:
+  """The tensors of a GPT-1 of Hugging Face's by the names that GPT-2's embeddings have."""
+  renamed = {}
+  for name, tensor in tensors.items():
+    for gpt2_name, gpt1_name in GPT1_TORCH.items():
+      if f".{name}".endswith(f".{gpt1_name}"):
+        name = name.removesuffix(gpt1_name) + gpt2_name
+    renamed[name] = tensor
+  return renamed
 
 
 def is_matrix(name: str) -> bool:

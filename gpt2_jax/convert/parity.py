@@ -26,7 +26,7 @@ KEPT = 2
 KEPT_BYTES = 2**30
 
 # The fields of a config that decide what is computed.
-FUNCTION = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer", "use_bias", "gelu")
+FUNCTION = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer", "use_bias", "gelu", "family")
 
 Forward = Callable[[np.ndarray], np.ndarray]  # tokens [B, T] to float32 logits [B, T, V]
 
@@ -94,14 +94,16 @@ def load_transformers(name_or_path: str) -> Model:
   # Imported here: both are needed for this oracle only, and slow to import.
   try:
     import torch
-    from transformers import GPT2LMHeadModel
+    from transformers import GPT2LMHeadModel, OpenAIGPTLMHeadModel
   except ImportError as error:
     raise ImportError("the oracle is transformers: pip install torch transformers") from error
 
   def load():
     try:
       if is_own:
-        model, info = GPT2LMHeadModel.from_pretrained(
+        is_gpt1 = weights.config.family == "gpt1"
+        model_class = OpenAIGPTLMHeadModel if is_gpt1 else GPT2LMHeadModel
+        model, info = model_class.from_pretrained(
           path, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
         _check_all_loaded(info["missing_keys"], path)
@@ -133,17 +135,21 @@ def _check_all_loaded(missing: Iterable[str], path: pathlib.Path) -> None:
 def _to_transformers(weights: Weights):
   """The transformers model of a checkpoint of any format, in float32."""
   import torch
-  from transformers import GPT2Config, GPT2LMHeadModel
+  from transformers import GPT2Config, GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
   weights = add_zero_biases(weights)
   state = {}
   for name in names.shapes(weights.config):
     tensor = np.array(weights.read(name), np.float32)
-    state["transformer." + names.translate_name(name, names.TORCH)] = torch.from_numpy(tensor)
-  state["lm_head.weight"] = state["transformer.wte.weight"]
+    state["transformer." + names.hugging_face_name(name, weights.config)] = torch.from_numpy(tensor)
+  wte = names.hugging_face_name("wte", weights.config)
+  state["lm_head.weight"] = state[f"transformer.{wte}"]
 
-  config = GPT2Config.from_dict(hf.config_json(weights.config, "float32", None))
-  model = GPT2LMHeadModel(config)
+  payload = hf.config_json(weights.config, "float32", None)
+  if weights.config.family == "gpt1":
+    model = OpenAIGPTLMHeadModel(OpenAIGPTConfig.from_dict(payload))
+  else:
+    model = GPT2LMHeadModel(GPT2Config.from_dict(payload))
   model.load_state_dict(state)
   return model
 

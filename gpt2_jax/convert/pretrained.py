@@ -12,7 +12,7 @@ import numpy as np
 
 import gpt2_jax.quantization as quantization
 from gpt2_jax.compat import get_mesh
-from gpt2_jax.convert import hf, hub, llmc, nanogpt, openai
+from gpt2_jax.convert import gpt1_files, hf, hub, llmc, nanogpt, openai
 from gpt2_jax.convert.safe_load import import_torch
 from gpt2_jax.convert.vocabulary import check_pair
 from gpt2_jax.convert.weights import (
@@ -34,13 +34,13 @@ from gpt2_jax.files import (
   summarize,
   user_path,
 )
-from gpt2_jax.model import GPT2
+from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.runs.workdir import as_path, exists, is_remote
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.tokenizer import Gpt2Bpe, Tokenizer
 
 RUN_CONFIG = "train_config.json"  # which a run writes into its workdir
-WRITABLE = ("hf", "orbax", "nanogpt", "llmc")
+WRITABLE = ("hf", "orbax", "nanogpt", "llmc", "gpt1")
 
 
 def load_pretrained(
@@ -59,8 +59,8 @@ def load_pretrained(
 
   `name_or_path` is a published name (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2), a
   repository of the Hub with a GPT-2 in it, at `revision`; or a path: Hugging Face's folder,
-  OpenAI's, nanoGPT's ckpt.pt, llm.c's file, or the workdir of a run, at `step` ("latest", "best",
-  or a number). Its content decides which.
+  OpenAI's (of a GPT-1, too), nanoGPT's ckpt.pt, llm.c's file, or the workdir of a run, at `step`
+  ("latest", "best", or a number). Its content decides which.
 
   `mesh` is by default the one in force, or one over all devices. `dtype` is that of activations
   and matmul operands; parameters are float32, unless `quantize="int8"` makes the matrices int8.
@@ -276,7 +276,7 @@ def detect_format(path: pathlib.Path, has_adapter: bool = False):
     return module
   raise ValueError(
     f"{path} is no GPT-2 checkpoint: neither Hugging Face's folder (config.json), "
-    f"OpenAI's (hparams.json), nanoGPT's ckpt.pt, llm.c's file, "
+    f"OpenAI's (hparams.json; of GPT-1 {gpt1_files.SHAPES}), nanoGPT's ckpt.pt, llm.c's file, "
     f"nor the workdir of a run (checkpoints/){hf.other_weights(path)}"
   )
 
@@ -289,6 +289,8 @@ def _format(path: pathlib.Path):
     return openai
   if (path / "ckpt.pt").is_file():
     return nanogpt
+  if (path / gpt1_files.SHAPES).is_file():
+    return gpt1_files
 
   if path.is_file():
     with open(path, "rb") as file:
@@ -353,10 +355,10 @@ def save_pretrained(
 ) -> None:
   """Saves a model and its tokenizer as a checkpoint that others load.
 
-  `form` is Hugging Face's folder ("hf"), a workdir ("orbax"), nanoGPT's folder ("nanogpt"), or
-  llm.c's file ("llmc"). A workdir may be on gs://. Raises FileExistsError if `path` is there,
-  ValueError for what the format cannot say, OSError for want of room. NaN and infinities are
-  written as they are, and told on stderr.
+  `form` is Hugging Face's folder ("hf"), a workdir ("orbax"), nanoGPT's folder ("nanogpt"),
+  llm.c's file ("llmc"), or OpenAI's folder of a GPT-1 ("gpt1"). A workdir may be on gs://. Raises
+  FileExistsError if `path` is there, ValueError for what the format cannot say, OSError for want of
+  room. NaN and infinities are written as they are, and told on stderr.
   """
   write(from_model(model, tokenizer), path, form, dtype, other_gelu)
 
@@ -393,6 +395,7 @@ def write(
   """Saves weights of any source: see `save_pretrained`."""
   # 1. Refuse what can be told before anything is read.
   path = check_target(path, form, dtype)
+  _check_family(weights.config, form)
   # nanoGPT and llm.c take GPT-2's tokenizer for granted, and get no file of it.
   is_written = form in ("hf", "orbax") or not isinstance(weights.tokenizer, Gpt2Bpe)
   if weights.tokenizer is not None and is_written:
@@ -409,6 +412,8 @@ def write(
     nanogpt.write(weights, pathlib.Path(path), dtype, other_gelu)
   elif form == "llmc":
     llmc.write(weights, pathlib.Path(path), dtype)
+  elif form == "gpt1":
+    gpt1_files.write(weights, pathlib.Path(path), dtype)
   else:
     _write_workdir(weights, path)
 
@@ -418,6 +423,17 @@ def write(
       f"warning: {sum(nonfinite.values()):,} weights of {weights.source} are NaN or infinite, and "
       f"written as they are: {summarize(nonfinite, 4)}",
       file=sys.stderr,
+    )
+
+
+def _check_family(config: ModelConfig, form: str) -> None:
+  """Raises ValueError for a format that has no place for a model of this family."""
+  if form == "gpt1":
+    gpt1_files.check_writable_config(config)
+  if config.family == "gpt1" and form in ("nanogpt", "llmc"):
+    raise ValueError(
+      f"{form} computes a GPT-2, and this is a GPT-1, whose norms stand elsewhere; take hf, gpt1 "
+      f"or orbax"
     )
 
 
@@ -433,6 +449,8 @@ def check_target(path: str, form: str, dtype: str = "float32") -> str:
     raise ValueError(f"a run's parameters are float32, not {dtype}; leave the dtype out")
   if form == "llmc":
     llmc.check_dtype(dtype)
+  if form == "gpt1":
+    gpt1_files.check_writable_dtype(dtype)
 
   # 2. The place, where nothing may be.
   path = os.fspath(path)

@@ -12,6 +12,7 @@ from gpt2_jax.tokenizer import (
   EOT,
   OWN_TOKENIZER,
   Characters,
+  Gpt1Bpe,
   Gpt2Bpe,
   HuggingFace,
   SentencePiece,
@@ -22,6 +23,8 @@ from gpt2_jax.tokenizer import (
   read_tokenizer_folder,
   sentencepiece_as_json,
 )
+from gpt2_jax.tokenizer.companion_files import CONFIG
+from gpt2_jax.tokenizer.gpt1_bpe import HUGGING_FACE_FILES
 
 N_GPT2 = 50257
 
@@ -118,6 +121,11 @@ def write_vocabulary(tokenizer: Tokenizer | None, path: pathlib.Path, n_ctx: int
 
   Where tokenizer.json cannot say a kind (`as_tokenizer_json` is None), only `read_vocabulary` does.
   """
+  # GPT-1's is a pair of files, and the class says how to read it.
+  if isinstance(tokenizer, Gpt1Bpe):
+    _write_gpt1(tokenizer, path, n_ctx)
+    return
+
   # 1. GPT-2's BPE also as the older pair of files.
   if isinstance(tokenizer, Gpt2Bpe):
     tokenizer = _write_vocab_and_merges(tokenizer, path)
@@ -137,6 +145,19 @@ def write_vocabulary(tokenizer: Tokenizer | None, path: pathlib.Path, n_ctx: int
   )
   if tokenizer is not None and not fits:
     (path / OWN_TOKENIZER).write_text(json.dumps(tokenizer.to_json()))
+
+
+def _write_gpt1(tokenizer: Gpt1Bpe, path: pathlib.Path, n_ctx: int) -> None:
+  contents = (tokenizer.vocabulary, tokenizer.merges)
+  for name, content in zip(HUGGING_FACE_FILES, contents, strict=True):
+    (path / name).write_text(content, encoding="utf-8")
+  config = {
+    "tokenizer_class": "OpenAIGPTTokenizer",
+    "unk_token": "<unk>",
+    "model_max_length": n_ctx,
+    "additional_special_tokens": list(tokenizer.special_tokens),
+  }
+  (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def as_tokenizer_json(tokenizer: Tokenizer) -> HuggingFace | None:

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.convert import names
 from gpt2_jax.files import progress, summarize
+from gpt2_jax.gpt1 import new_model
 from gpt2_jax.kernels.int8 import TINY
 from gpt2_jax.linear import Dense
 from gpt2_jax.model import GPT2, ModelConfig, check_mesh, name_of
@@ -115,7 +116,7 @@ def to_model(weights: Weights, mesh: jax.sharding.Mesh, dtype: str, quantize: bo
   config = dataclasses.replace(weights.config, dtype=dtype, pad_heads=True)
 
   def make() -> GPT2:
-    model = GPT2(config, jax.random.key(0))
+    model = new_model(config, jax.random.key(0))
     return quantize_on_mesh(model) if quantize else model
 
   with jax.set_mesh(mesh):

@@ -15,6 +15,7 @@ import numpy as np
 
 from gpt2_jax.files import read_json_object, summarize, user_path
 from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.tokenizer.gpt1_bpe import TASK_TOKENS
 from gpt2_jax.tokenizer.interface import EOT, split_at_tokens
 
 # What is scored: the responses with the marker that ends them, or every token but the first.
@@ -114,7 +115,22 @@ CHATML = Template(
   stop=("<|im_end|>",),
 )
 
-TEMPLATES = (PLAIN, TLDR, DIALOGPT, CHAT, CHATML)
+# The tasks of GPT-1's paper (Radford et al. 2018, figure 1): a text, or a premise and a hypothesis,
+# and last the token whose hidden state is classified.
+GPT1_TASKS = Template(
+  "gpt1",
+  (
+    Turn("text", "_start_", "_classify_"),
+    Turn("premise", "_start_", "_delimiter_"),
+    Turn("hypothesis", "", "_classify_"),
+  ),
+  prompt="premise",
+  response="hypothesis",
+  special_tokens=TASK_TOKENS,
+  stop=("_classify_",),
+)
+
+TEMPLATES = (PLAIN, TLDR, DIALOGPT, CHAT, CHATML, GPT1_TASKS)
 
 
 def load_template(name_or_path: str) -> Template:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.batch import Batch
 from gpt2_jax.linear import NO_CONTEXT, Linear
-from gpt2_jax.loss import NextToken, cross_entropy, last_hidden, next_token_nats
+from gpt2_jax.loss import cross_entropy, last_hidden, next_token_nats
 from gpt2_jax.model import GPT2
 from gpt2_jax.sharding import BATCH, axis_size, padded
 
@@ -125,14 +125,6 @@ def mean_weights(batch: Batch):
   return jnp.where(is_example_BT, weights_BT / jnp.maximum(total_BT, 1e-9), 0.0)
 
 
-def make_objective(config):
-  """The objective that a config trains: next tokens, or labels where it has classes."""
-  check_classes(config.classify.classes)
-  if config.classify.classes:
-    return Classify(config.classify.classes, float(config.classify.lm_weight))
-  return NextToken()
-
-
 @jax.jit
 def _last_label_logits(model: Classifier, tokens_BT, last_B):
   x_BTD, _, _ = model.hidden(model.embed(tokens_BT))
@@ -142,7 +134,12 @@ def _last_label_logits(model: Classifier, tokens_BT, last_B):
 
 
 def label_log_probs(model: Classifier, rows: list[list[int]], batch_size: int = 32) -> np.ndarray:
-  """log p of each class for each row of token ids, float32 [rows, C].
+  """log p of each class for each row of token ids, float32 [rows, C]; see `last_label_logits`."""
+  return np.asarray(jax.nn.log_softmax(last_label_logits(model, rows, batch_size)))
+
+
+def last_label_logits(model: Classifier, rows: list[list[int]], batch_size: int = 32) -> np.ndarray:
+  """The head's logits at the last token of each row of token ids, float32 [rows, C].
 
   Raises ValueError for a model without a head, an empty row or one beyond the context.
   """
@@ -171,4 +168,4 @@ def label_log_probs(model: Classifier, rows: list[list[int]], batch_size: int = 
       placed = jax.device_put(tokens_BT, NamedSharding(model.mesh, BATCH))
       last = jax.device_put(last_B, NamedSharding(model.mesh, P(BATCH[0])))
       parts.append(np.asarray(_last_label_logits(model, placed, last))[: len(batch)])
-  return np.asarray(jax.nn.log_softmax(np.concatenate(parts)))
+  return np.concatenate(parts)

@@ -24,11 +24,11 @@ from gpt2_jax.files import user_path
 from gpt2_jax.finetune.adapter import n_virtual
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.runs.workdir import is_remote
-from gpt2_jax.sizes import model_config
+from gpt2_jax.sizes import GPT1_CONFIG, GPT1_NAMES, model_config
 from gpt2_jax.tokenizer import Tokenizer
 
 # What a model is: no run can change it. The context may be shorter.
-ARCHITECTURE = ("n_vocab", "n_embd", "n_head", "n_layer", "use_bias", "gelu")
+ARCHITECTURE = ("n_vocab", "n_embd", "n_head", "n_layer", "use_bias", "gelu", "family")
 
 # How a model is computed, where a config leaves it to the checkpoint: any platform, any mesh.
 COMPUTED = {"attention": "auto", "pad_heads": True}
@@ -106,7 +106,8 @@ def resolve_planned(config: ConfigDict) -> ConfigDict:
     return config
   name = config.init_from
   if name in PUBLISHED:
-    return resolve_model(config, Origin(name, model_config(name), None, load=None))
+    published = GPT1_CONFIG if name in GPT1_NAMES else model_config(name)
+    return resolve_model(config, Origin(name, published, None, load=None))
   return resolve_model(config, open_origin(name))
 
 

@@ -12,20 +12,20 @@ import jax
 from ml_collections import ConfigDict
 
 from gpt2_jax.finetune.adapter import TRAINED_NAMES, add_adapter, n_virtual
-from gpt2_jax.finetune.classify import add_head
+from gpt2_jax.finetune.objective import add_configured_head
 from gpt2_jax.finetune.trainable import merge, partition, trainable_mask
+from gpt2_jax.gpt1 import new_model
 from gpt2_jax.model import GPT2, ModelConfig, name_of
 
 
 def initial_model(config: ConfigDict, model_config: ModelConfig, key, base: GPT2 | None = None):
-  """The model before step 0: GPT-2 with random weights or those of `base`, a classifier's head
-  with `config.classify`, an adapter with `config.adapter`."""
+  """The model before step 0: GPT-2, or GPT-1, with random weights or those of `base`, a
+  classifier's head with `config.classify`, an adapter with `config.adapter`."""
   # Virtual tokens have positions of their own beside the context.
   n_ctx = model_config.n_ctx + n_virtual(config.adapter)
   model_config = dataclasses.replace(model_config, n_ctx=n_ctx)
-  model = GPT2(model_config, key) if base is None else reconfigure(base, model_config)
-  if config.classify.classes:
-    model = add_head(model, config.classify.classes, jax.random.fold_in(key, 1))
+  model = new_model(model_config, key) if base is None else reconfigure(base, model_config)
+  model = add_configured_head(model, config.classify, jax.random.fold_in(key, 1))
   if config.adapter.kind:
     model = add_adapter(model, config.adapter, jax.random.fold_in(key, 2))
   return model
@@ -45,7 +45,7 @@ def reconfigure(model: GPT2, model_config: ModelConfig) -> GPT2:
 
   Raises ValueError where the shapes are those of another model.
   """
-  target = jax.eval_shape(functools.partial(GPT2, model_config), jax.random.key(0))
+  target = jax.eval_shape(functools.partial(new_model, model_config), jax.random.key(0))
   leaves = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
 
   # A shorter context is the first positions of the table.

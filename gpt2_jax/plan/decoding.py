@@ -27,6 +27,7 @@ from gpt2_jax.decoding.kv_cache import for_inference_on_mesh
 from gpt2_jax.decoding.samplers import Greedy
 from gpt2_jax.evaluate.loglikelihood import _score, columns_at_once
 from gpt2_jax.files import atomic_write
+from gpt2_jax.gpt1 import new_model
 from gpt2_jax.model import GPT2, ModelConfig, check_mesh
 from gpt2_jax.plan.compiling import DoesNotFit, Scheduled, compile_lowered, open_topology
 from gpt2_jax.plan.estimate import estimate_program
@@ -160,7 +161,7 @@ def _model_shapes(config: ModelConfig, dtype: str, mesh: Mesh) -> GPT2:
   """The model's shapes with shardings on the mesh, quantized if the dtype is int8."""
 
   def make():
-    model = GPT2(config, jax.random.key(0))
+    model = new_model(config, jax.random.key(0))
     return quantization.quantize_on_mesh(model) if dtype == "int8" else model
 
   return concrete(jax.eval_shape(make), mesh)

@@ -112,6 +112,7 @@ KNOBS = {
   ),
   "model.remat": _model(str, "recomputed backward: none, dots, full", resumable=True),
   "model.unroll": _model(int, "layers a step of the scan", resumable=True),
+  "model.family": Knob(str, "gpt2, or gpt1: the architecture", added="gpt2"),
   # The data: where it lies may change, what it is may not (the manifests' hashes are compared).
   "data.train": Knob(str, "token store to train on, local or gs://", resumable=True),
   "data.validation": Knob(str, "token store to validate on", resumable=True),
@@ -139,6 +140,9 @@ KNOBS = {
   "adapter.quantize": Knob(str, "of LoRA: int8 for the frozen matrices; empty is none", added=""),
   "classify.classes": Knob(
     int, "labels of a head on the last token; 0 is a language model", 0, 2**20, added=0
+  ),
+  "classify.form": Knob(
+    str, "of several texts at once: similarity, or choice; empty is one text", added=""
   ),
   "classify.lm_weight": Knob(
     float, "of the language model's loss beside the labels'", 0, added=0.5

@@ -8,6 +8,7 @@ from gpt2_jax.tokenizer.as_tokenizer_json import characters_as_json, sentencepie
 from gpt2_jax.tokenizer.byte_bpe import Gpt2Bpe, byte_alphabet
 from gpt2_jax.tokenizer.characters import Characters, train_characters
 from gpt2_jax.tokenizer.folder import check_tokenizer_json
+from gpt2_jax.tokenizer.gpt1_bpe import Gpt1Bpe
 from gpt2_jax.tokenizer.huggingface import HuggingFace
 from gpt2_jax.tokenizer.interface import EOT, Tokenizer, check_unicode
 from gpt2_jax.tokenizer.load import OWN_TOKENIZER, from_json, load_tokenizer, read_tokenizer_folder
@@ -17,6 +18,7 @@ __all__ = [
   "EOT",
   "OWN_TOKENIZER",
   "Characters",
+  "Gpt1Bpe",
   "Gpt2Bpe",
   "HuggingFace",
   "SentencePiece",

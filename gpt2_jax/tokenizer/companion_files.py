@@ -71,6 +71,8 @@ class Companions:
   is_legacy: bool = True
   # Whether the model's config.json is one of GPT-2, whose class counts where none is named.
   is_gpt2: bool = False
+  # Whether the class or the model's config.json is GPT-1's.
+  is_gpt1: bool = False
 
   def special_tokens(self, defaults: dict[str, str] | None = None) -> list[dict]:
     """The special tokens, named ones first; `defaults` are the class's own names."""
@@ -128,7 +130,8 @@ def read_companions(folder: pathlib.Path) -> Companions:
   if templates:
     fields["chat_template"] = templates
   is_gpt2 = config.get("model_type") == "gpt2"
-  return Companions(tokenizer_class, fields, added, is_legacy, is_gpt2)
+  is_gpt1 = config.get("model_type") == "openai-gpt" or tokenizer_class == "OpenAIGPTTokenizer"
+  return Companions(tokenizer_class, fields, added, is_legacy, is_gpt2, is_gpt1)
 
 
 def token_spec(value: object, special: bool) -> dict:

@@ -19,6 +19,12 @@ from gpt2_jax.tokenizer.companion_files import (
   has_token,
   read_companions,
 )
+from gpt2_jax.tokenizer.gpt1_bpe import (
+  HUGGING_FACE_FILES,
+  OPENAI_FILES,
+  Gpt1Bpe,
+  read_gpt1_bpe,
+)
 from gpt2_jax.tokenizer.huggingface import HuggingFace, open_tokenizer_json
 from gpt2_jax.tokenizer.interface import EOT, Tokenizer
 from gpt2_jax.tokenizer.sentencepiece import SentencePiece
@@ -69,9 +75,13 @@ def read_folder(folder: pathlib.Path) -> Tokenizer | None:
 
   Raises ValueError for damaged files, and for those that are not read.
   """
+  if all((folder / name).is_file() for name in OPENAI_FILES):
+    return read_gpt1_bpe(folder, OPENAI_FILES)
   if not any((folder / name).is_file() for name in VOCABULARIES):
     return _check_unread(folder)
   companions = read_companions(folder)
+  if companions.is_gpt1:
+    return _read_gpt1(folder, companions)
 
   # 1. A tokenizer.json says the most.
   path = folder / TOKENIZER_JSON
@@ -96,6 +106,38 @@ def read_folder(folder: pathlib.Path) -> Tokenizer | None:
   # 3. What is left is half of a pair, or a class's own way of reading.
   present = [file for file in VOCABULARIES if (folder / file).is_file()]
   raise ValueError(_why_not(present, name))
+
+
+def _read_gpt1(folder: pathlib.Path, companions: Companions) -> Gpt1Bpe:
+  """GPT-1's BPE from the pair of files, or from the tokenizer.json that transformers 5 makes of it.
+
+  Of the latter the vocabulary and the merges count: words are cut as OpenAI's code cuts them.
+  """
+  # 1. The vocabulary and its merges.
+  special = [spec["content"] for spec in companions.special_tokens()]
+  added = {i: str(spec["content"]) for i, spec in companions.added.items()}
+  if all((folder / name).is_file() for name in HUGGING_FACE_FILES):
+    tokenizer = read_gpt1_bpe(folder, HUGGING_FACE_FILES, special)
+  elif (folder / TOKENIZER_JSON).is_file():
+    content = read_text(folder / TOKENIZER_JSON)
+    check_tokenizer_json(content, TOKENIZER_JSON)
+    payload = parse_json_object(content, TOKENIZER_JSON)
+    tokenizer = Gpt1Bpe.from_tokenizer_json(payload, special)
+    for token in payload.get("added_tokens") or ():
+      added[token["id"]] = token["content"]
+  else:
+    present = [file for file in VOCABULARIES if (folder / file).is_file()]
+    raise ValueError(_why_not(present, companions.tokenizer_class))
+
+  # 2. Added tokens count on from the vocabulary's end.
+  size = tokenizer.vocab_size
+  beyond = {i: token for i, token in added.items() if i >= size}
+  if sorted(beyond) != list(range(size, size + len(beyond))):
+    raise ValueError(
+      f"its added tokens have the ids {summarize(sorted(beyond), 4)}, and the vocabulary ends with "
+      f"{size - 1}"
+    )
+  return tokenizer.with_tokens([beyond[i] for i in sorted(beyond)]) if beyond else tokenizer
 
 
 def _why_not(present: list[str], name: str | None) -> str:

@@ -15,6 +15,7 @@ from gpt2_jax.tokenizer.folder import (
   read_tokenizer_json,
   read_word_pieces,
 )
+from gpt2_jax.tokenizer.gpt1_bpe import Gpt1Bpe
 from gpt2_jax.tokenizer.huggingface import HuggingFace
 from gpt2_jax.tokenizer.interface import Tokenizer
 from gpt2_jax.tokenizer.sentencepiece import SentencePiece
@@ -44,12 +45,21 @@ def from_json(payload: dict) -> Tokenizer:
       return HuggingFace(text, end, config, limit)
     case {"kind": "sentencepiece", "proto": str(proto)}:
       return SentencePiece(base64.b64decode(proto))
+    case {"kind": "gpt1", "vocabulary": str(vocabulary), "merges": str(merges)}:
+      special_tokens = payload.get("special_tokens") or []
+      if not isinstance(special_tokens, list) or not all(map(_is_text, special_tokens)):
+        raise ValueError(f"special_tokens is {str(special_tokens)[:40]!r}; it is a list of texts")
+      return Gpt1Bpe(vocabulary, merges, tuple(special_tokens))
     case {"kind": "characters", "alphabet": str(alphabet)}:
       return Characters(alphabet)
   raise ValueError(
     f"no tokenizer in {str(payload)[:60]!r}; "
-    "its kind is gpt2, huggingface, sentencepiece or characters"
+    "its kind is gpt2, huggingface, sentencepiece, gpt1 or characters"
   )
+
+
+def _is_text(value: object) -> bool:
+  return isinstance(value, str)
 
 
 def load_tokenizer(name_or_path: str) -> Tokenizer:

@@ -14,7 +14,7 @@ from gpt2_jax.cli import config_file
 from gpt2_jax.configs import FOLDER, shipped_configs
 
 ROOT = pathlib.Path(__file__).parents[2]
-ARCHITECTURE = ("n_vocab", "n_embd", "n_head", "n_layer", "use_bias", "gelu")
+ARCHITECTURE = ("n_vocab", "n_embd", "n_head", "n_layer", "use_bias", "gelu", "family")
 NAMES = sorted(
   file.relative_to(ROOT / "configs").with_suffix("").as_posix()
   for file in (ROOT / "configs").rglob("*.py")

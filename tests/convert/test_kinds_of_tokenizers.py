@@ -400,7 +400,8 @@ def check_literal(ours, theirs) -> None:
     assert ours.encode_with_offsets(text)[0] == ids
 
 
-CLASS = {"tokenizer_class": "OpenAIGPTTokenizer"}
+CLASS = {"tokenizer_class": "CTRLTokenizer"}
+GPT1_CLASS = {"tokenizer_class": "OpenAIGPTTokenizer"}
 SMALL = {"a": 0, "b": 1, "ab": 2}
 DROPOUT = BYTE_LEVEL | {"model": BYTE_LEVEL["model"] | {"dropout": 0.1}}
 EMPTY = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
@@ -413,7 +414,8 @@ SHIFTED = {"added_tokens_decoder": {str(N_BASE + 5): {"content": "<x>"}}}
     ({"vocab__json": SMALL}, "vocab.json is there and merges.txt is not"),
     ({"merges__txt": "a b"}, "merges.txt is there and vocab.json is not"),
     ({"encoder__json": SMALL}, "encoder.json is there and vocab.bpe is not"),
-    (PAIR | {"tokenizer_config__json": CLASS}, "'OpenAIGPTTokenizer' reads vocab.json, merges.txt"),
+    (PAIR | {"tokenizer_config__json": CLASS}, "'CTRLTokenizer' reads vocab.json, merges.txt"),
+    (PAIR | {"tokenizer_config__json": GPT1_CLASS}, "has no token that ends a word, with </w>"),
     (
       {"spiece__model": b"x", "tokenizer_config__json": {"tokenizer_class": "AlbertTokenizer"}},
       "'AlbertTokenizer' reads spiece.model in a way of its own",

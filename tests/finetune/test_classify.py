@@ -24,8 +24,8 @@ from gpt2_jax.finetune.classify import (
   Classify,
   add_head,
   label_log_probs,
-  make_objective,
 )
+from gpt2_jax.finetune.objective import make_objective
 from gpt2_jax.finetune.trainable import partition, trainable_mask
 from gpt2_jax.loss import NextToken
 from gpt2_jax.model import ModelConfig, name_of
@@ -41,7 +41,7 @@ ROWS_OF_LENGTHS = ((5, 8), (4, 3, 7))
 
 
 def config_of(classes: int, lm_weight: float = 0.5):
-  return ConfigDict({"classify": {"classes": classes, "lm_weight": lm_weight}})
+  return ConfigDict({"classify": {"classes": classes, "form": "", "lm_weight": lm_weight}})
 
 
 def names(tree) -> set[str]:

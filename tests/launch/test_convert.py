@@ -254,7 +254,7 @@ CASES = [
   (["--from=./gone", "--format=llmc", "--dtype=float16"], "llm.c has no float16"),
   (["--from=./gone", "--to=file/to"], "file is a file, not a folder"),
   (["--from=theirs", "--text=file"], "--text is nothing to --from"),
-  (["--from=theirs", "--format=openai"], "should be one of <hf|orbax|nanogpt|llmc|peft>"),
+  (["--from=theirs", "--format=openai"], "should be one of <hf|orbax|nanogpt|llmc|gpt1|peft>"),
   (["--from=theirs", "--format=nanogpt"], "nanoGPT computes the erf one"),
   (["--from=theirs", "--format=llmc", "--dtype=float16"], "llm.c has no float16"),
   (["--from=theirs", "--format=orbax", "--dtype=bfloat16"], "float32, not bfloat16"),

@@ -20,6 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import gpt2_jax
+from gpt2_jax.gpt1 import new_model
+from gpt2_jax.tokenizer import read_tokenizer_folder
 from tests.launch.bad_inputs.runner import Worker
 from tests.pages import commands
 from tests.pages.markdown import ROOT, blocks, inline_commands, links, page_names
@@ -88,6 +90,7 @@ def setting(tmp_path_factory, _server):
   for workdir in ("runs/117M", "runs/demo", "gs://bucket/1542M"):
     make(f"gpt2-jax train --config=gpt2:117M --workdir={workdir}")
   save_small_gpt2(sandbox / "gpt2")
+  save_small_gpt1(sandbox / "models" / "gpt1")
   yield worker, sandbox, shims
   worker.close()
 
@@ -108,6 +111,16 @@ def save_small_gpt2(folder: pathlib.Path) -> None:
     model = gpt2_jax.GPT2(config, jax.random.key(0))
   tokenizer = gpt2_jax.load_tokenizer("gpt2")
   gpt2_jax.save_pretrained(model, tokenizer, str(folder), form="hf")
+
+
+def save_small_gpt1(folder: pathlib.Path) -> None:
+  """OpenAI's files of a GPT-1 of one layer with random weights, and its vocabulary."""
+  sizes = {"n_vocab": 40478, "n_ctx": 64, "n_embd": 64, "n_head": 1, "n_layer": 1}
+  config = gpt2_jax.ModelConfig(**sizes, dtype="float32", family="gpt1")
+  with jax.set_mesh(gpt2_jax.make_mesh(1, 1, 1, devices=jax.devices()[:1])):
+    model = new_model(config, jax.random.key(0))
+  tokenizer = read_tokenizer_folder(pathlib.Path(DATA) / "gpt1")
+  gpt2_jax.save_pretrained(model, tokenizer, str(folder), form="gpt1")
 
 
 @pytest.mark.parametrize("page", page_names())

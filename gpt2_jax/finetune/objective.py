@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The objective and the head that a config asks for."""
+
+from ml_collections import ConfigDict
+
+from gpt2_jax.finetune.classify import Classifier, Classify, add_head, check_classes
+from gpt2_jax.finetune.several_texts import SEVERAL, ClassifySeveral
+from gpt2_jax.loss import NextToken
+from gpt2_jax.model import GPT2
+
+
+def make_objective(config: ConfigDict):
+  """The objective that a config trains: next tokens, or labels where it has classes."""
+  form, classes = config.classify.form, config.classify.classes
+  check_classes(classes)
+  if form not in ("", *SEVERAL):
+    raise ValueError(f"classify.form is {form[:80]!r}; it is one of {', '.join(SEVERAL)}, or ''")
+  if form and not classes:
+    raise ValueError(
+      f"classify.form is {form!r}, and there are no labels; set --config.classify.classes"
+    )
+  if form:
+    return ClassifySeveral(form, classes, float(config.classify.lm_weight))
+  return Classify(classes, float(config.classify.lm_weight)) if classes else NextToken()
+
+
+def add_configured_head(model: GPT2, settings: ConfigDict, key) -> GPT2:
+  """The model with the head that `settings`, a config's `classify`, asks for; as it is if none."""
+  if settings.classes and settings.form == "choice":
+    return Classifier(model, 1, key)  # one logit for each answer
+  return add_head(model, settings.classes, key)
