@@ -29,6 +29,7 @@ if __name__ == "__main__":
 
 import jax
 import numpy as np
+import optax
 from absl import flags
 
 from configs import gpt2, shakespeare
@@ -38,12 +39,14 @@ from gpt2_jax.decoding import for_inference, generate
 from gpt2_jax.files import local_path
 from gpt2_jax.loss import NextToken
 from gpt2_jax.model import GPT2, ModelConfig
+from gpt2_jax.optimizer import adamw
 from gpt2_jax.quantization import quantize
 from gpt2_jax.sharding import make_mesh
-from gpt2_jax.train import make_step
+from gpt2_jax.train import init_state, scan_steps
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
 PROMPT, N_NEW = 32, 64
+ADAMW = {"b1": 0.9, "b2": 0.95, "weight_decay": 0.1, "clip_norm": 1.0}
 CALLS = 2  # of a turn: the first is not timed, for a side runs slower just after another one
 
 
@@ -66,15 +69,16 @@ class Training:
     model_config = ModelConfig(**config.model)
 
     # 2. The state, and the batches of one call.
-    init, step = make_step(config, model_config, "cpu")
+    optimizer = adamw(optax.constant_schedule(config.learning_rate), **ADAMW)
+    init = functools.partial(init_state, model_config=model_config, optimizer=optimizer)
     state = jax.jit(init)(jax.random.key(0))
+    step = jax.jit(functools.partial(scan_steps, optimizer=optimizer), donate_argnums=0)
     shape = (config.steps_per_call, self.batch, self.context + 1)
     tokens_SBT = np.random.default_rng(0).integers(0, config.model.n_vocab, shape, np.int32)
-    signals = jax.numpy.zeros(1, jax.numpy.int32)
 
     def call():
       nonlocal state
-      state, metrics, _ = step(state, Batch(tokens_SBT), NextToken(), signals)
+      state, metrics = step(state, Batch(tokens_SBT), NextToken())
       jax.block_until_ready((state, metrics))
 
     return call, config.steps_per_call * self.batch * self.context

@@ -4,6 +4,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 
 @jax.tree_util.register_dataclass
@@ -21,3 +22,11 @@ class Batch:
   segments_BT: jax.Array | None = None
   positions_BT: jax.Array | None = None
   extras: dict = dataclasses.field(default_factory=dict)
+
+
+def batch_hash(tokens_BT):
+  """A uint32 that tells batches apart by tokens and their order, on any mesh."""
+  B, T = tokens_BT.shape
+  row_B1 = jnp.arange(B, dtype=jnp.uint32)[:, None]
+  place_BT = (row_B1 * T + jnp.arange(T, dtype=jnp.uint32)) * jnp.uint32(2654435761)
+  return jnp.sum((tokens_BT.astype(jnp.uint32) + 1) * (place_BT | 1), dtype=jnp.uint32)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from gpt2_jax import compiler_options
-from gpt2_jax.batch import Batch
+from gpt2_jax.batch import Batch, batch_hash
 from gpt2_jax.compat import get_mesh
 from gpt2_jax.files import announce, user_path
 from gpt2_jax.finetune.init_from import resolve_model
@@ -103,14 +103,6 @@ def gradients(objective, trained, frozen, batch: Batch, microbatches: int, key=N
   indexed_M = (jnp.arange(microbatches), batches_M)
   (sums, grads), _ = jax.lax.scan(add_microbatch, zero, indexed_M)
   return sums, jax.tree.map(lambda x: per_token(x, sums), all_reduce_gradients(grads))
-
-
-def batch_hash(tokens_BT):
-  """A uint32 that tells batches apart by tokens and their order, on any mesh."""
-  B, T = tokens_BT.shape
-  row_B1 = jnp.arange(B, dtype=jnp.uint32)[:, None]
-  place_BT = (row_B1 * T + jnp.arange(T, dtype=jnp.uint32)) * jnp.uint32(2654435761)
-  return jnp.sum((tokens_BT.astype(jnp.uint32) + 1) * (place_BT | 1), dtype=jnp.uint32)
 
 
 def train_step(

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from configs import gpt2
 from gpt2_jax import train
+from gpt2_jax.batch import batch_hash
 from gpt2_jax.convert.pretrained import load_pretrained
 from gpt2_jax.data import TokenStore, encode_corpus
 from gpt2_jax.decoding import generate
@@ -457,11 +458,9 @@ def test_a_store_of_another_tokenizer_is_refused(data, tmp_path):
 
 def test_the_batch_hash_tells_order_and_content():
   tokens = np.arange(24, dtype=np.int32).reshape(4, 6)
-  one = int(train.batch_hash(tokens))
-  assert one == int(train.batch_hash(tokens.copy()))
-  assert one != int(train.batch_hash(tokens[::-1])) and one != int(
-    train.batch_hash(tokens[:, ::-1])
-  )
+  one = int(batch_hash(tokens))
+  assert one == int(batch_hash(tokens.copy()))
+  assert one != int(batch_hash(tokens[::-1])) and one != int(batch_hash(tokens[:, ::-1]))
   assert math.log2(max(one, 1)) < 32
 
 
