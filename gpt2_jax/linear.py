@@ -42,6 +42,8 @@ class Context:
 
 
 NO_CONTEXT = Context()
+# Whatever the operands are, the sums are float32.
+dot_float32 = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
 
 @jax.tree_util.register_dataclass
@@ -73,17 +75,13 @@ def embedding_lookup(table_VD, ids_BT):
 def matmul_rows(x_BTI, w, contract: int, last):
   """Matmul over the last axis of x and axis `contract` of w; the outputs are split over `last`."""
   dims = (((2,), (contract,)), ((), ()))
-  return jax.lax.dot_general(
-    x_BTI, w, dims, preferred_element_type=jnp.float32, out_sharding=P(ROWS, None, last)
-  )
+  return dot_float32(x_BTI, w, dims, out_sharding=P(ROWS, None, last))
 
 
 def weight_gradient(a_BTI, b_BTO, spec: P):
   """The sum over rows of their outer products, [I, O], in float32, laid out by `spec`."""
   dims = (((0, 1), (0, 1)), ((), ()))
-  contract = functools.partial(
-    jax.lax.dot_general, a_BTI, b_BTO, dims, preferred_element_type=jnp.float32
-  )
+  contract = functools.partial(dot_float32, a_BTI, b_BTO, dims)
   return sum_over_rows(contract, spec, (last_split(a_BTI), last_split(b_BTO)))
 
 

@@ -28,6 +28,7 @@ from gpt2_jax.unreduced import in_each_row
 REMAT_POLICIES = {
   "none": None,
   "dots": jax.checkpoint_policies.save_only_these_names("linear", "attend"),
+  "attention": jax.checkpoint_policies.save_only_these_names("attend"),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 

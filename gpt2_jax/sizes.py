@@ -13,7 +13,7 @@ from gpt2_jax.kernels import CROSS_ENTROPY_KERNELS, KERNELS
 FAMILIES = ("gpt2", "gpt1")
 GELU = ("tanh", "erf")
 DTYPES = ("float32", "bfloat16")
-REMAT = ("none", "dots", "full")
+REMAT = ("none", "dots", "attention", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,9 @@ class ModelConfig:
   pad_heads: bool = False
   attention: str = "auto"  # the kernel that trains and scores, see attention.self_attention
   cross_entropy: str = "auto"  # the kernel of the head and its loss, see loss.next_token_nats
-  remat: str = "none"  # what the backward pass recomputes: "none", "dots" (all but matmuls), "full"
+  # What the backward pass recomputes: "none", "dots" (all but matmuls and attention), "attention"
+  # (all but attention), "full".
+  remat: str = "none"
   unroll: int = 1  # layers a step of the scan; n_layer is a Python loop
   family: str = "gpt2"  # "gpt1": LayerNorms after the sums, and none at the end (gpt1.py)
 

@@ -114,7 +114,7 @@ def test_an_unknown_size_names_the_nearest(wrong, near):
   [
     ({"n_embd": 100, "n_head": 12}, "n_embd of 100 does not divide by n_head of 12"),
     ({"gelu": "relu"}, "gelu is 'relu'; it is one of tanh, erf"),
-    ({"remat": "some"}, "remat is 'some'; it is one of none, dots, full"),
+    ({"remat": "some"}, "remat is 'some'; it is one of none, dots, attention, full"),
     ({"dtype": "float16"}, "dtype is 'float16'; it is one of float32, bfloat16"),
     ({"attn_pdrop": 1.0}, "attn_pdrop is 1.0; a dropout rate is at least 0 and below 1"),
     ({"embd_pdrop": -0.1}, "embd_pdrop is -0.1"),
@@ -259,7 +259,7 @@ def test_remat_and_unroll_change_the_work_not_the_gradients(mesh, parameters, pl
   base = dataclasses.replace(TINY, resid_pdrop=0.1)
   tokens_BT, grads, programs = tokens(2, 24, 97), {}, {}
   with mesh(1, 1, 1):
-    for knobs in (("none", 1), ("dots", 1), ("full", 1), ("none", 2)):
+    for knobs in (("none", 1), ("dots", 1), ("attention", 1), ("full", 1), ("none", 2)):
       model = place(dataclasses.replace(base, remat=knobs[0], unroll=knobs[1]), parameters(base))
       step = jax.jit(jax.grad(nats)).trace(model, tokens_BT, jax.random.key(0))
       programs[knobs] = str(step.jaxpr)
@@ -272,7 +272,8 @@ def test_remat_and_unroll_change_the_work_not_the_gradients(mesh, parameters, pl
         ours, theirs, rtol=1e-5, atol=1e-6 * np.abs(theirs).max(), err_msg=str(knobs)
       )
   products = {knobs: program.count("dot_general[") for knobs, program in programs.items()}
-  assert products["none", 1] == products["dots", 1] < products["full", 1]
+  assert products["none", 1] == products["dots", 1] < products["attention", 1]
+  assert products["attention", 1] < products["full", 1]
   assert [knobs for knobs, program in programs.items() if "unroll=2" in program] == [("none", 2)]
 
 

@@ -110,7 +110,7 @@ KNOBS = {
   "model.cross_entropy": _model(
     str, "kernel of the head and its loss: auto, plain, fused", resumable=True
   ),
-  "model.remat": _model(str, "recomputed backward: none, dots, full", resumable=True),
+  "model.remat": _model(str, "recomputed backward: none, dots, attention, full", resumable=True),
   "model.unroll": _model(int, "layers a step of the scan", resumable=True),
   "model.family": Knob(str, "gpt2, or gpt1: the architecture", added="gpt2"),
   # The data: where it lies may change, what it is may not (the manifests' hashes are compared).
