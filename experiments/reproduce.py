@@ -45,6 +45,7 @@ class Run:
   mesh: tuple[int, int, int]  # replica, data, model
   microbatches: int = 1
   remat: str = "full"
+  unroll: int = 1
   slices: int = 1
 
   @property
@@ -62,6 +63,7 @@ class Run:
       "mesh.model": model,
       "microbatches": self.microbatches,
       "model.remat": self.remat,
+      "model.unroll": self.unroll,
     }
 
   def command(self) -> str:
@@ -78,7 +80,7 @@ class Run:
 
 
 RUNS = (
-  Run("117M", "v5e:2x4", (8, 1, 1), 8, "none"),
+  Run("117M", "v5e:2x4", (8, 1, 1), 8, "none", unroll=12),
   Run("117M", "v6e:2x4", (8, 1, 1), 4, "full"),
   Run("345M", "v5e:4x4", (4, 4, 1), 4, "none"),
   Run("345M", "v6e:4x4", (4, 4, 1), 2, "full"),
@@ -123,10 +125,11 @@ def is_of(run: Run, plan: dict, path: pathlib.Path) -> bool:
   """
   try:
     mesh = tuple(plan["mesh"].values())
-    knobs = mesh, plan["microbatches"], plan["model"]["remat"]
+    model = plan["model"]
+    knobs = mesh, plan["microbatches"], model["remat"], model["unroll"]
   except (KeyError, TypeError, AttributeError) as error:
     raise ValueError(f"{path} is no plan; remove it, and it will be made again") from error
-  return knobs == (run.mesh, run.microbatches, run.remat)
+  return knobs == (run.mesh, run.microbatches, run.remat, run.unroll)
 
 
 def row(run: Run, plan: dict) -> str:
@@ -150,6 +153,7 @@ def row(run: Run, plan: dict) -> str:
     " x ".join(map(str, run.mesh)),
     str(run.microbatches),
     run.remat,
+    str(run.unroll),
     f"{hbm['needed'] / GIB:.1f} of {hbm['available'] / GIB:.1f}",
     f"{1e3 * fast:,.0f}-{1e3 * slow:,.0f}",
     f"{1e3 * exposed:,.0f} of {1e3 * communication:,.0f}",
@@ -167,6 +171,7 @@ COLUMNS = (
   "mesh",
   "micro",
   "remat",
+  "unroll",
   "HBM, GiB",
   "step, ms",
   "exposed, ms",

@@ -14,6 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.attention import self_attention
@@ -108,8 +109,10 @@ class Attention(nnx.Module):
     `attend` maps the columns of c_attn to the outputs of all heads, side by side.
     """
     k_attn, k_resid = split_or_none(key, 2)
-    y_BTX, memory = attend(self.c_attn(x_BTD, context.fold(0)), k_attn)
-    y_BTD = self.c_proj(y_BTX, context.fold(1))
+    # The names let `remat="attention"` keep what would be computed again.
+    c_BTC = checkpoint_name(self.c_attn(x_BTD, context.fold(0)), "attend")
+    y_BTX, memory = attend(c_BTC, k_attn)
+    y_BTD = checkpoint_name(self.c_proj(y_BTX, context.fold(1)), "attend")
     return dropout(y_BTD, self.config.resid_pdrop, k_resid), memory
 
 

@@ -41,7 +41,7 @@ class ModelConfig:
   attention: str = "auto"  # the kernel that trains and scores, see attention.self_attention
   cross_entropy: str = "auto"  # the kernel of the head and its loss, see loss.next_token_nats
   # What the backward pass recomputes: "none", "dots" (all but matmuls and attention), "attention"
-  # (all but attention), "full".
+  # (all but attention with its two projections), "full".
   remat: str = "none"
   unroll: int = 1  # layers a step of the scan; n_layer is a Python loop
   family: str = "gpt2"  # "gpt1": LayerNorms after the sums, and none at the end (gpt1.py)

@@ -18,14 +18,14 @@ from gpt2_jax.kernels.choose import fused_fits
 from gpt2_jax.model import ModelConfig
 
 # Activations that each layer keeps for the backward pass, in units of n_embd x 2 bytes a token:
-# those that the `model` axis does not split, and those that it splits. "attention" keeps its
-# output; "dots" those of matmuls, too; "none" those of GELU and LayerNorm, too.
-KEPT = {"full": (1, 0), "attention": (1, 1), "dots": (3, 8), "none": (6, 13)}
+# those that the `model` axis does not split, and those that it splits. "attention" keeps the
+# outputs of its parts; "dots" those of all matmuls; "none" those of GELU and LayerNorm, too.
+KEPT = {"full": (1, 0), "attention": (2, 4), "dots": (3, 8), "none": (6, 13)}
 # Of the forward pass of a layer's matmuls and of its attention, what remat computes again. The last
 # matmul of a block (8 D^2 of 24 D^2) is nobody's input in the backward pass.
 RECOMPUTED = {
   "full": (2 / 3, 1.0),
-  "attention": (2 / 3, 0.0),
+  "attention": (1 / 3, 0.0),
   "dots": (0.0, 0.0),
   "none": (0.0, 0.0),
 }
@@ -37,7 +37,7 @@ BUNDLES = {"fused": (4000, 6700), "splash": (11_000, 20_000)}
 # this fraction of the peak, and the activations that they move beside it; elementwise operations
 # and copies, bytes an element of the residual stream in each layer, of a logit, of a parameter.
 PEAK_FRACTION, MATMUL_TRAFFIC = 1.09, 1.42
-LAYER_BYTES = {"full": 73, "attention": 74, "dots": 78, "none": 83}
+LAYER_BYTES = {"full": 73, "attention": 75, "dots": 78, "none": 83}
 LOGIT_BYTES, PARAMETER_BYTES = 6.4, 105
 # Two TensorCores that show as one chip share its work less than evenly.
 MEGACORE = 1.25
