@@ -131,12 +131,6 @@ MEASURED = (
   ),
 )
 
-_OUT = flags.DEFINE_string("out", "runs/calibrate", "A folder for a JSON file of each row.")
-_QUICK = flags.DEFINE_bool(
-  "quick", False, "Layers that are no loop: one and two are compiled, and the others taken alike."
-)
-_ONLY = flags.DEFINE_string("only", "", "Rows whose name and topology have this in them.")
-
 
 def estimated(row: Measured, out: pathlib.Path, quick: bool = False) -> dict:
   """The estimate of a row; compiled unless its file is there already."""
@@ -224,17 +218,27 @@ def summary(generation: str, leans: list[list[float]]) -> str:
 COLUMNS = ("model", "topology", "measured, ms", "estimate", "lean", "exposed", "source")
 
 
+def add_flags() -> None:
+  """Not where the module is imported: its functions are tested beside commands with such flags."""
+  flags.DEFINE_string("out", "runs/calibrate", "A folder for a JSON file of each row.")
+  flags.DEFINE_string("only", "", "Rows whose name and topology have this in them.")
+  flags.DEFINE_bool(
+    "quick", False, "Layers that are no loop: one and two are compiled, and the others taken alike."
+  )
+
+
 def main() -> None:
-  rows = [row for row in MEASURED if _ONLY.value in f"{row.name} {row.topology}"]
+  only = flags.FLAGS.only
+  rows = [row for row in MEASURED if only in f"{row.name} {row.topology}"]
   if not rows:
-    raise ValueError(f"--only={_ONLY.value} is in no row; there are {len(MEASURED)}, see --help")
-  out = local_path(_OUT.value)
+    raise ValueError(f"--only={only} is in no row; there are {len(MEASURED)}, see --help")
+  out = local_path(flags.FLAGS.out)
   check_folder(out.parent)
   out.mkdir(exist_ok=True)
   print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
   leans = {}
   for row in rows:
-    result = estimated(row, out, _QUICK.value)
+    result = estimated(row, out, flags.FLAGS.quick)
     leans.setdefault(row.generation, []).append(leans_of(row, result))
     print(line(row, result), flush=True)
   print()
@@ -243,4 +247,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+  add_flags()
   shell.run(main, __doc__)

@@ -43,7 +43,7 @@ def attention_weights(model: GPT2, tokenizer: Tokenizer, text: str) -> Attention
   # 1. Encode, and refuse what cannot be held.
   ids = encode_text(model, tokenizer, text)
   config = model.config
-  check_prompts(InferenceModel(model, []), [ids], n_new=1)
+  check_prompts(InferenceModel(model, model.wte[...], []), [ids], n_new=1)
   if len(ids) > config.n_ctx:
     raise ValueError(
       f"{len(ids):,} tokens exceed the context of {config.n_ctx:,}; give a shorter text"

@@ -119,7 +119,7 @@ def next_tokens(model: GPT2, tokenizer: Tokenizer, text: str, n: int = 10) -> Ne
   ids = ids[-config.n_ctx :]
   if not ids:
     ids = [] if tokenizer.eot is None else [tokenizer.eot]
-  check_prompts(InferenceModel(model, []), [ids], n_new=1)
+  check_prompts(InferenceModel(model, model.wte[...], []), [ids], n_new=1)
 
   # 2. The last position's log-probabilities.
   with jax.set_mesh(model.mesh):

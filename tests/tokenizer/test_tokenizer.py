@@ -320,7 +320,7 @@ def test_load_reads_what_was_written(tmp_path, sentencepiece):
     (
       "bad.json",
       b'{"kind": "words"}',
-      "its kind is gpt2, huggingface, sentencepiece or characters",
+      "its kind is gpt2, huggingface, sentencepiece, gpt1 or characters",
     ),
     ("bad.json", b'{"kind": "huggingface", "payload": "{"}', "1 characters are no tokenizer.json"),
     ("bad.model", b"", "a SentencePiece model of 0 bytes is none"),
