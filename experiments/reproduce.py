@@ -8,8 +8,8 @@ COMMAND   python experiments/reproduce.py --out=runs/reproduce
           python experiments/reproduce.py --commands
               prints the commands that would train them; compiles nothing
 HARDWARE  any machine with the extra [plan], no TPU; 1 to 3 minutes a row on two cores
-EXPECT    README.md, the tables of estimates. They are made by the TPU's compiler; nobody has trained
-          any of these with this code yet.
+EXPECT    README.md, the tables of estimates. They are made by the TPU's compiler; nobody has
+          trained any of these with this code yet.
 
 The batch is 512 x 1,024 tokens. 600,000 steps are 315 billion tokens, nanoGPT's length; the paper
 does not say how long GPT-2 was trained. The meshes were found by `launch/plan.py --search` and a
