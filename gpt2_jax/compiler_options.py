@@ -14,6 +14,7 @@ groups are those that MaxText publishes in benchmarks/xla_flags_library.py.
 """
 
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +118,7 @@ def _known_to_compiler(options: Options, own: Options, mesh: Mesh) -> Options:
   # It names one option that it does not take; then the next is found without it.
   while known:
     try:
-      jax.jit(jnp.negative).lower(scalar).compile(compiler_options=known)
+      _compile_quietly(jax.jit(jnp.negative).lower(scalar), known)
       break
     except jax.errors.JaxRuntimeError as error:
       message = first_line(error, limit=200)
@@ -132,3 +133,11 @@ def _known_to_compiler(options: Options, own: Options, mesh: Mesh) -> Options:
       note(f"this compiler does not know the option {name}: it is left out")
       del known[name]
   return known
+
+
+def _compile_quietly(lowered: jax.stages.Lowered, options: Options) -> None:
+  """Compiles. A compiler without devices cannot read JAX's persistent cache back; that is nothing
+  to warn of."""
+  with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
+    lowered.compile(compiler_options=options)
