@@ -95,7 +95,7 @@ class Generation:
   def make_call(self) -> tuple[Callable[[], None], int]:
     """A call of `generate`, and the tokens that it makes."""
     dtype = "bfloat16" if self.dtype == "bfloat16" else "float32"
-    config = ModelConfig(**gpt2.get_config("117M").model | {"dtype": dtype})
+    config = ModelConfig(**dict(gpt2.get_config("117M").model) | {"dtype": dtype})
     model = jax.jit(GPT2, static_argnums=0)(config, jax.random.key(0))
     model = for_inference(quantize(model) if self.dtype == "int8" else model)
     shape = (self.batch, PROMPT)
