@@ -2,6 +2,7 @@
 """Options of the compiler: what a knob's text means, and what a compiler does not take."""
 
 import importlib.util
+import warnings
 
 import jax
 import pytest
@@ -64,3 +65,24 @@ def test_the_tpu_compiler_takes_every_automatic_option(topology, capsys):
   assert options == compiler_options.NO_WINDOWED_EINSUM | expected
   assert compiler_options.for_mesh(mesh, "none") == {}
   assert "note:" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None or jax.__version_info__ < (0, 10),
+  reason="a plan is made with libtpu and JAX 0.10 or newer",
+)
+def test_asking_the_compiler_twice_warns_of_nothing():
+  """A compiler without devices writes to JAX's persistent cache, and cannot read it back."""
+  from gpt2_jax.plan.compiling import open_topology
+
+  mesh = make_mesh(1, -1, 1, devices=open_topology(parse_topology("v5e:1x1")))
+  least = jax.config.jax_persistent_cache_min_compile_time_secs
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("error")
+      compiler_options.for_mesh(mesh)
+      jax.clear_caches()  # those in memory
+      compiler_options.for_mesh(mesh)
+  finally:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
