@@ -29,16 +29,17 @@ INT8_TARGET = "1.5 x float32"
 def their_generate(model, prompts_BT, compiled: bool = False):
   """The new tokens of transformers, [B, N_NEW]: a DynamicCache, or compiled with a static one."""
   model.eval()
-  prompts = torch.from_numpy(prompts_BT).long()
+  prompts = torch.from_numpy(prompts_BT).long().to(model.device)
   options = {
     "max_new_tokens": N_NEW,
     "do_sample": False,
     "attention_mask": torch.ones_like(prompts),
   }
 
-  # By itself transformers compiles on accelerators only.
+  # By itself transformers compiles on accelerators only; there it records CUDA graphs.
   if compiled:
-    compile_config = transformers.CompileConfig(mode="default", dynamic=False)
+    mode = "reduce-overhead" if model.device.type == "cuda" else "default"
+    compile_config = transformers.CompileConfig(mode=mode, dynamic=False)
     compile_config._compile_all_devices = True
     options |= {"cache_implementation": "static", "compile_config": compile_config}
 

@@ -36,8 +36,10 @@ def cpu_flags() -> set[str]:
 def instruction_set() -> str:
   """The best instruction set that both sides may use, such as "AVX-512 bfloat16".
 
-  The environment can limit each to an older one, and then both are named.
+  The environment can limit each to an older one, and then both are named. Of a GPU, its name.
   """
+  if jax.default_backend() == "gpu":
+    return jax.devices()[0].device_kind
   flags = cpu_flags()
   names = [name for flag, name in INSTRUCTION_SETS if flag in flags]
   best = names[0] if names else "unknown CPU"

@@ -34,8 +34,8 @@ ADAMW = {"b1": 0.9, "b2": 0.95, "weight_decay": 0.1, "clip_norm": 1.0}
 LEARNING_RATE = 3e-4
 
 
-def our_train(model: GPT2, tokens_BT, trainable=("*",)) -> Callable[[], float]:
-  """One update a call, the loss returned: the project's own step, the state donated."""
+def our_train(model: GPT2, tokens_BT, trainable=("*",), updates: int = 1) -> Callable[[], float]:
+  """`updates` a call, the last loss returned: the project's own step, the state donated."""
   optimizer = adamw(optax.constant_schedule(LEARNING_RATE), **ADAMW)
   options = {"optimizer": optimizer, "trainable": trainable}
   call = jax.jit(functools.partial(train_step, **options), donate_argnums=0)
@@ -49,8 +49,9 @@ def our_train(model: GPT2, tokens_BT, trainable=("*",)) -> Callable[[], float]:
 
   def step():
     nonlocal state
-    state, metrics = jax.block_until_ready(call(state, batch, NextToken()))
-    return metrics["loss"].item()
+    for _ in range(updates):
+      state, metrics = call(state, batch, NextToken())
+    return jax.block_until_ready((state, metrics))[1]["loss"].item()
 
   return step
 
@@ -74,22 +75,27 @@ def their_loss(model, x_BT, y_BT):
 
 
 def their_train(
-  model, tokens_BT, dtype: str, compiled: bool, loss_of=their_loss, kind=None
+  model, tokens_BT, dtype: str, compiled: bool, loss_of=their_loss, kind=None, updates: int = 1
 ) -> Callable[[], float]:
-  """One update a call, the loss returned; bfloat16 is autocast over float32 parameters, as in
-  nanoGPT."""
+  """`updates` a call on the model's device, the last loss returned; bfloat16 is autocast over
+  float32 parameters, as in nanoGPT."""
   model.train()
   optimizer = their_optimizer(model, **(kind or {"fused": True}))
-  tokens_BT = torch.from_numpy(tokens_BT).long()
+  device = next(model.parameters()).device
+  tokens_BT = torch.from_numpy(tokens_BT).long().to(device)
   loss_of = torch.compile(loss_of, dynamic=False) if compiled else loss_of
+  precision = contextlib.nullcontext()
+  if dtype == "bfloat16":
+    precision = torch.autocast(device.type, torch.bfloat16)
 
   def step():
-    with torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext():
-      loss = loss_of(model, tokens_BT[:, :-1], tokens_BT[:, 1:])
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), ADAMW["clip_norm"])
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for _ in range(updates):
+      with precision:
+        loss = loss_of(model, tokens_BT[:, :-1], tokens_BT[:, 1:])
+      loss.backward()
+      torch.nn.utils.clip_grad_norm_(model.parameters(), ADAMW["clip_norm"])
+      optimizer.step()
+      optimizer.zero_grad(set_to_none=True)
     return loss.item()
 
   return step
