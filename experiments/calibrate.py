@@ -57,7 +57,7 @@ class Measured:
     # MaxText counts 6 x parameters a token, and the attention of all pairs.
     shape = self.decoder
     of_token = 6 * shape.parameters + 12 * shape.layers * shape.heads * shape.head * shape.context
-    tokens = shape.rows * shape.microbatches * shape.context
+    tokens = shape.rows * shape.microbatches * shape.context  # of a chip
     seconds = of_token * tokens / (self.teraflops * 1e12)
     return seconds, seconds
 
@@ -81,13 +81,15 @@ TPUCHAT = Decoder(
 TPUCHAT_SOURCE = "vorushin/tpuchat, 08_tpu_ablations"
 
 
-def maxtext(width: int, layers: int, heads: int, mlp: int, rows: int) -> Decoder:
+def maxtext(width: int, layers: int, heads: int, mlp: int, rows: int, **more) -> Decoder:
   """A model of MaxText's `global_parameter_scale`, whose head is 128 wide."""
   sizes = {"layers": layers, "width": width, "heads": heads, "kv_heads": heads, "mlp": mlp}
-  return Decoder(**sizes, head=128, vocabulary=32768, context=2048, rows=rows, remat=True)
+  options = {"remat": "full"} | more
+  return Decoder(**sizes, head=128, vocabulary=32768, context=2048, rows=rows, **options)
 
 
 MAXTEXT_SOURCE = "MaxText, configs/v5e/README.md"
+MAXTEXT_V5P_SOURCE = "MaxText, configs/tpu/v5p/README.md and 32b.sh"
 LLAMA_70B = Decoder(
   layers=80,
   width=8192,
@@ -98,7 +100,7 @@ LLAMA_70B = Decoder(
   vocabulary=32000,
   context=4096,
   rows=4,
-  remat=True,
+  remat="full",
 )
 # What MaxText sets for it, so that all-gathers run beside matmuls.
 TRILLIUM_OPTIONS = (
@@ -129,6 +131,13 @@ MEASURED = (
     seconds=(17.373, 17.373),
     options=TRILLIUM_OPTIONS,
   ),
+  Measured(
+    "MaxText 32B",
+    "v5p:4x4x4",
+    MAXTEXT_V5P_SOURCE,
+    maxtext(8192, 32, 64, 28672, 6, remat="minimal", tensor=4),
+    teraflops=328,
+  ),
 )
 
 
@@ -151,7 +160,8 @@ def estimated(row: Measured, out: pathlib.Path, quick: bool = False) -> dict:
 def estimate_of(row: Measured, layers: int) -> dict:
   """Seconds of a row's step with so many layers: its work by kind, and exposed communication."""
   topology = parse_topology(row.topology)
-  mesh = make_mesh(1, topology.chips, 1, devices=open_topology(topology))
+  tensor = row.decoder.tensor
+  mesh = make_mesh(1, topology.chips // tensor, tensor, devices=open_topology(topology))
   # The compiler decides about all shardings but those of the arguments.
   mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
   shape = dataclasses.replace(row.decoder, layers=layers)

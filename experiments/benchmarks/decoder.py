@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decoder of the shapes that others have published step times of: RoPE, gated MLP, FSDP.
+"""A decoder of the shapes that others have published step times of: RoPE, gated MLP, FSDP, and
+tensor parallelism.
 
 It is no model of this project: `experiments/calibrate.py` compiles its training step for a TPU, to
 compare the estimate with what was measured there.
@@ -21,6 +22,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 BLOCK = 1024  # of attention, queries and keys
+# What the backward pass keeps of a layer; MaxText's names.
+REMAT = {
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +43,8 @@ class Decoder:
   context: int
   rows: int  # a chip and microbatch
   microbatches: int = 1
-  remat: bool = False
+  remat: str = ""  # a key of REMAT, and the layers are a loop; empty keeps all
+  tensor: int = 1  # chips that share the heads, the MLP and the vocabulary (Megatron)
   dtype: str = "float32"  # of parameters and moments
   logit_chunks: int = 1  # the head in parts of the vocabulary, so that no logits are kept
   softcap: float = 0.0  # of logits, and whether queries and keys are normalized
@@ -71,13 +78,13 @@ def lower_step(shape: Decoder, mesh: Mesh, options: dict | None = None) -> jax.s
 
   `options` are the compiler's.
   """
-  # 1. Shapes with shardings: D is split over all chips (FSDP).
+  # 1. Shapes with shardings: D is split over `data` (FSDP), the other axis over `model`.
   parameters = {}
   for name, dimensions in shape.shapes().items():
     # The axis of D is the last one of what writes into the residual stream.
     writes = name in ("embedding", "layers/out", "layers/down")
     spec = [None] * len(dimensions)
-    spec[-1 if writes else -2] = "data"
+    spec[-2:] = ("model", "data") if writes else ("data", "model")
     sharding = NamedSharding(mesh, P(*spec))
     parameters[name] = jax.ShapeDtypeStruct(dimensions, shape.dtype, sharding=sharding)
   optimizer = optax.adamw(1e-4, b1=0.9, b2=0.95, weight_decay=0.1)
@@ -127,7 +134,7 @@ def _loss(shape: Decoder, parameters: dict, tokens_BT, targets_BT, mesh: Mesh):
 
   layer = functools.partial(_layer, shape, mesh=mesh)
   if shape.remat:
-    layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable)
+    layer = jax.checkpoint(layer, policy=REMAT[shape.remat])
     x_BTD, _ = jax.lax.scan(lambda x, weights: (layer(x, weights), None), x_BTD, layers)
   else:
     for number in range(shape.layers):
@@ -178,7 +185,8 @@ def _attend(shape: Decoder, mesh: Mesh, q, k, v):
   """Causal attention by splash, JAX's kernel for TPUs, on the rows of each chip."""
   names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
   sizes = kernel.BlockSizes(**dict.fromkeys(names, min(BLOCK, shape.context)))
-  causal = mask.MultiHeadMask([mask.CausalMask((shape.context,) * 2)] * shape.heads)
+  heads = shape.heads // shape.tensor
+  causal = mask.MultiHeadMask([mask.CausalMask((shape.context,) * 2)] * heads)
   make = kernel.make_splash_mqa if shape.kv_heads == 1 else kernel.make_splash_mha
   attend = make(mask=causal, head_shards=1, q_seq_shards=1, block_sizes=sizes)
 
@@ -187,9 +195,10 @@ def _attend(shape: Decoder, mesh: Mesh, q, k, v):
       k, v = k[:, 0], v[:, 0]
     return jax.vmap(attend)(q / shape.head**0.5, k, v)
 
-  rows = P("data")
+  rows, heads = P("data"), P("data", "model")
+  columns = rows if shape.kv_heads == 1 else heads
   return jax.shard_map(
-    on_chip, mesh=mesh, in_specs=(rows, rows, rows), out_specs=rows, check_vma=False
+    on_chip, mesh=mesh, in_specs=(heads, columns, columns), out_specs=heads, check_vma=False
   )(q, k, v)
 
 
