@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 BLOCK = 1024  # of attention, queries and keys
+RESIDUAL = P("data", None, "model")  # [B, T, D]; MaxText splits D, too
 # What the backward pass keeps of a layer; MaxText's names.
 REMAT = {
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -124,7 +125,7 @@ def lower_step(shape: Decoder, mesh: Mesh, options: dict | None = None) -> jax.s
 
 def _loss(shape: Decoder, parameters: dict, tokens_BT, targets_BT, mesh: Mesh):
   """Mean nats of the targets."""
-  rows = NamedSharding(mesh, P("data", None, None))
+  rows = NamedSharding(mesh, RESIDUAL)
   layers, rest = {}, {}
   for name, parameter in parameters.items():
     group = layers if name.startswith("layers/") else rest
@@ -178,7 +179,7 @@ def _layer(shape: Decoder, x_BTD, weights: dict, mesh: Mesh):
   h_BTD = _rms_norm(x_BTD)
   gated_BTF = jax.nn.silu(h_BTD @ weights["gate"]) * (h_BTD @ weights["up"])
   x_BTD += gated_BTF @ weights["down"]
-  return jax.lax.with_sharding_constraint(x_BTD, NamedSharding(mesh, P("data", None, None)))
+  return jax.lax.with_sharding_constraint(x_BTD, NamedSharding(mesh, RESIDUAL))
 
 
 def _attend(shape: Decoder, mesh: Mesh, q, k, v):
