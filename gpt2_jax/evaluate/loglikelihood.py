@@ -32,8 +32,9 @@ SHORT_LOGIT_ROWS = 128
 LONG_LOGIT_ROWS = 1024
 
 Ids = Sequence[int]
-# Of each scored token -log p, in nats, and whether it was the model's first choice.
-Scores = tuple[np.ndarray, np.ndarray]
+# Of each scored token what a measure returns; of `nats_and_first_choice` -log p, in nats, and
+# whether it was the model's first choice.
+Scores = tuple[np.ndarray, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,33 +95,43 @@ def tree_row(context: Ids, continuations: Sequence[Ids]) -> ScoredRow:
   return ScoredRow(np.array(inputs, np.int32), np.array(labels, np.int32), tree)
 
 
-def score_rows(model: GPT2, rows: Sequence[ScoredRow], batch_size: int) -> list[Scores]:
-  """Log-likelihood of each row's labels: -log p in nats, and whether they are the first choice.
+def score_rows(
+  model: GPT2,
+  rows: Sequence[ScoredRow],
+  batch_size: int,
+  measure: Callable | None = None,
+  reference: GPT2 | None = None,
+) -> list[Scores]:
+  """What `measure` says of each row's labels, by default -log p and whether they are the argmax.
 
-  Rows have at most n_ctx tokens, and either all of them have a tree or none. Raises ValueError for
-  tokens outside the vocabulary, FloatingPointError where logits are not finite.
+  `measure(models, hidden, label_BC) -> (-log p, ...)`, each [B, C], has the logits of some columns
+  at once; `models` are the model and, if there is one, a `reference` with the same tokens, and
+  `hidden` their last hidden states. Rows have at most n_ctx tokens, and either all of them have a
+  tree or none. Raises ValueError for tokens outside the vocabulary, FloatingPointError where logits
+  are not finite.
   """
   if not rows:
     return []
   lengths = [len(row.inputs) for row in rows]
   plan = plan_on_mesh(model, lengths, batch_size)
+  models = (model,) if reference is None else (model, reference)
+  measure = measure or nats_and_first_choice
 
   def dispatch(batch: PaddedBatch):
-    return _dispatch(model, [rows[i] for i in batch.rows], plan.size, batch.length)
+    return _dispatch(models, [rows[i] for i in batch.rows], plan.size, batch.length, measure)
 
   scores = {}
   for batch, on_device in _pipelined(model, plan, dispatch):
-    nats_BP, first_BP = jax.device_get(on_device)
     # The batch may have more rows than sequences: the rest only fill it up.
-    for i, nats_P, first_P in zip(batch.rows, nats_BP, first_BP, strict=False):
+    for i, *scores_P in zip(batch.rows, *jax.device_get(on_device), strict=False):
       n = len(rows[i].labels)
       # An infinite logit beside the label's leaves no NaN: the label's -log p is infinite then.
-      if not np.isfinite(nats_P[:n]).all():
+      if not np.isfinite(scores_P[0][:n]).all():
         raise FloatingPointError(
           "the model's logits are not finite numbers (NaN or infinite); are its weights?"
         )
       # Copies, so that the batch's arrays are freed.
-      scores[i] = (nats_P[:n].copy(), first_P[:n].copy())
+      scores[i] = tuple(score_P[:n].copy() for score_P in scores_P)
   return [scores[i] for i in range(len(rows))]
 
 
@@ -149,8 +160,12 @@ def _pipelined(model: GPT2, plan: BatchPlan, dispatch: Callable) -> Iterator:
       yield previous
 
 
-def _dispatch(model: GPT2, rows: Sequence[ScoredRow], B: int, T: int):
+def _dispatch(
+  models: tuple[GPT2, ...], rows: Sequence[ScoredRow], B: int, T: int, measure: Callable
+):
   """Puts rows on the mesh in force, padded to [B, T], and dispatches their scoring."""
+  model = models[0]
+
   # 1. Pad on the right. Labels are in the column of the token that predicts them.
   tokens_BT, labels_BT, position_BT, branch_BT = np.zeros((4, B, T), np.int32)
   begin_B = np.zeros(B, np.int32)
@@ -180,7 +195,7 @@ def _dispatch(model: GPT2, rows: Sequence[ScoredRow], B: int, T: int):
 
   tree = None if rows[0].tree is None else (position_BT, branch_BT)
   arrays = jax.device_put((tokens_BT, labels_BT, begin_B, tree), NamedSharding(model.mesh, P(ROWS)))
-  return _score(model, *arrays, steps, columns)
+  return _score(models, *arrays, steps, columns, measure)
 
 
 def columns_at_once(T: int, rows_per_device: int, most_labels: int) -> int:
@@ -190,43 +205,47 @@ def columns_at_once(T: int, rows_per_device: int, most_labels: int) -> int:
   return min(T, max(1, logit_rows // rows_per_device))
 
 
-@functools.partial(jax.jit, static_argnames="columns")
-def _score(model: GPT2, tokens_BT, labels_BT, begin_B, tree, steps, columns: int):
-  """-log p of the labels from column `begin_B` of each row on, and whether each is the argmax.
+@functools.partial(jax.jit, static_argnames=("columns", "measure"))
+def _score(models, tokens_BT, labels_BT, begin_B, tree, steps, columns: int, measure: Callable):
+  """What `measure` says of the labels from column `begin_B` of each row on.
 
-  Both [B, P], from column 0 on. Logits are computed for `columns` tokens a row at a time, in
+  Each [B, P], from column 0 on. Logits are computed for `columns` tokens a row at a time, in
   `steps` steps.
   """
   B, T = tokens_BT.shape
-  if tree is None:
-    x_BTD = model.hidden(model.embed(tokens_BT))[0]
-  else:
-    x_BTD = _hidden(model, tokens_BT, *tree)
-  # All-gather the head's weights outside the loop: once, not once a step.
-  model.wte = jax.tree.map(unshard, model.wte)
+  hidden = []
+  for model in models:
+    if tree is None:
+      hidden.append(model.hidden(model.embed(tokens_BT))[0])
+    else:
+      hidden.append(_hidden(model, tokens_BT, *tree))
+    # All-gather the head's weights outside the loop: once, not once a step.
+    model.wte = jax.tree.map(unshard, model.wte)
 
   def take_columns(x, columns_C):
     return x[columns_C]
 
-  def step(i, scores):
-    # 1. Gather this step's columns. Beyond a row's labels they repeat the last one.
+  def measured(i):
+    # This step's columns. Beyond a row's labels they repeat the last one.
     column_BC = jnp.minimum(begin_B[:, None] + i * columns + jnp.arange(columns), T - 1)
-    x_BCD = jax.vmap(take_columns)(x_BTD, column_BC)
-    label_BC = jax.vmap(take_columns)(labels_BT, column_BC)
+    parts = [jax.vmap(take_columns)(x_BTD, column_BC) for x_BTD in hidden]
+    return measure(models, parts, jax.vmap(take_columns)(labels_BT, column_BC))
 
-    # 2. Score them, and write the results behind those of the steps before.
-    nats_BP, first_BP = scores
-    nats_BC, first_BC = _nats_and_first_choice(model, x_BCD, label_BC)
-    nats_BP = jax.lax.dynamic_update_slice_in_dim(nats_BP, nats_BC, i * columns, 1)
-    first_BP = jax.lax.dynamic_update_slice_in_dim(first_BP, first_BC, i * columns, 1)
-    return nats_BP, first_BP
+  def step(i, scores):
+    # The results go behind those of the steps before.
+    return tuple(
+      jax.lax.dynamic_update_slice_in_dim(score_BP, score_BC, i * columns, 1)
+      for score_BP, score_BC in zip(scores, measured(i), strict=True)
+    )
 
-  zeros_BP = jnp.zeros((B, padded(T, columns)), out_sharding=BATCH)
-  return jax.lax.fori_loop(0, steps, step, (zeros_BP, zeros_BP > 0))
+  room_BP = jnp.zeros((B, padded(T, columns)), out_sharding=BATCH)
+  scores = tuple(room_BP.astype(x.dtype) for x in jax.eval_shape(measured, jnp.int32(0)))
+  return jax.lax.fori_loop(0, steps, step, scores)
 
 
-def _nats_and_first_choice(model: GPT2, x_BCD, label_BC):
+def nats_and_first_choice(models, hidden, label_BC):
   """-log p of each label, in nats, and whether it is the argmax; of equal logits the first wins."""
+  [model], [x_BCD] = models, hidden
   logits_BCV, n_vocab = model.head(x_BCD), model.config.n_vocab
   token_V = jnp.arange(logits_BCV.shape[-1])
   # The padded vocabulary is masked: its logits may exceed all others.

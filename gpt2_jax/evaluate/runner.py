@@ -17,6 +17,7 @@ from gpt2_jax.evaluate.task import (
   Request,
   RollingLoglikelihood,
   Task,
+  TokenStatistics,
 )
 
 T = TypeVar("T")
@@ -123,7 +124,7 @@ def _required_text(request: Request) -> tuple[str, str]:
       return "context", context
     case GenerateUntil(text):
       return "prompt", text
-    case RollingLoglikelihood(text):
+    case RollingLoglikelihood(text) | TokenStatistics(text):
       return "text", text
 
 
@@ -165,8 +166,8 @@ def _with_prefix(prefix: str, request: Request) -> Request:
       return dataclasses.replace(request, text=prefix + text)
     case Loglikelihood(context) | NextWords(context):
       return dataclasses.replace(request, context=prefix + context)
-    case RollingLoglikelihood():
-      raise ValueError("a rolling log-likelihood has no context for examples; leave the shots out")
+    case RollingLoglikelihood() | TokenStatistics():
+      raise ValueError("a whole text has no context for examples; leave the shots out")
 
 
 def _named(task: Task, i: int, call: Callable[[], T], what: str = "row") -> T:

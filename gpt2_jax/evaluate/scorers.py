@@ -19,6 +19,7 @@ from gpt2_jax.evaluate.loglikelihood import (
   Ids,
   ScoredRow,
   Scores,
+  nats_and_first_choice,
   plan_on_mesh,
   score_last,
   score_rows,
@@ -34,16 +35,20 @@ from gpt2_jax.evaluate.task import (
   NextWords,
   Request,
   RollingLoglikelihood,
+  Statistics,
+  TokenStatistics,
   Words,
 )
+from gpt2_jax.evaluate.token_statistics import token_statistics
 from gpt2_jax.files import progress
 from gpt2_jax.finetune.prefix import VirtualTokens
-from gpt2_jax.model import GPT2
+from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.tokenizer import Tokenizer
 
 # Continuations of one context share it in one row (tree attention) where that leaves less than this
 # share of the tokens to be read.
 SHARED_PREFIX_BELOW = 0.75
+NO_SCORES = np.zeros(0, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +57,8 @@ class Scorer:
 
   `batch_size` rows go to the mesh at once, rounded up to what divides it. `stride` is the number of
   tokens that a sliding window predicts after the first window. None means n_ctx; with 1 every token
-  has all the context there is.
+  has all the context there is. `reference` is a second model with the same tokens, for statistics
+  of one model's log p under another.
   """
 
   model: GPT2
@@ -60,9 +66,12 @@ class Scorer:
   batch_size: int = 32
   stride: int | None = None
   seed: int = 0
+  reference: GPT2 | None = None
 
   def __post_init__(self):
     n_ctx = self.model.config.n_ctx
+    if self.reference is not None:
+      _check_reference(self.model.config, self.reference.config)
     if self.batch_size < 1:
       raise ValueError(f"a batch of {self.batch_size} rows; give 1 or more")
     if self.stride is not None and not 1 <= self.stride <= n_ctx:
@@ -85,6 +94,7 @@ class Scorer:
       RollingLoglikelihood: rolling,
       GenerateUntil: self._generate_until,
       NextWords: self._next_words,
+      TokenStatistics: self._token_statistics,
     }
 
     # All requests of one type go together, so that batches are full.
@@ -144,9 +154,9 @@ class Scorer:
 
     If the tokenizer has no such token, the first token is not scored.
     """
-    return list(map(_likelihood, self._score_windows(texts)))
+    return list(map(_likelihood, self._score_windows(texts, self._eot())))
 
-  # ---- the four types of requests
+  # ---- the types of requests
 
   def _loglikelihoods(self, requests: Sequence[Loglikelihood], numbers) -> list[Likelihood]:
     """Log-likelihood requests: tokenizes context and continuation together, and cuts."""
@@ -197,7 +207,7 @@ class Scorer:
     whole = "".join(texts)
     ids, starts = encode_with_starts(self.tokenizer, whole)
     first_end = 0 if self.tokenizer.eot is not None else _first_token_end(starts, whole)
-    [(nats_T, first_T)] = self._score_windows([ids])
+    [(nats_T, first_T)] = self._score_windows([ids], self._eot())
     scored_starts = starts[len(ids) - len(nats_T) :]
 
     # 2. Cut the scores where the parts end.
@@ -262,6 +272,16 @@ class Scorer:
           answers[group[row]] = Words(*answer, truncated=contexts[row][1])
     return _in_order(answers)
 
+  def _token_statistics(self, requests: Sequence[TokenStatistics], numbers) -> list[Statistics]:
+    texts = encode_texts(self.tokenizer, [request.text for request in requests])
+    for number, ids in zip(numbers, texts, strict=True):
+      if len(ids) < 2:
+        raise ValueError(
+          f"text {number:,} has {len(ids)} tokens, and the first is context only: give a longer one"
+        )
+    scores = self._score_windows(texts, begin=(), measure=token_statistics)
+    return [Statistics(*arrays) for arrays in scores]
+
   # ---- tokens and batches
 
   def _encode_distinct(self, texts: Iterable[str]) -> dict[str, list[int]]:
@@ -298,10 +318,15 @@ class Scorer:
     lengths = [len(ids) for ids, _ in prompts]
     return plan_on_mesh(self.model, lengths, self.batch_size)
 
-  def _score_windows(self, texts: Sequence[Ids]) -> list[Scores]:
-    """Scores of every token of each text, in sliding windows."""
+  def _eot(self) -> Ids:
+    """What is read before a text: `<|endoftext|>`, if the tokenizer has it."""
+    return () if self.tokenizer.eot is None else (self.tokenizer.eot,)
+
+  def _score_windows(
+    self, texts: Sequence[Ids], begin: Ids, measure: Callable = nats_and_first_choice
+  ) -> list[Scores]:
+    """Scores of every token of each text after `begin`, in sliding windows."""
     n_ctx = self.model.config.n_ctx
-    begin = [] if self.tokenizer.eot is None else [self.tokenizer.eot]
 
     # 1. The windows of all texts in one list, so that batches are full.
     rows = []
@@ -311,18 +336,15 @@ class Scorer:
       windows = sliding_windows(tokens, n_ctx, self.stride or n_ctx)
       rows += windows
       n_windows.append(len(windows))
-    scores = iter(self._score(rows))
+    reference = None if measure is nats_and_first_choice else self.reference
+    scores = iter(score_rows(self.model, rows, self.batch_size, measure, reference))
 
     # 2. Concatenate the scores of each text. One without tokens has no window and no scores.
     of_texts = []
     for n in n_windows:
-      nats = [np.zeros(0, np.float32)]
-      first = [np.zeros(0, bool)]
-      for _ in range(n):
-        nats_T, first_T = next(scores)
-        nats.append(nats_T)
-        first.append(first_T)
-      of_texts.append((np.concatenate(nats), np.concatenate(first)))
+      windows = [next(scores) for _ in range(n)]
+      columns = zip(*windows, strict=True) if windows else [(NO_SCORES,), (NO_SCORES > 0,)]
+      of_texts.append(tuple(map(np.concatenate, columns)))
     return of_texts
 
   def _score(self, rows: Sequence[ScoredRow]) -> list[Scores]:
@@ -355,6 +377,17 @@ class Scorer:
   @functools.cached_property
   def _inference_model(self) -> InferenceModel:
     return for_inference(self.model)
+
+
+def _check_reference(config: ModelConfig, reference: ModelConfig) -> None:
+  """Raises ValueError unless both models read the same tokens in windows of the same length."""
+  for name in ("n_vocab", "n_ctx"):
+    ours, theirs = getattr(config, name), getattr(reference, name)
+    if ours != theirs:
+      raise ValueError(
+        f"the model has {name} of {ours:,} and the reference {theirs:,}; both read the same tokens "
+        f"in the same windows, so take two models of one family"
+      )
 
 
 def _first_token_end(starts: np.ndarray, text: str) -> int:

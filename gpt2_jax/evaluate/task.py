@@ -9,6 +9,8 @@ sums, so that any subset or resample of the items has one.
 import dataclasses
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 from gpt2_jax.evaluate.metric import Metric
 from gpt2_jax.evaluate.sources import Row, Source
 
@@ -62,7 +64,17 @@ class NextWords:
   n: int
 
 
-Request = Loglikelihood | RollingLoglikelihood | GenerateUntil | NextWords
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenStatistics:
+  """Request for statistics of each token of a text: how likely it was, and what else was.
+
+  The text's first token is context only, as in the published detectors of machine text.
+  """
+
+  text: str
+
+
+Request = Loglikelihood | RollingLoglikelihood | GenerateUntil | NextWords | TokenStatistics
 
 # ---- answers: what a scorer returns
 
@@ -100,7 +112,23 @@ class Words:
   truncated: bool
 
 
-Answer = Likelihood | Generated | Words
+@dataclasses.dataclass(frozen=True, slots=True)
+class Statistics:
+  """The answer to TokenStatistics: arrays with a number for each scored token, [T].
+
+  `mean` and `variance` are of log p of all tokens of the vocabulary, weighted with the reference's
+  probabilities, or with the model's own where there is no reference.
+  """
+
+  nats: np.ndarray  # -log p of the token
+  rank: np.ndarray  # 1 is the likeliest; equal ones share the best rank
+  entropy: np.ndarray  # of the model's distribution, in nats
+  mean: np.ndarray
+  variance: np.ndarray
+  truncated: bool = False  # never: what exceeds the context is read in windows
+
+
+Answer = Likelihood | Generated | Words | Statistics
 
 # ---- tasks
 

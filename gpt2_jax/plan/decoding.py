@@ -25,7 +25,7 @@ from gpt2_jax.chips import GIB, Topology
 from gpt2_jax.decoding.generate import _advance, _start
 from gpt2_jax.decoding.kv_cache import for_inference_on_mesh
 from gpt2_jax.decoding.samplers import Greedy
-from gpt2_jax.evaluate.loglikelihood import _score, columns_at_once
+from gpt2_jax.evaluate.loglikelihood import _score, columns_at_once, nats_and_first_choice
 from gpt2_jax.files import atomic_write
 from gpt2_jax.gpt1 import new_model
 from gpt2_jax.model import GPT2, ModelConfig, check_mesh
@@ -141,7 +141,8 @@ def _scoring(config: ModelConfig, topology: Topology, mesh: Mesh, dtype: str, B:
   number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
 
   # 2. Compile.
-  lowered = _score.lower(model, tokens_BT, tokens_BT, begin_B, None, number, columns=columns)
+  options = {"columns": columns, "measure": nats_and_first_choice}
+  lowered = _score.lower((model,), tokens_BT, tokens_BT, begin_B, None, number, **options)
   scheduled, memory = compile_lowered(lowered, topology, mesh)
 
   # 3. The bound: a multiply-add a weight and token, or the weights read once.
