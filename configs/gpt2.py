@@ -32,17 +32,24 @@ def get_config(size: str = "117M") -> ConfigDict:
       },
       **finetuning(),
       "mesh": {"replica": 1, "data": -1, "model": 1},  # -1 takes the devices that are left
-      "steps": 600_000,  # updates; the cosine ends there
+      "steps": 600_000,  # updates; the schedule ends there
       "batch_size": 512,  # windows in one update, over all devices
       "microbatches": 1,  # gradient accumulation: parts of a batch, in turn; divides batch_size
       "steps_per_call": 1,  # updates in one dispatch; more helps where a step takes milliseconds
       "compiler_options": "auto",  # of XLA: auto, none, or auto,NAME=VALUE,...
       "learning_rate": learning_rate,  # peak learning rate
+      "schedule": "cosine",  # or wsd: warmup, stable, decay, which can branch (branch_from)
       "warmup_steps": 2000,
-      "final_lr_fraction": 0.1,  # of the peak, at the end of the cosine
+      "decay_steps": 0,  # of wsd: the last steps, in which the learning rate decays
+      "decay_form": "1-sqrt",  # of wsd: 1-sqrt or linear
+      "final_lr_fraction": 0.1,  # of the peak, at the end of the schedule
+      "branch_from": "",  # workdir@step of a run to go on from in a new workdir; empty is none
+      "optimizer": "adamw",  # or muon, for the blocks' matrices: same learning rate, same decay
+      "momentum": 0.95,  # of muon
       "b1": 0.9,
       "b2": 0.95,
       "weight_decay": 0.1,  # on matrices only
+      "z_loss": 0.0,  # weight of the squared logsumexp of the logits; PaLM has 1e-4
       "clip_norm": 1.0,  # largest global norm of the gradient; 0 is no clipping
       "trainable": ("*",),  # names of what is trained, as ("*",) or ("ln_f.*",)
       "patience": 0,  # evaluations without a better one, then the run ends; 0 is never

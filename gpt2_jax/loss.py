@@ -91,10 +91,11 @@ def cross_entropy(logits_BTV, labels_BT, n_vocab: int):
   The backward pass rebuilds the softmax from the logits and their logsumexp, so that no second
   array of the logits' size is kept.
   """
-  return _cross_entropy_forward(logits_BTV, labels_BT, n_vocab)[0]
+  return cross_entropy_forward(logits_BTV, labels_BT, n_vocab)[0]
 
 
-def _cross_entropy_forward(logits_BTV, labels_BT, n_vocab):
+def cross_entropy_forward(logits_BTV, labels_BT, n_vocab: int):
+  """The nats, and what the backward pass needs: logits, labels, and the logsumexp, [B, T]."""
   lse_BT = jax.nn.logsumexp(_mask_padding(logits_BTV, n_vocab), axis=-1)
   return lse_BT - _label_logit(logits_BTV, labels_BT), (logits_BTV, labels_BT, lse_BT)
 
@@ -105,15 +106,23 @@ def _label_logit(logits_BTV, labels_BT):
   if axis_size(*AXES) == 1:
     row_B1, time_T = jnp.arange(labels_BT.shape[0])[:, None], jnp.arange(labels_BT.shape[1])
     return logits_BTV.at[row_B1, time_T, labels_BT].get(out_sharding=BATCH)
-  is_label = _tokens(logits_BTV) == labels_BT[..., None]
-  return jnp.sum(jnp.where(is_label, logits_BTV, 0.0), axis=-1)
+  return jnp.sum(jnp.where(is_label(logits_BTV, labels_BT), logits_BTV, 0.0), axis=-1)
+
+
+def is_label(logits_BTV, labels_BT):
+  """Whether a logit is that of the label, [B, T, V]."""
+  return _tokens(logits_BTV) == labels_BT[..., None]
+
+
+def softmax(logits_BTV, lse_BT, n_vocab: int):
+  """Probabilities from the logits and their logsumexp; zero for the padding of the vocabulary."""
+  return jnp.exp(_mask_padding(logits_BTV, n_vocab) - lse_BT[..., None])
 
 
 def _cross_entropy_backward(n_vocab, saved, d_BT):
   logits_BTV, labels_BT, lse_BT = saved
-  p_BTV = jnp.exp(_mask_padding(logits_BTV, n_vocab) - lse_BT[..., None])
-  is_label = _tokens(logits_BTV) == labels_BT[..., None]
-  return (p_BTV - is_label) * d_BT[..., None], None
+  p_BTV = softmax(logits_BTV, lse_BT, n_vocab)
+  return (p_BTV - is_label(logits_BTV, labels_BT)) * d_BT[..., None], None
 
 
-cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+cross_entropy.defvjp(cross_entropy_forward, _cross_entropy_backward)

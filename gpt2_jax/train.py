@@ -22,7 +22,7 @@ from gpt2_jax.finetune.start import build_on, initial_model, restored, saved_par
 from gpt2_jax.finetune.trainable import merge, partition, trainable_mask
 from gpt2_jax.loss import mean_loss, per_token
 from gpt2_jax.model import GPT2, ModelConfig
-from gpt2_jax.optimizer import adamw, schedule
+from gpt2_jax.muon import make_optimizer
 from gpt2_jax.runs import knobs
 from gpt2_jax.runs.limits import check_batch, check_kernel, check_update_fits, out_of_memory
 from gpt2_jax.runs.origin import find_origin
@@ -35,6 +35,7 @@ from gpt2_jax.runs.validation import (
   validate,
 )
 from gpt2_jax.runs.workdir import as_path
+from gpt2_jax.schedules import make_schedule
 from gpt2_jax.sharding import BATCH, ROWS, make_mesh
 from gpt2_jax.unreduced import all_reduce_gradients, defer_reduction, zero_gradients
 
@@ -133,8 +134,10 @@ def train_step(
     return trained, opt_state
 
   # A finite gradient can make an update that is not, at an absurd learning rate. The norm is one
-  # pass over what the update reads; no array of the update's size is kept for it.
-  updates, _ = optimizer.update(grads, state.opt_state, trained)
+  # pass over what the update reads; no array of the update's size is kept for it. Muon gives it a
+  # bound: its iterations are for updates that are made.
+  optimizer = optax.with_extra_args_support(optimizer)
+  updates, _ = optimizer.update(grads, state.opt_state, trained, is_bound=True)
   is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
   is_finite &= jnp.isfinite(optax.tree.norm(updates))
   trained, opt_state = jax.lax.cond(is_finite, apply_update, keep, trained, state.opt_state)
@@ -182,8 +185,8 @@ def make_step(config: ConfigDict, model_config: ModelConfig, options: dict | Non
   step; `compiler_options.for_mesh` gives its options. Nothing is computed here but two keys, and
   no mesh needs to be in force.
   """
-  rate = schedule(config.learning_rate, config.steps, config.warmup_steps, config.final_lr_fraction)
-  optimizer = adamw(rate, config.b1, config.b2, config.weight_decay, config.clip_norm)
+  rate = make_schedule(config)
+  optimizer = make_optimizer(config, rate, model_config.head_size)
   trainable = trained_names(config)
 
   def init(key, model=None):

@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 from gpt2_jax.model import GPT2, ModelConfig, name_of
-from gpt2_jax.optimizer import adamw, decayed, schedule
+from gpt2_jax.optimizer import adamw, decayed
+from gpt2_jax.schedules import cosine
 
 TINY = ModelConfig(n_vocab=97, n_ctx=8, n_embd=8, n_head=2, n_layer=2, dtype="float32")
 MATRICES = {"wte", "wpe", "h.attn.c_attn.w", "h.attn.c_proj.w", "h.mlp.c_fc.w", "h.mlp.c_proj.w"}
@@ -44,42 +44,11 @@ def test_decay_moves_matrices_and_nothing_else(mesh, parameters, place):
     np.testing.assert_array_equal(after[name], before[name])
 
 
-def test_schedule_is_the_formula():
-  rate, steps, warmup, floor = 6e-4, 100, 10, 0.1
-  found = schedule(rate, steps, warmup, floor)
-
-  def formula(step):
-    if step < warmup:
-      return rate * (step + 1) / (warmup + 1)
-    part = min(1, (step - warmup) / (steps - warmup))
-    return rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * part)))
-
-  assert found(0) == pytest.approx(rate / 11)
-  assert found(10) == pytest.approx(rate)
-  assert found(55) == pytest.approx(rate * 0.55)
-  assert found(100) == found(1000) == pytest.approx(rate * 0.1)
-  for step in range(0, 120, 3):
-    assert found(step) == pytest.approx(formula(step)), step
-
-
-def test_schedule_without_warmup_starts_at_the_top():
-  assert schedule(1e-3, 10, 0, 0.1)(0) == pytest.approx(1e-3)
-
-
-@pytest.mark.parametrize("warmup", [100, 101])
-def test_warmup_must_end_before_the_steps_do(warmup):
-  with pytest.raises(
-    ValueError,
-    match=f"warmup_steps of {warmup} leaves nothing of 100 steps; set --config.warmup_st",
-  ):
-    schedule(1e-3, 100, warmup, 0.1)
-
-
 def test_adamw_is_the_formula_for_two_steps():
   """The first gradient is above the clip, the second below."""
   rng = np.random.default_rng(0)
   b1, b2, decay, clip = 0.9, 0.95, 0.1, 1.0
-  rate = schedule(1e-2, 10, 2, 0.1)
+  rate = cosine(1e-2, 10, 2, 0.1)
   x = {"w": rng.normal(size=(3, 4)), "g": rng.normal(size=(3, 4))}
   params, expected = jax.tree.map(jnp.float32, x), {name: value.copy() for name, value in x.items()}
   optimizer = adamw(rate, b1, b2, decay, clip)

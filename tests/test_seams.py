@@ -17,8 +17,9 @@ from gpt2_jax.batch import Batch
 from gpt2_jax.linear import Context, Dense
 from gpt2_jax.loss import NextToken, mean_loss
 from gpt2_jax.model import ModelConfig, name_of
-from gpt2_jax.optimizer import adamw, schedule
+from gpt2_jax.optimizer import adamw
 from gpt2_jax.quantization import quantize
+from gpt2_jax.schedules import cosine
 from gpt2_jax.sharding import BATCH, ROWS
 
 TINY = ModelConfig(n_vocab=97, n_ctx=24, n_embd=24, n_head=3, n_layer=2, dtype="float32")
@@ -118,7 +119,7 @@ class Distill:
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_a_teacher_is_an_argument_of_the_step_and_never_a_constant(model, tokens, microbatches):
   """Another teacher is another loss without another compilation; it has no gradient."""
-  optimizer = adamw(schedule(1e-3, 9, 2, 0.1), 0.9, 0.95, 0.1, 1.0)
+  optimizer = adamw(cosine(1e-3, 9, 2, 0.1), 0.9, 0.95, 0.1, 1.0)
   traces = []
 
   @jax.jit
@@ -181,7 +182,7 @@ def test_packed_rows_train_as_if_each_text_stood_alone(model, tokens):
 
 
 def test_a_batch_of_prompts_alone_changes_nothing_and_is_no_error(model, tokens, put):
-  optimizer = adamw(schedule(1e-3, 9, 2, 0.1), 0.9, 0.95, 0.0, 1.0)
+  optimizer = adamw(cosine(1e-3, 9, 2, 0.1), 0.9, 0.95, 0.0, 1.0)
   with jax.set_mesh(model.mesh):
     zero = jnp.int32(0)
     state = train.TrainState(zero, zero, zero, model, jax.jit(optimizer.init)(model))

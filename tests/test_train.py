@@ -206,7 +206,7 @@ def test_a_run_that_diverges_keeps_the_checkpoint_from_before(data, tmp_path, mo
   def jump(*_):
     return lambda step: jax.numpy.where(step < 12, 1e-3, rate)
 
-  monkeypatch.setattr(train, "schedule", jump)
+  monkeypatch.setattr(train, "make_schedule", jump)
   config = config_for(data, steps=40, save_every=1, keep=1, eval_every=100, max_skips=3)
   with pytest.raises(FloatingPointError, match=r"3 updates in a row.*; checkpoint 12 is good;"):
     train.run(config, str(tmp_path))

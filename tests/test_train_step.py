@@ -19,8 +19,9 @@ from gpt2_jax.finetune.trainable import partition, trainable_mask
 from gpt2_jax.linear import Dense
 from gpt2_jax.loss import NextToken, mean_loss
 from gpt2_jax.model import ModelConfig
-from gpt2_jax.optimizer import adamw, schedule
+from gpt2_jax.optimizer import adamw
 from gpt2_jax.runs.validation import evaluation_sums
+from gpt2_jax.schedules import cosine
 from gpt2_jax.sharding import BATCH, ROWS, abstract_mesh
 from gpt2_jax.sizes import SIZES
 from gpt2_jax.train import (
@@ -34,7 +35,7 @@ TINY = ModelConfig(
   n_vocab=97, n_ctx=8, n_embd=40, n_head=4, n_layer=2, dtype="float32", pad_heads=True
 )
 FIVE = dataclasses.replace(TINY, n_head=5)
-OPTIMIZER = adamw(schedule(1e-3, 6, 2, 0.1), 0.9, 0.95, 0.1, 1.0)
+OPTIMIZER = adamw(cosine(1e-3, 6, 2, 0.1), 0.9, 0.95, 0.1, 1.0)
 init = jax.jit(functools.partial(init_state, optimizer=OPTIMIZER), static_argnames="model_config")
 
 
@@ -48,7 +49,7 @@ def step_once(state, tokens_BT, microbatches=1):
 @pytest.mark.parametrize("rate", [1e38, 1e30])
 def test_an_update_that_is_not_finite_is_skipped(rate, mesh):
   """Gradient and loss are finite: all of the state but the counts keeps its bits."""
-  optimizer = adamw(schedule(rate, 6, 0, 0.1), 0.9, 0.95, 0.1, 1.0)
+  optimizer = adamw(cosine(rate, 6, 0, 0.1), 0.9, 0.95, 0.1, 1.0)
   with mesh(1, 1, 1):
     state = init(jax.random.key(0), model_config=TINY)
     step = jax.jit(
@@ -136,7 +137,7 @@ def test_six_losses_are_those_of_one_device(config, sizes, microbatches, six_ste
 def test_a_published_size_traces_a_step_on_a_pod(size):
   """128 devices that are not here; the state that comes out is laid out as the one that went in."""
   config = dataclasses.replace(SIZES[size], pad_heads=True)
-  optimizer = adamw(schedule(1e-3, 10, 2, 0.1), 0.9, 0.95, 0.1, 1.0)
+  optimizer = adamw(cosine(1e-3, 10, 2, 0.1), 0.9, 0.95, 0.1, 1.0)
   with jax.sharding.use_abstract_mesh(abstract_mesh(2, 16, 4)):
     state = jax.eval_shape(lambda: init_state(jax.random.key(0), config, optimizer))
     tokens_BT = jax.eval_shape(lambda: jnp.zeros((64, 1025), jnp.int32, out_sharding=BATCH))

@@ -5,8 +5,8 @@ from ml_collections import ConfigDict
 
 from gpt2_jax.finetune.classify import Classifier, Classify, add_head, check_classes
 from gpt2_jax.finetune.several_texts import SEVERAL, ClassifySeveral
-from gpt2_jax.loss import NextToken
 from gpt2_jax.model import GPT2
+from gpt2_jax.z_loss import next_token_objective
 
 
 def make_objective(config: ConfigDict):
@@ -19,9 +19,16 @@ def make_objective(config: ConfigDict):
     raise ValueError(
       f"classify.form is {form!r}, and there are no labels; set --config.classify.classes"
     )
+  if config.z_loss and classes:
+    raise ValueError(
+      f"z_loss is {config.z_loss:g}, which is of a language model's loss, and this run has "
+      f"classes; set --config.z_loss=0"
+    )
   if form:
     return ClassifySeveral(form, classes, float(config.classify.lm_weight))
-  return Classify(classes, float(config.classify.lm_weight)) if classes else NextToken()
+  if classes:
+    return Classify(classes, float(config.classify.lm_weight))
+  return next_token_objective(float(config.z_loss))
 
 
 def add_configured_head(model: GPT2, settings: ConfigDict, key) -> GPT2:

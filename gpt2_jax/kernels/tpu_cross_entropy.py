@@ -84,14 +84,19 @@ def _fused_forward(x_BTD, wte_VD, labels_BT, n_vocab, blocks):
   return nats_BT, (x_BTD, wte_VD, labels_BT, nats_BT, *kept)
 
 
-def _fused_backward(n_vocab, blocks, saved, d_BT):
+def _fused_backward(n_vocab, blocks, saved, d_BT, d_lse_BT=None):
   x_BTD, wte_VD, labels_BT, nats_BT, lse_BT, e_VR, max_GR = saved
 
   # 1. The gradient of the logits is p, and p - 1 of the label, times that of the nats. The label's
   #    own comes from the nats: where its p is near 1, what is left of p - 1 is not lost.
   d_R, lse_R, nats_R, labels_R = (_flat(a) for a in (d_BT, lse_BT, nats_BT, labels_BT))
-  scale_GR = jnp.exp(max_GR - lse_R) * d_R
+  all_R = d_R if d_lse_BT is None else d_R + _flat(d_lse_BT)
+  scale_GR = jnp.exp(max_GR - lse_R) * all_R
   label_R = jnp.expm1(-nats_R) * d_R
+
+  # The gradient of the logsumexp is p, that of the label too.
+  if d_lse_BT is not None:
+    label_R += jnp.exp(-nats_R) * _flat(d_lse_BT)
 
   # 2. The gradients of x and, in the place of e, of the logits.
   on_shards = jax.shard_map(
@@ -114,6 +119,29 @@ def _fused_backward(n_vocab, blocks, saved, d_BT):
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
+def fused_cross_entropy_and_lse(x_BTD, wte_VD, labels_BT, n_vocab: int, blocks: Blocks = Blocks()):
+  """`fused_cross_entropy`, and the logsumexp of the logits; both have gradients."""
+  return _fused_and_lse(x_BTD, wte_VD, jax.sharding.reshard(labels_BT, BATCH), n_vocab, blocks)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _fused_and_lse(x_BTD, wte_VD, labels_BT, n_vocab: int, blocks: Blocks):
+  nats_BT, (lse_BT,) = _nats(x_BTD, wte_VD, labels_BT, n_vocab, blocks, keeps=False)
+  return nats_BT, lse_BT
+
+
+def _fused_and_lse_forward(x_BTD, wte_VD, labels_BT, n_vocab, blocks):
+  nats_BT, saved = _fused_forward(x_BTD, wte_VD, labels_BT, n_vocab, blocks)
+  return (nats_BT, saved[4]), saved
+
+
+def _fused_and_lse_backward(n_vocab, blocks, saved, cotangents):
+  return _fused_backward(n_vocab, blocks, saved, *cotangents)
+
+
+_fused_and_lse.defvjp(_fused_and_lse_forward, _fused_and_lse_backward)
+
+
 def _all_gather(wte_VD, dtype):
   """Casts the table, then all-gathers it over `data`."""
   return jax.sharding.reshard(wte_VD.astype(dtype), GATHERED)
@@ -125,7 +153,7 @@ def _flat(x_BT):
 
 
 def _nats(x_BTD, wte_VD, labels_BT, n_vocab: int, blocks: Blocks, keeps: bool):
-  """The nats, and if `keeps` what the backward pass needs: the logsumexp, e and its maxima."""
+  """The nats and the logsumexp, and if `keeps` what the backward pass needs: e and its maxima."""
   out_specs = (BATCH, BATCH, *(BY_VOCABULARY,) * (2 * keeps))
   on_shards = jax.shard_map(
     functools.partial(_forward_on_shard, n_vocab, blocks, keeps),

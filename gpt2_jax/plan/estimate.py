@@ -8,7 +8,8 @@ The estimate is a range. Its fast end is what the program asks for:
 - A copy between HBM and VMEM, which the DMA engines do beside other work, is exposed as far as no
   other work was scheduled meanwhile. It has the bandwidth that this work leaves over.
 - A collective (all-gather, reduce-scatter, all-reduce) moves its bytes over the ICI links of its
-  group, without latency. A ring uses both directions, a line one. Between slices, a chip has its
+  group, without latency. A ring uses both directions, a line one. An all-to-all moves them through
+  the bisection of its group. Between slices, a chip has its
   share of its host's network (DCN).
 - A collective overlaps with what the compiler scheduled between its start and its end, whether the
   TensorCore or a SparseCore sends it. It is exposed if that is shorter, or if it blocks.
@@ -416,14 +417,21 @@ def _ici_seconds(compiled: Scheduled, kind: str, nbytes: float, devices: np.ndar
 
   # 1. Links of a chip that carry: along each axis of the torus on which the group extends, both
   #    directions if the group is all of a ring, else one.
-  links = 0
+  links, across = 0, 0.0
   coordinates = compiled.places[devices[0]].T[1:]  # without the slice
   for axis, (length, along) in enumerate(zip(topology.shape, coordinates, strict=False)):
     extent = len(set(along))
     if extent > 1:
-      links += 2 if extent == length and topology.wraps_around(axis) else 1
+      directions = 2 if extent == length and topology.wraps_around(axis) else 1
+      links += directions
+      across = max(across, extent / directions / 4)
   if not links:
     return 0.0
+
+  # An all-to-all is bound by the links that cut a torus in two: half of what each chip has goes to
+  # the other half, over one chip's link for as many chips as are in a row.
+  if kind == "all-to-all":
+    return across * nbytes / topology.chip.ici_bandwidth
 
   # 2. An all-reduce is a reduce-scatter and an all-gather; each sends all parts but one's own.
   n = devices.shape[1]

@@ -70,6 +70,8 @@ NAMES = {
     "opt_state.learning_rate.": "opt_state.1.2.",
   },
   1: {
+    "opt_state.adam.inner_state.": "adam.",  # beside Muon, of what AdamW trains
+    "opt_state.muon.inner_state.": "muon.",
     "opt_state.adam.": "adam.",
     "opt_state.learning_rate.": "learning_rate.",
   },
@@ -586,6 +588,11 @@ class SavedModel:
     """Name and SHA-256 of the model beside which an adapter was trained; None without an adapter:
     then the checkpoint has all arrays."""
     return self.metadata["init_from"] if self.finetuning.adapter.kind else None
+
+  def restore(self, abstract_state):
+    """Restores what a run saved, all of its state. Raises ValueError for a damaged checkpoint."""
+    with _readable(self.checkpoints, self.step):
+      return self.checkpoints.restore(self.step, abstract_state)
 
   def load(self, dtype: str | None = None, base=None):
     """Loads the model onto the mesh in force; `dtype` computes in another dtype than the run did.

@@ -27,6 +27,7 @@ class Knob:
   below_high: bool = False  # whether `high` itself is out
   above_low: bool = False  # whether `low` itself is out
   resumable: bool = False  # whether a resumed run may change it: it says how, not what, is computed
+  branchable: bool = False  # whether a branch of a run may change it: it is of what comes after
   added: object = None  # what runs did before this knob was there
 
   def problem(self, value) -> str | None:
@@ -152,7 +153,7 @@ KNOBS = {
   "mesh.data": _count("FSDP: data parallelism with sharded parameters", -1, True),
   "mesh.model": _count("tensor parallelism", -1, True),
   # The recipe.
-  "steps": _count("updates; the cosine ends there"),
+  "steps": Knob(int, "updates; the schedule ends there", 1, branchable=True),
   "batch_size": _count("windows in one update, over all devices"),
   "microbatches": _count("gradient accumulation: parts of a batch, in turn", resumable=True),
   "steps_per_call": _count("updates in one dispatch", resumable=True),
@@ -160,11 +161,27 @@ KNOBS = {
     str, "of XLA: auto, none, or auto,NAME=VALUE,...", resumable=True, added="auto"
   ),
   "learning_rate": Knob(float, "peak learning rate", 0, above_low=True),
+  "schedule": Knob(str, "cosine, or wsd: warmup, stable, decay", branchable=True, added="cosine"),
   "warmup_steps": _count("steps of linear warmup", 0),
-  "final_lr_fraction": Knob(float, "of the peak, at the end of the cosine", 0, 1),
+  "decay_steps": Knob(
+    int, "of wsd: the last steps, in which the rate decays", 0, branchable=True, added=0
+  ),
+  "decay_form": Knob(str, "of wsd: 1-sqrt or linear", branchable=True, added="1-sqrt"),
+  "final_lr_fraction": Knob(
+    float, "of the peak, at the end of the schedule", 0, 1, branchable=True
+  ),
+  "branch_from": Knob(
+    str,
+    "workdir@step of a run to go on from in a new workdir; empty is none",
+    branchable=True,
+    added="",
+  ),
+  "optimizer": Knob(str, "adamw, or muon for the blocks' matrices", added="adamw"),
+  "momentum": Knob(float, "of muon", 0, 1, below_high=True, added=0.95),
   "b1": Knob(float, "AdamW's decay of the mean", 0, 1, below_high=True),
   "b2": Knob(float, "AdamW's decay of the square", 0, 1, below_high=True),
   "weight_decay": Knob(float, "on matrices only", 0),
+  "z_loss": Knob(float, "weight of the squared logsumexp of the logits", 0, added=0.0),
   "clip_norm": Knob(float, "largest global norm of the gradient; 0 is no clipping", 0),
   "trainable": Knob(tuple, 'names of what is trained, as ("*",) or ("ln_f.*",)', added=("*",)),
   "patience": Knob(
@@ -178,7 +195,9 @@ KNOBS = {
   # What is written, and when. A large number is never.
   "log_every": _count("steps between lines of metrics.jsonl", resumable=True),
   "eval_every": _count("steps between evaluations", resumable=True),
-  "eval_windows": _count("first validation windows that are scored; 0 is all", 0),
+  "eval_windows": Knob(
+    int, "first validation windows that are scored; 0 is all", 0, branchable=True
+  ),
   "save_every": _count("steps between checkpoints; the best evaluation saves too", resumable=True),
   "keep": _count("newest checkpoints kept; the best one stays besides", resumable=True),
   "profile_steps": _count("steps of a JAX trace in workdir/profile", 0, True),
@@ -189,6 +208,9 @@ KNOBS = {
     str, "project at Weights & Biases, by extra [wandb]; empty is none", resumable=True, added=""
   ),
 }
+
+# What a branch of a run may change, besides what a resumed run may.
+BRANCHABLE = tuple(name for name, knob in KNOBS.items() if knob.branchable)
 
 
 def flatten(config: dict, prefix: str = "") -> dict:
@@ -263,14 +285,15 @@ def check(config) -> None:
       raise ValueError(f"{name} of {value} {problem}; set --config.{name} ({knob.help})")
 
 
-def differences(saved: dict, config: dict) -> list[str]:
-  """Knobs that a resumed run may not change, and that differ: `name: old -> new` of each."""
+def differences(saved: dict, config: dict, branches: bool = False) -> list[str]:
+  """Knobs that a resumed run may not change, or a branch, and that differ: `name: old -> new`."""
   old, new = (flatten(json.loads(json.dumps(x))) for x in (saved, config))  # tuples as lists
   lines = []
   for name in sorted(old.keys() | new.keys()):
     knob = KNOBS.get(name)
     if knob and name not in old and knob.added is not None:
       old[name] = json.loads(json.dumps(knob.added))
-    if old.get(name) != new.get(name) and not (knob and knob.resumable):
+    is_free = knob and (knob.resumable or branches and knob.branchable)
+    if old.get(name) != new.get(name) and not is_free:
       lines.append(f"{name}: {str(old.get(name))[:80]} -> {str(new.get(name))[:80]}")
   return lines

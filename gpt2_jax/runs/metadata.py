@@ -78,24 +78,26 @@ def content_differences(saved: dict, metadata: dict) -> list[str]:
   return lines
 
 
-def check_same_run(metadata: dict, saved: dict, workdir: str):
+def check_same_run(metadata: dict, saved: dict, workdir: str, branches: bool = False):
   """Raises ValueError with the differences if `metadata` would not resume the run that was
-  `saved`."""
+  `saved`, or with `branches` go on from it in another workdir."""
   if saved["config"].keys() == {"model"}:
     raise ValueError(
       f"{workdir} holds weights, and no run that could resume: give it as --config.init_from, "
       f"and take another --workdir"
     )
   check_same_start(saved.get("init_from"), metadata.get("init_from"), workdir)
-  differing = knobs.differences(saved["config"], metadata["config"])
+  differing = knobs.differences(saved["config"], metadata["config"], branches)
   differing += content_differences(saved, metadata)
   if differing:
     shown = [line if len(line) <= 80 else f"{line[:77]}..." for line in differing[:6]]
     if len(differing) > len(shown):
       shown.append(f"and {len(differing) - len(shown)} more")
+    way_out = "or take another --workdir"
+    if branches:
+      way_out = f"for a branch may change only {', '.join(knobs.BRANCHABLE)} and how it is computed"
     raise ValueError(
-      f"{workdir} holds a run with another config ({'; '.join(shown)}); "
-      f"set these back, or take another --workdir"
+      f"{workdir} holds a run with another config ({'; '.join(shown)}); set these back, {way_out}"
     )
 
 

@@ -7,6 +7,7 @@ from gpt2_jax.compat import get_mesh
 from gpt2_jax.files import announce
 from gpt2_jax.finetune.init_from import Origin, base_sha256, open_origin
 from gpt2_jax.model import ModelConfig
+from gpt2_jax.runs.branch import open_trunk
 from gpt2_jax.runs.metadata import (
   check_same_run,
   check_same_start,
@@ -19,8 +20,9 @@ from gpt2_jax.tokenizer import Tokenizer, load_tokenizer
 def find_origin(config: ConfigDict, workdir: str) -> Origin | None:
   """What the run starts from; None for random weights.
 
-  A run that resumes has it from its newest checkpoint, where `init_from` is the same and the
-  checkpoint holds all arrays: what it once started from may be gone. Raises ValueError or OSError
+  A run that resumes has it from its newest checkpoint, and a branch from its trunk's, where
+  `init_from` is the same and the checkpoint holds all arrays: what it once started from may be
+  gone. Raises ValueError or OSError
   for what is no checkpoint.
   """
   if not config.init_from:
@@ -31,7 +33,8 @@ def find_origin(config: ConfigDict, workdir: str) -> Origin | None:
       )
     return None
   with announce(f"opening {config.init_from}"):
-    saved = _newest_metadata(workdir)
+    trunk = open_trunk(config, workdir)
+    saved = _newest_metadata(workdir) if trunk is None else trunk.metadata
     is_known = saved is not None and "init_from" in saved and not config.adapter.kind
     if not is_known or saved["config"].get("init_from") != config.init_from:
       return open_origin(config.init_from)

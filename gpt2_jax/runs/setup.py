@@ -17,7 +17,10 @@ from gpt2_jax.data.examples import ExampleStore
 from gpt2_jax.data.stores import RowSource, open_stores
 from gpt2_jax.files import announce, atomic_write
 from gpt2_jax.finetune.init_from import Origin
+from gpt2_jax.finetune.start import trained_names
+from gpt2_jax.finetune.trainable import partition, trainable_mask
 from gpt2_jax.model import GPT2, ModelConfig
+from gpt2_jax.runs.branch import Trunk, check_branch, open_trunk
 from gpt2_jax.runs.knobs import data_paths, flatten
 from gpt2_jax.runs.limits import check_disk
 from gpt2_jax.runs.metadata import run_identity, run_metadata
@@ -81,18 +84,18 @@ def set_up(
   # 2. Load what the run starts from, before anything is written.
   check_disk(workdir, abstract_state)
   base, metadata = load_base(origin, model_config, metadata, workdir)
+  trunk = check_branch(open_trunk(config, workdir), config, metadata)
 
-  # 3. Resume.
+  # 3. Resume, or branch.
   resources.enter_context(lock(workdir))
   checkpoints = open_checkpoints(workdir, config.keep)
-  with announce(f"reading the newest checkpoint of {workdir}"):
-    state, first_step = checkpoints.restore_latest(abstract_state, metadata) or (None, 0)
+  state, first_step = restore_saved(checkpoints, trunk, abstract_state, metadata)
 
   # 4. Where the run writes.
-  outputs = open_outputs(config, workdir, checkpoints, first_step, resources)
+  outputs = open_outputs(config, workdir, checkpoints, first_step, trunk, resources)
   metrics = outputs["metrics"]
   if base is not None and state is None:
-    log_origin(metrics, metadata["init_from"], abstract_state)
+    log_origin(metrics, metadata["init_from"], config, abstract_state.model)
   log_data(metrics, config, batches.n_rows, validation.count_rows(model_config.n_ctx))
   return Setup(
     config=config,
@@ -109,7 +112,20 @@ def set_up(
   )
 
 
-def open_outputs(config: ConfigDict, workdir: str, checkpoints, first_step: int, resources) -> dict:
+def restore_saved(checkpoints, trunk: Trunk | None, abstract_state, metadata: dict):
+  """The state that a run goes on from, and its step: the newest in its own workdir, or its trunk's;
+  (None, 0) where there is neither. Raises ValueError for what cannot be read, or is another run."""
+  with announce(f"reading the newest checkpoint of {checkpoints.path}"):
+    saved = checkpoints.restore_latest(abstract_state, metadata)
+  if saved is not None or trunk is None:
+    return saved or (None, 0)
+  with announce(f"reading {trunk.name}"):
+    return trunk.saved.restore(abstract_state), trunk.step
+
+
+def open_outputs(
+  config: ConfigDict, workdir: str, checkpoints, first_step: int, trunk: Trunk | None, resources
+) -> dict:
   """What a run writes to, as the fields of Setup. From here on SIGTERM asks for a save: before, it
   ends at once."""
   stop = resources.enter_context(StopSignal(get_mesh()))
@@ -119,6 +135,8 @@ def open_outputs(config: ConfigDict, workdir: str, checkpoints, first_step: int,
   writers = resources.enter_context(contextlib.ExitStack())
   writers.callback(checkpoints.close)
   metrics = open_metrics(config, folder, first_step, writers)
+  if trunk is not None:
+    metrics.say(f"branches from {trunk.name}")
   profile = Profile(folder.path, config.profile_steps, metrics.say)
   writers.callback(profile.end, ())  # where an error ends the loop
   return {
@@ -250,12 +268,13 @@ def log_start(metrics: Metrics, first_step: int, config: ConfigDict):
     )
 
 
-def log_origin(metrics: Metrics, record: dict, abstract_state):
-  """Says what the run starts from, and how much of it is trained: what has moments."""
-  moments = sum(leaf.size for leaf in jax.tree.leaves(abstract_state.opt_state) if leaf.ndim)
+def log_origin(metrics: Metrics, record: dict, config: ConfigDict, model):
+  """Says what the run starts from, and how much of it is trained."""
+  trained, _ = partition(model, trainable_mask(model, trained_names(config)))
+  parameters = sum(leaf.size for leaf in jax.tree.leaves(trained))
   metrics.say(
     f"starts from {record['name']} (sha256 {record['sha256'][:12]}), "
-    f"and trains {moments // 2:,} parameters"
+    f"and trains {parameters:,} parameters"
   )
 
 

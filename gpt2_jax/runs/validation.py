@@ -53,6 +53,9 @@ def validation_means(
   sums = jax.device_get(sums)
   totals = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
   tokens = totals.pop("tokens")
+
+  # A z-loss is trained on, and is no part of a validation loss.
+  totals["nats"] -= totals.get("z_loss", 0.0)
   return {name: total / tokens for name, total in totals.items()}
 
 

@@ -34,7 +34,8 @@ from gpt2_jax.evaluate import harness, loglikelihood, runner, sources, tasks  # 
 from gpt2_jax.evaluate.scorers import Scorer  # noqa: E402
 from gpt2_jax.loss import NextToken  # noqa: E402
 from gpt2_jax.model import ModelConfig  # noqa: E402
-from gpt2_jax.optimizer import adamw, schedule  # noqa: E402
+from gpt2_jax.optimizer import adamw  # noqa: E402
+from gpt2_jax.schedules import cosine  # noqa: E402
 from gpt2_jax.sharding import make_mesh  # noqa: E402
 from gpt2_jax.tokenizer import EOT, Gpt2Bpe, HuggingFace  # noqa: E402
 from gpt2_jax.train import init_state, scan_steps  # noqa: E402
@@ -69,7 +70,7 @@ def learn(text: str) -> tuple[gpt2_jax.GPT2, HuggingFace]:
     np.array(tokenizer.encode(text), np.int32),
     ModelConfig(512, N_CTX, 48, 4, 2, dtype="float32"),
   )
-  optimizer = adamw(schedule(1e-2, 151, 10, 0.1), 0.9, 0.99, 0.1, 1.0)
+  optimizer = adamw(cosine(1e-2, 151, 10, 0.1), 0.9, 0.99, 0.1, 1.0)
   starts_SB = np.random.default_rng(0).integers(0, len(ids) * 9 // 10 - N_CTX, (151, 8))
   starts_SB[150] += len(ids) // 10  # the last batch is text that was not seen before
   tokens_SBT = ids[starts_SB[..., None] + np.arange(N_CTX + 1)]

@@ -10,7 +10,7 @@ import pytest
 from configs import finetune
 from gpt2_jax import train
 from gpt2_jax.data import TokenStore, encode_corpus
-from gpt2_jax.optimizer import schedule
+from gpt2_jax.schedules import cosine
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.tokenizer import Characters
 from tests.finetune.conftest import N_VOCAB
@@ -26,7 +26,7 @@ def torch_losses(model, store) -> list[float]:
   others = [p for p in model.parameters() if p.ndim == 1]
   groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
   optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.999), eps=1e-8)
-  rate = schedule(RATE, STEPS, 4, 0.0)
+  rate = cosine(RATE, STEPS, 4, 0.0)
 
   losses = []
   batches = store.batches(16, 4, 0)

@@ -10,7 +10,8 @@ from gpt2_jax.batch import Batch
 from gpt2_jax.finetune.trainable import merge, partition, trainable_mask
 from gpt2_jax.loss import NextToken
 from gpt2_jax.model import ModelConfig, name_of
-from gpt2_jax.optimizer import adamw, schedule
+from gpt2_jax.optimizer import adamw
+from gpt2_jax.schedules import cosine
 from gpt2_jax.sharding import BATCH
 
 TINY = ModelConfig(n_vocab=97, n_ctx=8, n_embd=24, n_head=3, n_layer=2, dtype="float32")
@@ -49,7 +50,7 @@ def test_a_pattern_that_matches_nothing_is_refused(mesh, parameters, place):
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_frozen_parameters_stay_and_have_no_optimizer_state(microbatches, mesh, put, tokens):
   """The trained ones move as they do when all are trained, but for the clip, which is off here."""
-  optimizer = adamw(schedule(1e-2, 9, 2, 0.1), 0.9, 0.95, 0.1, 0.0)
+  optimizer = adamw(cosine(1e-2, 9, 2, 0.1), 0.9, 0.95, 0.1, 0.0)
   patterns, after = {"all": ("*",), "norms": ("ln_1", "ln_2", "ln_f")}, {}
   with mesh(1, 2, 1):
     batch = Batch(put(tokens(4, 9, 97), BATCH))

@@ -38,7 +38,10 @@ PUBLISHED = re.compile(
 )
 # The coordinator of a run of one process is not asked for; the text of a test has few words.
 SMALL_FLAGS = {"--processes=4": "--processes=1", "--vocab_size=4096": "--vocab_size=500"}
-SMALL_FLAGS |= {"--workdir=/shared/run": "--workdir=runs/shared"}
+SMALL_FLAGS |= {
+  "--workdir=/shared/run": "--workdir=runs/shared",
+  "runs/trunk@100000": "runs/trunk@2",
+}
 # Few examples in short rows.
 SMALL_FLAGS |= {
   f"--prepare=data/e2e/{name}.txt": "--prepare=e2e.txt" for name in ("train", "valid")
@@ -156,6 +159,9 @@ def small_knobs(command: str, arguments: list[str]) -> list[str]:
     return []
   if command == "train":
     steps = [f"--config.{knob}" for knob in STEPS.split()]
+    # A branch goes on from the last of these steps.
+    if any(flag.startswith("--config.branch_from=") for flag in arguments):
+      steps += ["--config.steps=4", "--config.decay_steps=2"]
     # The sizes of what starts from a checkpoint are the checkpoint's, but for the context.
     if any(flag.startswith("--config=finetune") for flag in arguments):
       return [*steps, "--config.model.dtype=float32", "--config.model.n_ctx=64"]
@@ -184,6 +190,7 @@ def _run_python(arguments: list[str], sandbox: pathlib.Path) -> None:
       flags += ["--limit=2", "--beams=2", "--n_new=4"]
   # An hour of benchmarks, and one of compiling for TPUs: the script is there, and Python reads it.
   hours = ("experiments/bench.py", "experiments/finetune.py", "experiments/calibrate.py")
+  hours += ("experiments/optimizers.py",)
   if script in hours or script == "experiments/reproduce.py" and not flags:
     compile((ROOT / script).read_text(), script, "exec")
     return

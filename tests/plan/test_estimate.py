@@ -145,6 +145,16 @@ def test_bytes_of_a_start_are_those_of_its_results():
   }
 
 
+def test_an_all_to_all_is_bound_by_the_middle_of_its_row():
+  """Eight chips in a line, 16 MiB each: four send an eighth of it to each of the other four, all
+  through one link."""
+  groups = "replica_groups=mesh['replica'=8,'data'=8,'model'=1] {'data'}"
+  times = estimated(entry(f"%a = f32[4096,1024]{{1,0}} all-to-all(%w), dimensions={{0}}, {groups}"))
+  [transfer] = times.collectives
+  assert (transfer.kind, transfer.axes, transfer.bytes) == ("all-to-all", "data", 16 * MIB)
+  assert transfer.seconds == pytest.approx(4 * 4 * 2 * MIB / CHIP.ici_bandwidth)
+
+
 def test_a_copy_into_vmem_takes_the_bandwidth_that_work_leaves_over():
   start = "%start = (f32[4096,1024]{1,0:S(1)}, f32[4096,1024]{1,0}, u32[]{:S(2)}) copy-start(%x)"
   done = "%done = f32[4096,1024]{1,0:S(1)} copy-done(%start)"

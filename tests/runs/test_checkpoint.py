@@ -14,7 +14,9 @@ from configs import gpt2
 from gpt2_jax import train
 from gpt2_jax.data import encode_corpus
 from gpt2_jax.loss import NextToken
+from gpt2_jax.optimizer import adamw
 from gpt2_jax.runs.checkpoint import FORMAT, NAMES, Checkpoints, by_name, format_of, name_on_disk
+from gpt2_jax.schedules import cosine
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.tokenizer import train_characters
 
@@ -162,7 +164,7 @@ def test_clipping_off_keeps_the_names(data, tmp_path, two_devices):
 def test_weights_of_one_are_no_weights(mesh, parameters, place, put, tokens):
   """Bit for bit: the loss, the gradients, the update."""
   config = train.ModelConfig(n_vocab=97, n_ctx=24, n_embd=24, n_head=3, n_layer=2, dtype="float32")
-  optimizer = train.adamw(train.schedule(1e-3, 9, 2, 0.1), 0.9, 0.95, 0.1, 1.0)
+  optimizer = adamw(cosine(1e-3, 9, 2, 0.1), 0.9, 0.95, 0.1, 1.0)
   spec = jax.sharding.PartitionSpec(("replica", "data"), None)
   found, arrays = {}, parameters(config)
   with mesh(1, 2, 1):
