@@ -92,6 +92,7 @@ setup(
     "eval": ["rouge-score>=0.1.2", "sacrebleu>=2.6"],  # of summaries and translations
     "wandb": ["wandb>=0.31"],  # config.wandb_project
     "harness": ["lm_eval>=0.4.13"],  # this project's models under lm-evaluation-harness
+    "adventure": ["adventure>=1.6"],  # experiments/play_adventure.py: Colossal Cave
     "experiments": ["scikit-learn>=1.9"],  # experiments/finetune.py's baseline, and its intervals
     "console": ["prompt_toolkit>=3.0.43"],  # gpt2-jax sample --interactive
     # What `make` installs.

@@ -4,8 +4,8 @@
   gpt2-jax train --config=finetune:lora --workdir=runs/mine --config.init_from=gpt2 \\
     --config.data.train=data/mine/train --config.data.validation=data/mine/validation
 
-Architecture, vocabulary and tokenizer are the checkpoint's. finetune_text, finetune_prompt and
-finetune_chat are short files over this one. The recipe is that of Hu et al. 2021 ("LoRA", table 11:
+Architecture, vocabulary and tokenizer are the checkpoint's. recipes/forkme.py has applications over
+this file: text, chat, story and so on. The recipe is that of Hu et al. 2021 ("LoRA", table 11:
 GPT-2 M on E2E) but for its label smoothing, with a cosine for its linear decay, with gradients
 clipped to a norm of 1, and with LoRA on the whole of c_attn, where theirs is on queries and values.
 Learning rates of all weights are usually lower. Nobody has run GPT-2 M with this code yet:

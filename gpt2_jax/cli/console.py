@@ -14,11 +14,18 @@ from typing import TYPE_CHECKING
 from gpt2_jax.cli import shell
 from gpt2_jax.cli.settings import Settings, setting_examples, slide_past_context
 from gpt2_jax.cli.terminal import Completions, Terminal
-from gpt2_jax.cli.turns import add_stops, check_special_tokens, prompt_ids
+from gpt2_jax.cli.turns import (
+  PLAIN_TEXT,
+  Answering,
+  add_stops,
+  check_special_tokens,
+  parse_fields,
+  prompt_ids,
+  recent_turns,
+)
 from gpt2_jax.files import atomic_write, local_path
 
 if TYPE_CHECKING:
-  from gpt2_jax.data.templates import Template
   from gpt2_jax.decoding import Generation
 
 # Each command, and what completion says of it.
@@ -29,6 +36,7 @@ COMMANDS = {
   "/more": "go on from the end of the last text",
   "/again": "the last prompt once more",
   "/new": "begin a new chat",
+  "/field": "NAME=TEXT: a turn that stands before every prompt",
   "/history": "the texts so far",
   "/save": "FILE: write them to a file",
   "/quit": "end the session",
@@ -39,6 +47,8 @@ HELP = """  a line          a prompt to continue; a \\ at its end goes on to the
   /more           go on from the end of the last text, with the next seed
   /again          the last prompt once more, with the next seed
   /new            begin a new chat, with --template: no turn so far is remembered
+  /field          NAME=TEXT: a turn before all others, with --template or --recipe: the memory of
+                  an adventure, the date of an article; it stays when old turns have to go
   /NAME VALUE     change a setting, as in /temperature 0.7 (none: its default);
                   /set NAME VALUE does the same, /settings shows them all
   /history        the texts so far
@@ -57,7 +67,7 @@ class Console:
     tokenizer,
     settings: Settings,
     terminal: Terminal,
-    template: "Template | None" = None,
+    answering: Answering = PLAIN_TEXT,
   ):
     from gpt2_jax.decoding import for_inference
 
@@ -66,7 +76,8 @@ class Console:
     self.tokenizer = tokenizer
     self.settings = settings
     self.terminal = terminal
-    self.template = template  # a line is a message of a chat that it writes
+    self.answering = answering
+    self.template = answering.template  # a line is a message of a chat that it writes
     self.turns: list[tuple[str, str]] = []  # messages of the chat, and the answer to each
     self.texts: list[tuple[str, str]] = []  # prompts, and what was added to each
 
@@ -155,13 +166,10 @@ class Console:
         self._answer_again(command)
       case "/new":
         self.turns = []
+      case "/field":
+        self._set_field(rest)
       case _:
-        names = [*COMMANDS, *(f"/{name}" for name in SETTINGS)]
-        near = difflib.get_close_matches(command, names, 1, cutoff=0)[0]
-        raise ValueError(
-          f"no command {line.strip()[:80]}; did you mean {near}? "
-          f"/help lists them, and a space before it makes it a text"
-        )
+        raise _unknown_command(command, line)
 
   # Settings
 
@@ -174,6 +182,10 @@ class Console:
     settings = self.settings.changed(name, value)
     self._check(settings)
     self.settings = settings
+
+  def _set_field(self, text: str) -> None:
+    fields = dict(self.answering.fields) | parse_fields([text], self.template)
+    self.answering = dataclasses.replace(self.answering, fields=fields)
 
   def _check(self, settings: Settings) -> None:
     """Raises ValueError for settings with which this model can continue no prompt."""
@@ -213,15 +225,13 @@ class Console:
 
   def _continue(self, prompt: str) -> None:
     """Writes the text as it is made, and remembers it, whole or interrupted."""
-    from gpt2_jax.decoding.stream import stream_counted
-
     # 1. Read the prompt, which raises here if it cannot be continued, and make the first token:
     #    what has not run before is compiled.
-    ids = prompt_ids(self.tokenizer, self.settings, self.template, self.turns, prompt)
+    turns, ids = self._read(prompt)
     generation = self._fit_context(len(ids))
     begin = time.monotonic()
     with self.terminal.waiting("compiling and reading the prompt"):
-      chunks = stream_counted(self.decoder, self.tokenizer, ids, generation)
+      chunks = self.answering.chunks(self.decoder, self.tokenizer, turns, prompt, ids, generation)
       first, n_first = next(chunks)
     first_at = time.monotonic()
 
@@ -266,6 +276,25 @@ class Console:
       if len(self.turns) < len(turns):
         self.turns = turns
 
+  def _read(self, prompt: str) -> tuple[list[tuple[str, str]], list[int]]:
+    """The turns that there is room for, and the tokens of a prompt with them.
+
+    The oldest turns make room for an answer, of half of the context at most.
+    """
+    n_ctx = self.decoder.model.config.n_ctx
+    room = max(n_ctx + 1 - self.settings.n_new, n_ctx // 2)
+
+    def write(turns) -> list[int]:
+      fields = self.answering.fields
+      return prompt_ids(self.tokenizer, self.settings, self.template, turns, prompt, fields)
+
+    turns = self.turns if self.answering.remembers and self.template is not None else []
+    recent = recent_turns(turns, write, room)
+    if len(recent) < len(turns):
+      n_left_out = len(turns) - len(recent)
+      self.terminal.write(f"note: the oldest {n_left_out:,} turns are left out, for room", "dim")
+    return recent, write(recent)
+
   def _fit_context(self, n_prompt: int) -> "Generation":
     """The options for a prompt of so many tokens, after a line if the context is too short."""
     n_ctx = self.decoder.model.config.n_ctx
@@ -273,6 +302,15 @@ class Console:
     if note:
       self.terminal.write(note, "dim")
     return add_stops(generation, self.template, self.tokenizer)
+
+
+def _unknown_command(command: str, line: str) -> ValueError:
+  names = [*COMMANDS, *(f"/{name}" for name in SETTINGS)]
+  near = difflib.get_close_matches(command, names, 1, cutoff=0)[0]
+  return ValueError(
+    f"no command {line.strip()[:80]}; did you mean {near}? "
+    f"/help lists them, and a space before it makes it a text"
+  )
 
 
 def split_command(line: str) -> tuple[str, str]:

@@ -5,6 +5,9 @@ gpt2-jax sample --model=gpt2 --prompt='Once upon a time' --temperature=0.8 --top
 gpt2-jax sample --model=runs/117M --step=best --samples=3 --n_new=200 --window=256
 gpt2-jax sample --model=gpt2-xl --quantize=int8 --interactive
 gpt2-jax sample --model=chat.hf --template=dialogpt --interactive
+gpt2-jax sample --model=runs/chat --recipe=chat --reverse=runs/chat_reverse --interactive
+gpt2-jax sample --model=runs/articles --recipe=articles --field=date='May 29, 2019' \\
+  --prompt='A new bridge opens'
 gpt2-jax sample --model=chat.hf --special=all --prompt='<|user|>Hello<|assistant|>'
 """
 
@@ -12,6 +15,7 @@ import dataclasses
 import itertools
 import signal
 import sys
+from collections.abc import Iterator
 
 from absl import flags
 
@@ -19,8 +23,16 @@ from gpt2_jax.cli import shell
 from gpt2_jax.cli.console import Console, complete_line
 from gpt2_jax.cli.settings import Settings, newlines, shorten_to_context
 from gpt2_jax.cli.terminal import Terminal, open_terminal
-from gpt2_jax.cli.turns import add_stops, check_special_tokens, prompt_ids
+from gpt2_jax.cli.turns import (
+  Answering,
+  Ranking,
+  add_stops,
+  check_special_tokens,
+  parse_fields,
+  prompt_ids,
+)
 from gpt2_jax.files import user_path
+from gpt2_jax.recipe import Recipe, load_recipe
 
 _MODEL = flags.DEFINE_string(
   "model",
@@ -45,6 +57,30 @@ _TEMPLATE = flags.DEFINE_string(
   "template",
   None,
   "A prompt is a message of a chat, written by this template: a name, or a .json file.",
+)
+_RECIPE = flags.DEFINE_string(
+  "recipe",
+  None,
+  "Application: its template, stop strings and sampling, where no flag says else. A name of "
+  "configs/recipes/forkme.py (story, chat, ...), or FILE.py:NAME.",
+)
+_FIELD = flags.DEFINE_multi_string(
+  "field",
+  [],
+  "NAME=TEXT of a turn that stands before the prompt, by its role in the template: memory, title.",
+)
+_REVERSE = flags.DEFINE_string(
+  "reverse", None, "Backward model that ranks the answers of a chat (MMI), as --model."
+)
+_CANDIDATES = flags.DEFINE_integer(
+  "candidates", 16, "With --reverse: answers that are drawn and ranked.", lower_bound=1
+)
+_REVERSE_WEIGHT = flags.DEFINE_float(
+  "reverse_weight",
+  1.0,
+  "With --reverse: weight of log p(prompt | answer); the rest is that of log p(answer | prompt).",
+  lower_bound=0.0,
+  upper_bound=1.0,
 )
 _DTYPE = flags.DEFINE_enum(
   "dtype", "float32", ["float32", "bfloat16"], "Of activations and matmuls."
@@ -74,13 +110,15 @@ def main() -> None:
   from gpt2_jax.sharding import make_mesh
 
   # 1. What cannot be is refused before anything is loaded.
-  settings = _settings()
+  recipe = load_recipe(_RECIPE.value) if _RECIPE.value else None
+  settings = _settings(recipe)
   settings.generation()
   if _INTERACTIVE.value and (_PROMPT.value or _SAMPLES.value > 1):
     raise ValueError(
       "--interactive reads prompts from the terminal, one text each; leave out --prompt, --samples"
     )
-  template = _load_template()
+  template = _load_template(recipe)
+  fields = parse_fields(_FIELD.value, template)
   if _INTERACTIVE.value and sys.stdin is None:
     raise ValueError("the standard input is closed, and --interactive reads it; give --prompt")
 
@@ -100,33 +138,84 @@ def main() -> None:
   check_special_tokens(tokenizer, settings, template)
   # The model is of no other use here, so no second copy of it is held.
   decoder = for_inference(model, donate=True)
+  answering = Answering(
+    template, fields, recipe is None or recipe.form == "chat", _load_reverse(mesh, tokenizer)
+  )
 
   # 3. Generate: in a session, one text as it comes, or several when all of them are there.
   if _INTERACTIVE.value:
-    _run_console(decoder, tokenizer, settings, template)
+    _run_console(decoder, tokenizer, settings, answering)
   else:
-    _print_texts(decoder, tokenizer, settings, template)
+    _print_texts(decoder, tokenizer, settings, answering)
 
 
-def _settings() -> Settings:
-  """The settings of the flags."""
+def _settings(recipe: Recipe | None) -> Settings:
+  """The settings of the flags, and of the recipe where no flag is given.
+
+  Raises ValueError for a setting of the recipe that there is not.
+  """
   values = {name: flag.value for name, flag in _SETTINGS.items()}
   texts = {name: tuple(map(newlines, values[name])) for name in ("stop", "special")}
-  return Settings(**values | texts)
+  values |= texts
+  if recipe is None:
+    return Settings(**values)
+
+  for name, value in (dict(recipe.sampling) | {"stop": recipe.stop}).items():
+    if name not in _SETTINGS:
+      raise ValueError(
+        f"recipe {recipe.name[:40]} sets {name[:40]!r} of sampling, and there are "
+        f"{', '.join(_SETTINGS)}"
+      )
+    # A temperature asks for draws where a recipe is greedy.
+    is_overruled = name == "greedy" and _SETTINGS["temperature"].present
+    if not _SETTINGS[name].present and not is_overruled:
+      values[name] = value
+  return Settings(**values)
 
 
-def _load_template():
-  """The template of the flag, or None. Raises ValueError for flags that make no sense with it."""
+def _load_template(recipe: Recipe | None):
+  """The template of the flags, or None. Raises ValueError for flags that make no sense with it."""
   from gpt2_jax.data.templates import load_template
 
-  if _TEMPLATE.value is None:
+  if recipe is not None and _TEMPLATE.value is not None:
+    raise ValueError(f"--recipe={recipe.name[:40]} has its own template; leave out --template")
+  template = None
+  if recipe is not None:
+    template = recipe.template()
+  elif _TEMPLATE.value is not None:
+    template = load_template(_TEMPLATE.value)
+
+  if _REVERSE.value and (template is None or _SAMPLES.value > 1):
+    raise ValueError(
+      "--reverse takes the best answer of a chat: give its --recipe or --template, and the number "
+      "of answers that are drawn as --candidates, not --samples"
+    )
+  if template is not None and not (_INTERACTIVE.value or _PROMPT.value or _FIELD.value):
+    raise ValueError(
+      f"the template {template.name[:80]} writes a message: give it as --prompt, or --interactive"
+    )
+  return template
+
+
+def _load_reverse(mesh, tokenizer) -> Ranking | None:
+  """The backward model of the flags. Raises ValueError for one of another vocabulary."""
+  from gpt2_jax.convert.pretrained import load_pretrained
+  from gpt2_jax.decoding import for_inference
+
+  if _REVERSE.value is None:
     return None
-  if not _INTERACTIVE.value and not _PROMPT.value:
-    raise ValueError("--template writes a message: give it as --prompt, or --interactive")
-  return load_template(_TEMPLATE.value)
+  model, vocabulary = load_pretrained(
+    user_path(_REVERSE.value), mesh, _DTYPE.value, quantize=_QUANTIZE.value
+  )
+  if vocabulary is None or vocabulary.fingerprint != tokenizer.fingerprint:
+    raise ValueError(
+      f"{_REVERSE.value[:200]} has another tokenizer than {_MODEL.value[:200]}: a backward model "
+      "scores the answers in their own tokens; train it from the same checkpoint"
+    )
+  return Ranking(for_inference(model, donate=True), _CANDIDATES.value, _REVERSE_WEIGHT.value)
 
 
-def _run_console(decoder, tokenizer, settings: Settings, template) -> None:
+def _run_console(decoder, tokenizer, settings: Settings, answering: Answering) -> None:
   # Bytes that are no UTF-8 make an error of their line, and not of the session; so does what the
   # terminal has no sign for.
   if sys.stdin.encoding:
@@ -137,22 +226,18 @@ def _run_console(decoder, tokenizer, settings: Settings, template) -> None:
   if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-  Console(decoder, tokenizer, settings, open_terminal(complete_line), template).run()
+  Console(decoder, tokenizer, settings, open_terminal(complete_line), answering).run()
 
 
-def _print_texts(decoder, tokenizer, settings: Settings, template) -> None:
-  from gpt2_jax.decoding import complete, stream
+def _print_texts(decoder, tokenizer, settings: Settings, answering: Answering) -> None:
+  from gpt2_jax.decoding import complete
 
   texts = _PROMPT.value or [""]
-  prompts = [prompt_ids(tokenizer, settings, template, [], text) for text in texts]
+  template, fields = answering.template, answering.fields
+  prompts = [prompt_ids(tokenizer, settings, template, [], text, fields) for text in texts]
   generation = dataclasses.replace(settings.generation(), samples=_SAMPLES.value)
   generation = add_stops(generation, template, tokenizer)
-  n_texts = len(prompts) * _SAMPLES.value
   terminal, waiting = Terminal(sys.stdout), Terminal(sys.stderr)
-
-  # An answer begins a line of its own.
-  if template is not None:
-    texts = [f"{text}\n" for text in texts]
 
   # 1. The default number of tokens is for contexts that have room for it.
   if not _SETTINGS["n_new"].present:
@@ -161,21 +246,32 @@ def _print_texts(decoder, tokenizer, settings: Settings, template) -> None:
     if note:
       waiting.write(note, "dim")
 
+  def answer_chunks(row: int) -> Iterator[str]:
+    chunks = answering.chunks(decoder, tokenizer, [], texts[row], prompts[row], generation)
+    return (chunk for chunk, _ in chunks if chunk)
+
+  # An answer begins a line of its own.
+  shown = texts if template is None else [f"{text}\n" for text in texts]
+
   # 2. One text, as it comes. The prompt is dim on a terminal, and what the model added is not.
-  if n_texts == 1:
+  if len(prompts) * _SAMPLES.value == 1:
     with waiting.waiting("compiling and reading the prompt"):
-      chunks = stream(decoder, tokenizer, prompts[0], generation=generation)
+      chunks = answer_chunks(0)
       first = next(chunks, "")
-    terminal.write(texts[0], "dim", end="")
+    terminal.write(shown[0], "dim", end="")
     for chunk in itertools.chain([first], chunks):
       terminal.write(chunk, end="")
     terminal.write()
     return
 
   # 3. Several, when all of them are there; `complete` says so if it takes a while.
-  for row, added in enumerate(complete(decoder, tokenizer, prompts, generation=generation)):
+  if answering.ranking is None:
+    answers = complete(decoder, tokenizer, prompts, generation=generation)
+  else:
+    answers = ["".join(answer_chunks(row)) for row in range(len(prompts))]
+  for row, added in enumerate(answers):
     terminal.write("-" * 80, "dim")
-    terminal.write(texts[row // _SAMPLES.value], "dim", end="")
+    terminal.write(shown[row // _SAMPLES.value], "dim", end="")
     terminal.write(added)
 
 

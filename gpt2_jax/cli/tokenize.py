@@ -7,6 +7,7 @@ nanoGPT's and llm.c's token files into one. Packs examples for fine-tuning into 
   gpt2-jax tokenize --files=input.txt --characters=:90% \\
     --train_tokenizer=characters --tokenizer=characters.json --out=/data/train
   gpt2-jax tokenize --examples=chats.jsonl --template=dialogpt --n_ctx=1024 --out=/data/chats
+  gpt2-jax tokenize --examples=stories.jsonl --recipe=story --out=/data/stories
   gpt2-jax tokenize --files='fineweb/*.parquet' --out=/data/fineweb
   gpt2-jax tokenize --files=stories.txt.gz --split_on='<|endoftext|>' --out=/data/stories
   gpt2-jax tokenize --tokens=openwebtext/train.bin --out=/data/openwebtext
@@ -15,7 +16,8 @@ nanoGPT's and llm.c's token files into one. Packs examples for fine-tuning into 
 Files are text, .jsonl, .ndjson, .json or .parquet; all but the last may be compressed (.gz, .zst,
 .bz2, .xz).
 An example is a JSON object: {"text": ...}, {"prompt": ..., "completion": ...} or {"messages":
-[{"role": ..., "content": ...}, ...]}, any of them with a "label".
+[{"role": ..., "content": ...}, ...]}, or texts by the names of a template's roles; any of them
+with a "label".
 
 A job that was killed resumes when the same command is run again; of a store that was damaged, it
 writes the damaged parts again. Records that are no text are skipped and counted; --strict stops at
@@ -35,6 +37,7 @@ from absl import flags
 
 from gpt2_jax.cli import shell
 from gpt2_jax.files import atomic_write, local_path, user_path
+from gpt2_jax.recipe import load_recipe
 
 if TYPE_CHECKING:
   from gpt2_jax.data import TokenStore
@@ -60,8 +63,14 @@ _EXAMPLES = flags.DEFINE_string(
 _TEMPLATE = flags.DEFINE_string(
   "template",
   None,
-  "Markers of the examples' roles: plain (default), tldr, dialogpt, chat, chatml, or a .json file; "
-  "with --tfds_name, its records are examples.",
+  "Markers of the examples' roles: plain (default), tldr, dialogpt, dialogpt_reverse, chat, "
+  "chatml, gpt1, or a .json file; with --tfds_name, its records are examples.",
+)
+_RECIPE = flags.DEFINE_string(
+  "recipe",
+  None,
+  "Application whose template, loss and n_ctx the examples have: a name of "
+  "configs/recipes/forkme.py (story, chat, ...), or FILE.py:NAME.",
 )
 _LOSS = flags.DEFINE_enum(
   "loss",
@@ -178,8 +187,11 @@ def tokenize_examples(out: str, tokenizer_path: str) -> str:
   from gpt2_jax.tokenizer import load_tokenizer
 
   # 1. What the template asks of the tokenizer is known before the examples are read.
-  template = load_template(_TEMPLATE.value or "plain")
-  encoder = ExampleEncoder(template, load_tokenizer(tokenizer_path), _LOSS.value or "responses")
+  recipe = load_recipe(_RECIPE.value) if _RECIPE.value else None
+  template = recipe.template() if recipe else load_template(_TEMPLATE.value or "plain")
+  loss = _LOSS.value or (recipe.loss if recipe else "responses")
+  n_ctx = _N_CTX.value or (recipe.n_ctx if recipe else 1024)
+  encoder = ExampleEncoder(template, load_tokenizer(tokenizer_path), loss)
   _ = encoder.special_ids
 
   # 2. Open the examples: without a key, a document is a whole record.
@@ -195,7 +207,7 @@ def tokenize_examples(out: str, tokenizer_path: str) -> str:
     encoder,
     out,
     documents.source,
-    _N_CTX.value or 1024,
+    n_ctx,
     _PROCESSES.value,
     strict=_STRICT.value,
     skipped=documents.skipped,
@@ -204,7 +216,23 @@ def tokenize_examples(out: str, tokenizer_path: str) -> str:
 
 
 def _are_examples() -> bool:
-  return bool(_EXAMPLES.value or _TEMPLATE.value)
+  is_template = _TEMPLATE.value or _RECIPE.value and load_recipe(_RECIPE.value).form != "text"
+  return bool(_EXAMPLES.value or is_template)
+
+
+def _check_recipe() -> None:
+  """Raises ValueError for a recipe without the data that it is made of."""
+  if not _RECIPE.value:
+    return
+  recipe = load_recipe(_RECIPE.value)
+  if _TEMPLATE.value:
+    raise ValueError(f"--recipe={recipe.name[:40]} has its own template; leave out --template")
+  is_text = recipe.form == "text"
+  has_data = bool(_FILES.value or _TOKENS.value) if is_text else bool(_EXAMPLES.value)
+  if not has_data and not _TFDS_NAME.value:
+    raise ValueError(
+      f"the recipe {recipe.name[:40]} has no data; give {recipe.data_hint()} (or --tfds_name)"
+    )
 
 
 def _check_example_flags() -> None:
@@ -237,6 +265,7 @@ def _check_flags() -> tuple[str, str]:
   from gpt2_jax.data import corpus
   from gpt2_jax.tokenizer import load_tokenizer
 
+  _check_recipe()
   corpora = (_FILES.value, _EXAMPLES.value, _TFDS_NAME.value, _TOKENS.value)
   if not _OUT.value or sum(map(bool, corpora)) != 1:
     raise ValueError("give --out and one of --files and --tfds_name, or of --examples, or --tokens")

@@ -4,9 +4,11 @@
   {"text": ...}                                       scored whole
   {"prompt": ..., "completion": ...}                  texts, or lists of messages (as TRL has them)
   {"messages": [{"role": ..., "content": ...}, ...]}  a message with "weight": 0 is not scored
+  {"title": ..., "article": ...}                      texts by the roles of the template
   any of them with "label": 0, 1, ...                 for classification
 
-A record that has several is read as messages, else as prompt and completion, else as text.
+A record that has several is read as messages, else as prompt and completion, else as the roles if
+that of the response is there, else as text.
 """
 
 import dataclasses
@@ -61,7 +63,7 @@ def parse_record(text: str, template: Template, loss: str) -> Example:
   not know, or nothing in it would be scored.
   """
   place, record = parse_json(text, "a record")
-  messages = _messages(record, template, place)
+  messages = template.ordered(_messages(record, template, place))
 
   # Turns without a text are kept: a chat has their markers.
   for message in messages:
@@ -90,7 +92,10 @@ def _messages(record: dict, template: Template, place: str) -> list[Message]:
   if "prompt" in record and "completion" in record:
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
-      turns = [Message(template.prompt, prompt), Message(template.response, completion)]
+      # A reversed template predicts the prompt from the completion.
+      roles = [template.prompt, template.response]
+      first, second = reversed(roles) if template.reverse else roles
+      turns = [Message(first, prompt), Message(second, completion)]
       # A completion of nothing is a text that ends as a response does.
       return turns if prompt else turns[1:]
 
@@ -99,10 +104,18 @@ def _messages(record: dict, template: Template, place: str) -> list[Message]:
     context = [dataclasses.replace(message, is_scored=False) for message in context]
     return context + _turns(completion, place, "completion")
 
+  # Fields by the names of the template's roles, in its order; one may be left out.
+  if isinstance(record.get(template.response), str):
+    turns = [(role, record.get(role)) for role in template.roles]
+    return [Message(role, text) for role, text in turns if isinstance(text, str)]
+
   if isinstance(record.get("text"), str):
     return [Message(None, record["text"])]
   keys = summarize(record, limit=5, each=30) or "no field"
-  raise ValueError(f"{place} has no text, no prompt with completion, and no messages (of {keys})")
+  raise ValueError(
+    f"{place} has no text, no prompt with completion, no messages, and no "
+    f"{template.response[:40]!r} of template {template.name[:80]} (of {keys})"
+  )
 
 
 def _turns(value: object, place: str, field: str) -> list[Message]:

@@ -48,7 +48,8 @@ class Template:
   """The markers of each role, and what ends a response when one is generated.
 
   `prompt` and `response` are the roles of a prompt and its completion; responses are scored.
-  Raises ValueError for a template that has no turn of these roles.
+  `reverse` writes the turns of an example from the last to the first, for a model of p(prompt |
+  response). Raises ValueError for a template that has no turn of these roles.
   """
 
   name: str
@@ -57,6 +58,7 @@ class Template:
   response: str = "assistant"
   special_tokens: tuple[str, ...] = (EOT,)
   stop: tuple[str, ...] = (EOT,)
+  reverse: bool = False
 
   def __post_init__(self):
     for role in (self.response, self.prompt):
@@ -76,7 +78,7 @@ class Template:
 
   def to_json(self) -> dict:
     turns = {turn.role: [turn.before, turn.after] for turn in self.turns}
-    return {
+    payload = {
       "name": self.name,
       "turns": turns,
       "prompt": self.prompt,
@@ -84,6 +86,22 @@ class Template:
       "special_tokens": list(self.special_tokens),
       "stop": list(self.stop),
     }
+    # Left out where it is false: stores of former versions have none.
+    return payload | ({"reverse": True} if self.reverse else {})
+
+  def backward(self) -> "Template":
+    """The template of the model that predicts prompts from responses."""
+    return dataclasses.replace(
+      self,
+      name=f"{self.name}_reverse",
+      prompt=self.response,
+      response=self.prompt,
+      reverse=not self.reverse,
+    )
+
+  def ordered(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages of an example in the order in which they are written."""
+    return tuple(reversed(messages)) if self.reverse else tuple(messages)
 
 
 # A prompt and its completion as they are; messages one after another.
@@ -94,6 +112,9 @@ TLDR = Template("tldr", (Turn("user", after="\nTL;DR:"), Turn("assistant", " ", 
 
 # Each turn ends with <|endoftext|> (Zhang et al. 2020, "DialoGPT").
 DIALOGPT = Template("dialogpt", (Turn("user", "", EOT), Turn("assistant", "", EOT)))
+
+# Its backward model, which predicts what was said from the answer: the last turn comes first.
+DIALOGPT_REVERSE = DIALOGPT.backward()
 
 # Roles in words, for a vocabulary that has no special token but <|endoftext|>.
 CHAT = Template(
@@ -130,7 +151,7 @@ GPT1_TASKS = Template(
   stop=("_classify_",),
 )
 
-TEMPLATES = (PLAIN, TLDR, DIALOGPT, CHAT, CHATML, GPT1_TASKS)
+TEMPLATES = (PLAIN, TLDR, DIALOGPT, CHAT, CHATML, GPT1_TASKS, DIALOGPT_REVERSE)
 
 
 def load_template(name_or_path: str) -> Template:
@@ -172,9 +193,11 @@ def template_from_json(payload: object, place: str) -> Template:
     if name in ("special_tokens", "stop") and _is_texts(value):
       values[name] = tuple(value)
       continue
+    if name == "reverse" and isinstance(value, bool):
+      continue
     raise ValueError(
       f"{place} has {name[:40]!r} as {str(value)[:40]!r}; a template has turns, texts name, prompt "
-      "and response, and lists of texts special_tokens and stop"
+      "and response, lists of texts special_tokens and stop, and reverse, true or false"
     )
   values.setdefault("name", pathlib.PurePath(place).stem)
   return Template(turns=tuple(Turn(role, *markers) for role, markers in turns.items()), **values)
@@ -199,17 +222,15 @@ def stop_strings(template: Template, tokenizer: Tokenizer) -> tuple[str, ...]:
 
 
 def write_prompt(
-  template: Template, tokenizer: Tokenizer, messages: Sequence[Message]
+  template: Template, tokenizer: Tokenizer, messages: Sequence[Message], role: str | None = None
 ) -> list[int]:
-  """The token ids after which a model writes the next response: the turns so far, and its marker.
+  """The token ids after which a model writes the next turn: the turns so far, and its marker.
 
-  Special tokens of the template are ids; one that a message spells is plain text. Raises ValueError
-  if the tokenizer lacks a special token of the template.
+  The next turn is a response, or of `role`. Special tokens of the template are ids; one that a
+  message spells is plain text. Raises ValueError if the tokenizer lacks a special token of the
+  template.
   """
-  # A response without a text: its prompt is what stands before it.
-  answer = Message(template.response, "")
-  encoded = ExampleEncoder(template, tokenizer).encode((*messages, answer))
-  return encoded.ids[: encoded.last_response].tolist()
+  return ExampleEncoder(template, tokenizer).encode_prompt(messages, role or template.response)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,10 +268,29 @@ class ExampleEncoder:
 
     The first token is never scored: nothing in the example predicts it.
     """
-    # 1. Texts that are neighbours are one text, so that tokens are those of the whole.
+    ids, is_response = self._tokens(self._pieces(messages))
+
+    # 1. Where the last response starts: after the last token that is none.
+    is_response = np.array(is_response, bool)
+    starts = np.flatnonzero(is_response & ~np.concatenate([[False], is_response[:-1]]))
+    last_response = int(starts[-1]) if len(starts) else len(ids)
+
+    # 2. The loss mask.
+    is_scored = np.ones_like(is_response) if self.loss == "all" else is_response.copy()
+    is_scored[:1] = False
+    return Encoded(np.array(ids, np.int32), is_scored, last_response)
+
+  def encode_prompt(self, messages: Sequence[Message], role: str) -> list[int]:
+    """The tokens of the messages, and of the marker before a turn of `role` that is to follow."""
+    # A space at the marker's end belongs to the first token of the turn's text.
+    before = self.template.turn(role).before.rstrip(" ")
+    return self._tokens(self._pieces(tuple(messages)) + self._marker(before, False))[0]
+
+  def _tokens(self, pieces: list[Piece]) -> tuple[list[int], list[bool]]:
+    """The tokens of the pieces, and of each whether it is part of a response."""
+    # Texts that are neighbours are one text, so that tokens are those of the whole.
     ids = []
     is_response = []
-    pieces = self._pieces(messages)
     for (special, response), run in itertools.groupby(
       pieces, lambda piece: (piece.is_special, piece.is_response)
     ):
@@ -261,16 +301,7 @@ class ExampleEncoder:
         tokens = self.tokenizer.encode("".join(piece.text for piece in run))
       ids += tokens
       is_response += [response] * len(tokens)
-
-    # 2. Where the last response starts: after the last token that is none.
-    is_response = np.array(is_response, bool)
-    starts = np.flatnonzero(is_response & ~np.concatenate([[False], is_response[:-1]]))
-    last_response = int(starts[-1]) if len(starts) else len(ids)
-
-    # 3. The loss mask.
-    is_scored = np.ones_like(is_response) if self.loss == "all" else is_response.copy()
-    is_scored[:1] = False
-    return Encoded(np.array(ids, np.int32), is_scored, last_response)
+    return ids, is_response
 
   def _pieces(self, messages: tuple[Message, ...]) -> list[Piece]:
     pieces = []

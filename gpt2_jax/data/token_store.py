@@ -315,7 +315,10 @@ def _what_is_missing(path: str) -> str:
   """Says why a folder without a manifest is no store, and what to do."""
   job = get_json(path, "job.json")
   if job is None:
-    return f"no token store at {path}; gpt2-jax tokenize writes one"
+    return (
+      f"no token store at {path}; write it: gpt2-jax tokenize --out={path} with --files, or with "
+      "--examples and a --recipe"
+    )
 
   if not _is_count(job.get("documents")) or not _is_count(job.get("documents_per_part")):
     return f"{path} is no token store: its job.json is of something else; choose another folder"

@@ -53,9 +53,10 @@ def test_a_size_follows_the_name():
   assert parse("--config=configs/gpt2.py:1.5B").model.n_layer == 48
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("finetune")])
+@pytest.mark.parametrize("name", ["finetune", "recipes/forkme:story", "recipes/forkme:chat"])
 def test_fine_tuning_leaves_the_architecture_to_the_checkpoint(name):
-  full, lora = parse(f"--config={name}"), parse(f"--config={name}:lora", "--config.model.n_ctx=64")
+  lora = parse(f"--config={name}:lora", "--config.model.n_ctx=64")
+  full = parse(f"--config={name}")
   assert all(config.model[knob] is None for knob in ARCHITECTURE for config in (full, lora))
   assert full.data.tokenizer == "" and full.init_from and lora.model.n_ctx == 64
   assert (full.adapter.kind, lora.adapter.kind) == ("", "lora")

@@ -381,7 +381,11 @@ BAD = [
   ({"messages": []}, "an empty list under 'messages'"),
   ({"messages": "a"}, "a str under 'messages'"),
   ({"messages": [{"role": "user"}]}, "no message as item 1 of 'messages'"),
-  ({"prompt": "a"}, "no text, no prompt with completion, and no messages (of prompt)"),
+  (
+    {"prompt": "a"},
+    "no text, no prompt with completion, no messages, and no 'assistant' of template "
+    "plain (of prompt)",
+  ),
   ({"prompt": "a", "completion": ["b"]}, "a str under 'prompt'"),
   ({"text": 5}, "no text"),
   ({}, "(of no field)"),

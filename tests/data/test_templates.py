@@ -12,6 +12,7 @@ from gpt2_jax.data.templates import (
   CHAT,
   CHATML,
   DIALOGPT,
+  DIALOGPT_REVERSE,
   GPT1_TASKS,
   PLAIN,
   TEMPLATES,
@@ -119,8 +120,9 @@ def test_a_prompt_is_what_stands_before_a_response(template):
   """Of any turn: so a model continues what it was trained on."""
   encoder = ExampleEncoder(template, tokenizer())
   for n in (1, 3):
-    encoded = encoder.encode(HELLO[: n + 1])
-    prompt = write_prompt(template, tokenizer(), HELLO[:n])
+    turns = template.ordered(HELLO[: n + 1])
+    encoded = encoder.encode(turns)
+    prompt = write_prompt(template, tokenizer(), turns[:-1])
     assert prompt == encoded.ids[: encoded.last_response].tolist()
 
   # Where <|endoftext|> is a token, it ends a text by its id.
@@ -233,6 +235,11 @@ def test_a_name_that_is_none_lists_the_names():
     ({"text": "x"}, [(None, "x", True)]),
     ({"prompt": "p", "completion": "c"}, [("user", "p", True), ("assistant", "c", True)]),
     ({"prompt": "", "completion": "c"}, [("assistant", "c", True)]),
+    # Fields by the template's roles, in its order.
+    (
+      {"assistant": "a", "user": "u", "mood": "x", "text": "t"},
+      [("user", "u", True), ("assistant", "a", True)],
+    ),
     # What is in a prompt is context, an assistant's turn, too.
     (
       {
@@ -266,6 +273,16 @@ def test_the_conventions_of_records(record, expected):
   example = parse_record(write_record(record, "a:1"), PLAIN, "responses")
   assert [(m.role, m.text, m.is_scored) for m in example.messages] == expected
   assert (example.place, example.label) == ("a:1", None)
+
+
+def test_a_reversed_template_predicts_what_was_said():
+  """The last turn comes first, and a prompt is what is learned from its completion."""
+  encoder = ExampleEncoder(DIALOGPT_REVERSE, tokenizer())
+  pair = {"prompt": "p", "completion": "c"}
+  turns = [{"role": m.role, "content": m.text} for m in HELLO]
+  for record, expected in ((pair, "c|P!"), ({"messages": turns}, "ja|OK?!yo|HI!")):
+    example = parse_record(write_record(record, "a:1"), DIALOGPT_REVERSE, "responses")
+    assert spell(encoder.encode(example.messages)) == expected
 
 
 def test_records_of_tfds_are_examples(tmp_path):

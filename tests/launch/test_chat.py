@@ -13,7 +13,7 @@ from gpt2_jax import complete, load_pretrained, stream
 from gpt2_jax.cli.console import Console
 from gpt2_jax.cli.settings import Settings
 from gpt2_jax.cli.terminal import Terminal
-from gpt2_jax.cli.turns import prompt_ids
+from gpt2_jax.cli.turns import Answering, prompt_ids
 from gpt2_jax.data.templates import CHATML, DIALOGPT, Message, load_template, write_prompt
 from gpt2_jax.tokenizer import EOT
 
@@ -159,7 +159,7 @@ class Typed(Terminal):
 
 def chat(ours, *lines, template=DIALOGPT, settings=GREEDY) -> tuple[str, Console]:
   terminal = Typed(lines)
-  console = Console(*ours, settings, terminal, template)
+  console = Console(*ours, settings, terminal, Answering(template))
   console.run()
   return terminal.output.getvalue(), console
 

@@ -163,7 +163,7 @@ def small_knobs(command: str, arguments: list[str]) -> list[str]:
     if any(flag.startswith("--config.branch_from=") for flag in arguments):
       steps += ["--config.steps=4", "--config.decay_steps=2"]
     # The sizes of what starts from a checkpoint are the checkpoint's, but for the context.
-    if any(flag.startswith("--config=finetune") for flag in arguments):
+    if any(flag.startswith(("--config=finetune", "--config=recipes/")) for flag in arguments):
       return [*steps, "--config.model.dtype=float32", "--config.model.n_ctx=64"]
     return steps + [f"--config.model.{x}" for x in TINY]
   if command == "plan":

@@ -25,6 +25,12 @@ COMMAND_LINES = rows(
     ("a folder as config", "configs", "--config=configs --workdir=new"),
     ("a config that is no Python", "bad/text.txt", "--config=bad/text.txt --workdir=new"),
     ("a size that is none", "117M", "--config=configs/gpt2.py:118M --workdir=new"),
+    (
+      "a recipe without its data",
+      "no token store at data/story/train; write it: gpt2-jax tokenize --out=data/story/train",
+      "--config=recipes/forkme:story --config.init_from=run --config.model.n_ctx=32 --workdir=new",
+    ),
+    ("a recipe that is none", "there are text, ", "--config=recipes/forkme:novel --workdir=new"),
     ("an empty size", "size", "--config=configs/gpt2.py: --workdir=new"),
     (
       "a size for a config without",
