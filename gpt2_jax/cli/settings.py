@@ -63,7 +63,14 @@ class Settings:
   window: int | None = setting(
     None, "Past the context, forget so many of the oldest tokens at a time.", int, "none"
   )
+  watermark: tuple[str, ...] = setting(
+    (), "KIND:KEY; KIND is green, selfhash, gumbel or synthid.", str, "gumbel:1234 none"
+  )
   seed: int = setting(0, "The same seed gives the same text.", int, "0 1 2")
+
+  def __post_init__(self):
+    # A flag gives a list.
+    object.__setattr__(self, "watermark", tuple(self.watermark))
 
   def sampler(self) -> Greedy | Sample:
     """Penalties first, then the temperature, then what is kept.
@@ -71,6 +78,7 @@ class Settings:
     Raises ValueError for numbers that cannot be.
     """
     from gpt2_jax.decoding import make_sampler
+    from gpt2_jax.decoding.watermark import parse_watermark
 
     # A penalty of 0 changes nothing, and would count the tokens for it.
     return make_sampler(
@@ -84,6 +92,7 @@ class Settings:
       top_p=self.top_p,
       min_p=self.min_p,
       typical_p=self.typical,
+      watermark=tuple(map(parse_watermark, self.watermark)),
     )
 
   def generation(self) -> Generation:

@@ -8,7 +8,7 @@ heated distribution. `Greedy` and `Sample` pick a token from what the filters le
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -46,6 +46,18 @@ class History(NamedTuple):
     # Columns outside the row count for the token `n_vocab`, which is out of bounds and dropped.
     token_W = jnp.where(inside_W, self.tokens_W, n_vocab)
     return jnp.zeros(n_vocab, jnp.int32).at[token_W].add(1, mode="drop")
+
+  def repeats(self, n: int):
+    """Whether the row's n newest tokens also stand right before a column of it, [W]."""
+    # 1. Before a column there have to be n tokens of the row.
+    column_W = jnp.arange(self.tokens_W.shape[0])
+    repeats_W = (column_W >= self.prompt_start + n) & (column_W < self.end)
+
+    # 2. They are compared one distance at a time.
+    for back in range(1, n + 1):
+      newest = jnp.sum(jnp.where(column_W == self.end - back, self.tokens_W, 0))
+      repeats_W &= jnp.roll(self.tokens_W, back) == newest
+    return repeats_W
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,22 +239,12 @@ class NoRepeatNgram:
       raise ValueError(f"runs of {self.n} tokens cannot repeat; n is 1 or more")
 
   def __call__(self, logits_V, history):
-    tokens_W, prompt_start, _, end = history
-    W = tokens_W.shape[0]
-    if self.n > W:
+    if self.n > history.tokens_W.shape[0]:
       return logits_V
 
-    # 1. An n-gram may end at each column that has n - 1 tokens of the row before it.
-    column_W = jnp.arange(W)
-    repeats_W = (column_W >= prompt_start + self.n - 1) & (column_W < end)
-
-    # 2. It repeats if those n - 1 tokens are the newest ones, compared one distance at a time.
-    for back in range(1, self.n):
-      newest = jnp.sum(jnp.where(column_W == end - back, tokens_W, 0))
-      repeats_W &= jnp.roll(tokens_W, back) == newest
-
-    # 3. The tokens at those columns are banned; all others are out of bounds and dropped.
-    token_W = jnp.where(repeats_W, tokens_W, logits_V.size)
+    # The tokens that follow the n - 1 newest ones are banned; others are out of bounds and dropped.
+    repeats_W = history.repeats(self.n - 1)
+    token_W = jnp.where(repeats_W, history.tokens_W, logits_V.size)
     banned_V = jnp.zeros(logits_V.size, bool).at[token_W].set(True, mode="drop")
     return jnp.where(banned_V, -jnp.inf, logits_V)
 
@@ -363,11 +365,13 @@ def make_sampler(
   top_p: float | None = None,
   min_p: float | None = None,
   typical_p: float | None = None,
+  watermark: Callable | None = None,
 ) -> Greedy | Sample:
   """A sampler from keywords; None leaves a filter out.
 
   Filters apply in the order of the keywords: penalties first, then the temperature, then what is
-  kept. For another order give `Sample((...))`. Raises ValueError for numbers that cannot be.
+  kept, then a watermark (watermark.py). For another order give `Sample((...))`. Raises ValueError
+  for numbers that cannot be.
   """
   # In the order in which they apply.
   options = (
@@ -383,4 +387,5 @@ def make_sampler(
   )
 
   filters = tuple(make(value) for make, value in options if value is not None)
+  filters += () if watermark is None else as_filters(watermark)
   return Greedy(filters) if greedy else Sample(filters)

@@ -75,8 +75,14 @@ def read_folder(folder: pathlib.Path) -> Tokenizer | None:
 
   Raises ValueError for damaged files, and for those that are not read.
   """
-  if all((folder / name).is_file() for name in OPENAI_FILES):
+  missing = [name for name in OPENAI_FILES if not (folder / name).is_file()]
+  if not missing:
     return read_gpt1_bpe(folder, OPENAI_FILES)
+  if len(missing) < len(OPENAI_FILES):
+    raise ValueError(
+      f"it has half of GPT-1's vocabulary, without {missing[0]}: put that beside it, or take the "
+      f"other one away"
+    )
   if not any((folder / name).is_file() for name in VOCABULARIES):
     return _check_unread(folder)
   companions = read_companions(folder)

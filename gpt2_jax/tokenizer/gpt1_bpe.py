@@ -237,7 +237,11 @@ def read_gpt1_bpe(
 ) -> Gpt1Bpe:
   """Reads the vocabulary and merges of a folder, of the given names; see `Gpt1Bpe.from_files`."""
   vocabulary, merges = (read_text(folder / name) for name in names)
-  return Gpt1Bpe.from_files(vocabulary, merges, special_tokens)
+  tokenizer = Gpt1Bpe.from_files(vocabulary, merges, special_tokens)
+
+  # Both are parsed at the first text: damaged ones should fail now.
+  tokenizer.fingerprint  # noqa: B018
+  return tokenizer
 
 
 def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:

@@ -33,6 +33,7 @@ from gpt2_jax.data.readers import choose_reader
 from gpt2_jax.evaluate import contamination, tasks
 from gpt2_jax.evaluate.sweep import cells
 from gpt2_jax.files import sha256
+from gpt2_jax.gpt1 import new_model
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.runs import checkpoint
 from gpt2_jax.runs.metrics import Metrics, plot_losses
@@ -71,7 +72,7 @@ def one_device() -> jax.sharding.Mesh:
 
 def random_weights(seed: int = 0, **config) -> Weights:
   with jax.set_mesh(one_device()):
-    model = GPT2(dataclasses.replace(CONFIG, **config), jax.random.key(seed))
+    model = new_model(dataclasses.replace(CONFIG, **config), jax.random.key(seed))
   return from_model(model, None)
 
 
@@ -96,7 +97,8 @@ def save(form: str):
 
   def make(folder: pathlib.Path):
     tokenizer = tokenizer_lib.Characters("".join(map(chr, range(97, 97 + CONFIG.n_vocab))))
-    weights = random_weights(gelu="erf" if form == "nanogpt" else "tanh")
+    options = {"nanogpt": {"gelu": "erf"}, "gpt1": {"family": "gpt1", "n_embd": 64, "n_head": 1}}
+    weights = random_weights(**options.get(form, {}))
     weights = dataclasses.replace(weights, tokenizer=tokenizer)
     pretrained.write(weights, str(folder / "it"), form)
 
@@ -289,6 +291,23 @@ def write_word_pieces(folder: pathlib.Path):
   (folder / "it/tokenizer_config.json").write_text(json.dumps(config))
 
 
+def write_gpt1_vocabulary(folder: pathlib.Path):
+  """GPT-1's vocabulary and merges, by OpenAI's names."""
+  parts = [*"abcd", *(f"{letter}</w>" for letter in "abcd"), "ab", "abc</w>", "bc</w>"]
+  ids = {token: i for i, token in enumerate(["<unk>", *parts])}
+  (folder / "it").mkdir()
+  (folder / "it/encoder_bpe_40000.json").write_text(json.dumps(ids))
+  merges = ["#version: 0.2", "a b", "b c</w>", "ab c</w>", ""]
+  (folder / "it/vocab_40000.bpe").write_text("\n".join(merges))
+
+
+def read_gpt1_vocabulary(folder: pathlib.Path) -> str:
+  """Words are given as they are: to cut a text takes libraries that need not be there."""
+  tokenizer = tokenizer_lib.read_tokenizer_folder(folder / "it")
+  ids = [tokenizer._encode_word(word) for word in ("abc", "dabcd", "bc")]
+  return f"{ids} {tokenizer.decode(range(12))!r} {tokenizer.fingerprint}"
+
+
 def write_model_folder(folder: pathlib.Path):
   write_sentencepiece(folder)
   (folder / "it").mkdir()
@@ -337,6 +356,8 @@ CONTAINERS = {
     save_byte_pairs("vocab.json", "merges.txt"), read_weights, 60, "it/[mv]*s*"
   ),
   "llm.c": Container(save("llmc"), read_weights, 100),
+  "GPT-1's shards": Container(save("gpt1"), read_weights, 60, "it/params_*"),
+  "GPT-1's vocabulary": Container(write_gpt1_vocabulary, read_gpt1_vocabulary, 100),
   "ckpt.pt": Container(save("nanogpt"), read_weights, 80, "it/ckpt.pt", True),
   "pytorch_model.bin": Container(save_pickled, read_weights, 80, "it/*.bin", True),
   "OpenAI's bundle": Container(copy_openai, read_weights, 60, "it/model.ckpt*", True),

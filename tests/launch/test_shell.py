@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from gpt2_jax.cli import config_file, shell
 
 ROOT = pathlib.Path(__file__).parents[2]
-SCRIPTS = ("train", "tokenize", "convert", "evaluate", "contamination", "sample", "plan")
+SCRIPTS = ("train", "tokenize", "convert", "evaluate", "contamination", "detect", "sample", "plan")
 
 
 def command(tmp_path, body: str) -> list:
@@ -224,6 +224,7 @@ def test_a_closed_output_is_refused_before_anything_is_done(tmp_path):
 TO_IMPORTS = {
   "train": ["--config=configs/demo.py", "--workdir=runs/x"],
   "contamination": ["--task=lambada"],
+  "detect": ["--files=x", "--watermark=7"],
   "sample": ["--model=gpt2"],
   "plan": ["--config=configs/demo.py", "--topology=v5e:2x2"],
 }

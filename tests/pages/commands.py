@@ -27,9 +27,12 @@ FOREIGN = ("gcloud", "git", "docker", "kubectl", "sky", "xpk", "tensorboard", "j
 RECORDED = ("gpt2-jax", "python", "make", "pip", *FOREIGN)
 RECORDER = """#!/bin/sh
 printf '%s\\0' "${0##*/}" "$#" "$@" >>"$CALLS"
-case "$*" in *--template*) cat "$TEMPLATE" ;; esac
+case "$*" in
+  *--template*) cat "$TEMPLATE" ;;
+  *--watermark*) echo 'Once upon a time there was a cat that sat on a mat by the sea.' ;;
+esac
 """
-# The one command whose output a page writes to a file.
+# Of the commands whose output a page writes to a file, one is this.
 TEMPLATE = ROOT / "gpt2_jax" / "evaluate" / "template.py"
 
 # A published name is a local folder here.
@@ -132,6 +135,9 @@ def run(call: Call, worker: Worker, sandbox: pathlib.Path) -> None:
     case _ if program in FOREIGN:
       pass
     case _:
+      # GPT-1's words are cut by a library that need not be there.
+      if "gpt1_tasks" in str(arguments) and importlib.util.find_spec("spacy") is None:
+        return
       flags = [small_flag(flag) for flag in arguments] + small_knobs(program, arguments)
       if "--processes=1" in flags:  # the processes meet before JAX is used: not in the worker
         return _process([sys.executable, ROOT / "launch" / f"{program}.py", *flags], sandbox)

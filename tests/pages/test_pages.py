@@ -65,6 +65,7 @@ def setting(tmp_path_factory, _server):
   for number in range(200):
     (sandbox / "books" / f"{number:03}.txt").write_text(f"{number}. {STORY}")
   (sandbox / "book.txt").write_text(STORY * 20)
+  (sandbox / "story.txt").write_text(STORY)
   write_corpora(sandbox)
   (sandbox / "e2e.txt").write_text(
     "name : Aromi | area : riverside||Aromi is by the river .\n" * 20

@@ -6,6 +6,7 @@ The whole ones are made by the commands themselves, so that each is a control, t
 
 import gzip
 import json
+import math
 import pathlib
 import shlex
 import shutil
@@ -44,6 +45,7 @@ FEW = [
 ]
 
 OWN = "gpt2_jax_tokenizer.json"
+GPT1_VOCABULARY, GPT1_MERGES = "encoder_bpe_40000.json", "vocab_40000.bpe"
 NO_TOKENIZER = dict.fromkeys((OWN, "tokenizer.json", "tokenizer_config.json"))  # files that go
 DEEP = "[" * 100_000
 # JSON that no file of this project is: of another kind, too deep, cut off, not text.
@@ -260,6 +262,55 @@ def damage_files(make: Maker) -> None:
   make.write("openai-index/checkpoint", 'model_checkpoint_path: "model.ckpt"\n')
   make.write("openai-index/model.ckpt.index", bytes(range(200)))
   make.write("openai-index/model.ckpt.data-00000-of-00001", b"x")
+
+
+def damage_gpt1(make: Maker) -> None:
+  """OpenAI's folders of a GPT-1 of one layer, whole and damaged."""
+  V, T, D = 95, 32, 64
+  layer = [[1, D, 3 * D], [3 * D], [1, D, D], [D], [D], [D]]
+  layer += [[1, D, 4 * D], [4 * D], [1, 4 * D, D], [D], [D], [D]]
+  shapes = [[T, D], [V, D], *layer]
+  n = sum(map(math.prod, shapes))
+  numbers = np.random.default_rng(0).normal(0.0, 0.02, n).astype(np.float32)
+  for number, part in enumerate(np.array_split(numbers, 10)):
+    (make.folder / "gpt1").mkdir(exist_ok=True)
+    np.save(make.folder / "gpt1" / f"params_{number}.npy", part)
+  make.write("gpt1/params_shapes.json", json.dumps(shapes))
+  make.write(f"gpt1/{OWN}", (make.folder / "characters.json").read_bytes())
+
+  for shape, content in SHAPES.items():
+    make.copy("gpt1", f"gpt1-shapes-{shape}", {"params_shapes.json": content})
+    vocabulary = {OWN: None, GPT1_VOCABULARY: content, GPT1_MERGES: "#version: 0.2\n"}
+    make.copy("gpt1", f"gpt1-vocabulary-{shape}", vocabulary)
+  for name, changed in {
+    "wide": [[T, D], [V, 2 * D], *layer],
+    "heads": [[T, 65], [V, 65], *layer],
+    "longer": [[T + 1, D], [V, D], *layer],
+    "layer": [*shapes, *layer],
+    "half": shapes[:-5],
+    "turned": [[T, D], [V, D], [1, 3 * D, D], *layer[1:]],
+  }.items():
+    make.copy("gpt1", f"gpt1-{name}", {"params_shapes.json": json.dumps(changed)})
+  make.copy("gpt1", "gpt1-nine", {"params_9.npy": None})
+  make.copy("gpt1", "gpt1-gap", {"params_4.npy": None})
+  part = (make.folder / "gpt1" / "params_3.npy").read_bytes()
+  make.copy("gpt1", "gpt1-cut", {"params_3.npy": part[:-100]})
+  make.copy("gpt1", "gpt1-garbage", {"params_3.npy": bytes(range(256))})
+  for name, array in {
+    "whole-numbers": np.arange(9),
+    "square": np.zeros((3, 3), np.float32),
+    "pickle": np.array([{}], object),
+  }.items():
+    np.save(make.copy("gpt1", f"gpt1-{name}") / "params_3.npy", array)
+
+  # A vocabulary with more tokens than there are embeddings.
+  tokens = [f"{chr(97 + i % 26)}{i}</w>" for i in range(V + 5)]
+  vocabulary = json.dumps({token: i for i, token in enumerate(tokens)})
+  files = {OWN: None, GPT1_VOCABULARY: vocabulary, GPT1_MERGES: "#version: 0.2\n"}
+  make.copy("gpt1", "gpt1-more-tokens", files)
+  files[GPT1_VOCABULARY] = json.dumps({token: i for i, token in enumerate(tokens[:V])})
+  make.copy("gpt1", "gpt1-half-vocabulary", {OWN: None, GPT1_MERGES: "#version: 0.2\n"})
+  make.copy("gpt1", "gpt1-no-merges", files | {GPT1_MERGES: "a b\n"})
 
 
 def write_configs(make: Maker) -> None:

@@ -447,7 +447,36 @@ OVERLAPS = rows(
   ],
 )
 
-TABLE = [*TOKENIZES, *JOBS, *EVALUATES, *CELLS, *OVERLAPS]
+DETECT = "--tokenizer=characters.json --files=story.txt"
+GREEN = f"{DETECT} --watermark=green:7"
+DETECTS = rows(
+  "detect",
+  "",
+  [
+    ("a text", None, GREEN),
+    ("several texts", None, f"{GREEN} --files=story.txt,many/*.txt"),
+    ("no flags", "is missing", ""),
+    ("no watermark", "--watermark", DETECT),
+    ("no text", "--files", "--tokenizer=characters.json --watermark=7"),
+    ("a watermark that is none", "gumbel", f"{DETECT} --watermark=gumble:7"),
+    ("a watermark without a key", "no key", f"{DETECT} --watermark=gumbel"),
+    ("a key in words", "no key", f"{DETECT} --watermark=gumbel:secret"),
+    ("a key below zero", "no key", f"{DETECT} --watermark=gumbel:-1"),
+    ("a key past 64 bits", "64 bits", f"{DETECT} --watermark=gumbel:99999999999999999999"),
+    ("an empty watermark", "no key", f"{DETECT} --watermark="),
+    ("a text that is not there", "gone.txt", f"{GREEN} --files=gone.txt"),
+    ("a text that is empty", "none to score", f"{GREEN} --files=empty.txt"),
+    ("a text that is bytes", "bytes.txt", f"{GREEN} --files=bytes.txt"),
+    ("a text of other characters", "'é'", f"{GREEN} --files=accents.txt"),
+    ("a folder as text", "hollow", f"{GREEN} --files=hollow"),
+    ("a tokenizer that is gone", "gone.json", f"{GREEN} --tokenizer=gone.json"),
+    ("a tokenizer that is none", "tokenizer-cut", f"{GREEN} --tokenizer=tokenizer-cut.json"),
+    ("a flag misspelled", "watermrk", f"{GREEN} --watermrk=7"),
+    ("a word", "extra", f"{GREEN} extra"),
+  ],
+)
+
+TABLE = [*TOKENIZES, *DETECTS, *JOBS, *EVALUATES, *CELLS, *OVERLAPS]
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,24 @@ CHECKPOINTS = [
   ("OpenAI's without sizes", "hparams.json", "openai"),
   ("OpenAI's with deep sizes", "hparams.json", "openai-deep"),
   ("OpenAI's with a damaged index", "openai-index", "openai-index"),
+  *((f"GPT-1's shapes: {x}", "params_shapes", f"gpt1-shapes-{x}") for x in fixtures.SHAPES),
+  *((f"GPT-1's tokens: {x}", "vocabulary", f"gpt1-vocabulary-{x}") for x in fixtures.SHAPES),
+  ("GPT-1's tokens wider than its positions", "n_vocab, D", "gpt1-wide"),
+  ("a GPT-1 that heads do not divide", "a multiple of 64", "gpt1-heads"),
+  ("a GPT-1 with a longer context", "asks for", "gpt1-longer"),
+  ("a GPT-1 with a layer more", "asks for", "gpt1-layer"),
+  ("a GPT-1 with half a layer", "12 a layer", "gpt1-half"),
+  ("a GPT-1 with a transposed matrix", "h.0.attn.c_attn.w", "gpt1-turned"),
+  ("nine files of GPT-1's ten", "9 files", "gpt1-nine"),
+  ("a file of GPT-1's from the middle", "0 to 9", "gpt1-gap"),
+  ("half a file of GPT-1's", "params_3.npy", "gpt1-cut"),
+  ("garbage as a file of GPT-1's", "params_3.npy", "gpt1-garbage"),
+  ("whole numbers as a file of GPT-1's", "params_3.npy", "gpt1-whole-numbers"),
+  ("a matrix as a file of GPT-1's", "params_3.npy", "gpt1-square"),
+  ("code as a file of GPT-1's", "params_3.npy", "gpt1-pickle"),
+  ("a GPT-1 with too many tokens", "100 tokens, and the model 95", "gpt1-more-tokens"),
+  ("half of GPT-1's vocabulary", "without encoder_bpe", "gpt1-half-vocabulary"),
+  ("GPT-1's merges without their first line", "#version", "gpt1-no-merges"),
   ("a workdir without a checkpoint", "run-none", "run-none"),
   ("a run with other layers", "checkpoint", "run-layers"),
   ("a run with other heads", "checkpoint", "run-heads"),
@@ -77,6 +95,16 @@ CONVERTS = rows(
     ),
     ("to a home", None, "--from=hf --to=~/new --format=orbax"),
     ("the same model", None, "--verify=hf --against=llm.bin"),
+    ("GPT-1's files to Hugging Face", None, "--from=./gpt1 --to=new"),
+    ("GPT-1's files of a GPT-2", "GPT-1", "--from=hf --to=new --format=gpt1"),
+    ("a GPT-1 for nanoGPT", "GPT-1", "--from=./gpt1 --to=new --format=nanogpt"),
+    (
+      "GPT-1's files in bfloat16",
+      "bfloat16",
+      "--from=./gpt1 --to=new --format=gpt1 --dtype=bfloat16",
+    ),
+    ("a GPT-2 with a task's tokens", "no GPT-1", "--from=hf --to=new --task_tokens"),
+    ("characters with a task's tokens", "no GPT-1", "--from=./gpt1 --to=new --task_tokens"),
     ("a deflated ckpt.pt", None, "--verify=nano-deflated --against=nano"),
     *((name, says, ["--to=new", f"--from={path}"]) for name, says, path in CHECKPOINTS),
     ("no flags", "--from", ""),
@@ -215,6 +243,9 @@ SAMPLES = rows(
     ("an empty stop", "stop", f"{ONCE} --stop="),
     ("a window of zero", "window", f"{ONCE} --window=0"),
     ("a window of all", "32", f"{ONCE} --window=32"),
+    ("a watermark", None, f"{ONCE} --watermark=gumbel:7 --top_p=0.9"),
+    ("a watermark that is none", "gumble", f"{ONCE} --watermark=gumble:7"),
+    ("a watermark without a key", "no key", f"{ONCE} --watermark=green:"),
     ("a seed below zero", "seed", f"{ONCE} --seed=-1"),
     ("a seed past 64 bits", "seed", f"{ONCE} --seed=99999999999999999999"),
     ("a mesh larger than the devices", "3", f"{ONCE} --mesh_data=3"),
@@ -249,6 +280,7 @@ TYPED = [
   ("frequency of inf", "frequency", "/set frequency inf"),
   ("a run of no tokens", "repeat", "/set no_repeat 0"),
   ("greedy of maybe", "greedy", "/set greedy maybe"),
+  ("a watermark without a key", "no key", "/set watermark green"),
   ("a seed below zero", "seed", "/set seed -1"),
   ("a seed past 64 bits", "seed", "/set seed 99999999999999999999"),
   ("a special token that is none", "special tokens", "/special <s>"),
@@ -290,6 +322,7 @@ def ready(make, sandbox):
   fixtures.damage_runs(make)
   fixtures.damage_folders(make)
   fixtures.damage_files(make)
+  fixtures.damage_gpt1(make)
   fixtures.write_texts(make)
   fixtures.write_arrays(make)
   sandbox.seal()
