@@ -86,4 +86,14 @@ def finetuning() -> dict:
       "form": "",  # "similarity" or "choice": examples of several texts, as GPT-1 has them
       "lm_weight": 0.5,  # of the language model's loss beside the labels', as GPT-1 has it
     },
+    "distill": {
+      "teacher": "",  # checkpoint to learn from, as init_from; empty is none
+      "layers": "",  # layers of init_from that the student starts with, as "0,2,4"; empty is all
+      "dtype": "float32",  # of the teacher's matrices: float32, bfloat16, int8
+      "sharded": True,  # the teacher is split over data, as the student is
+      "temperature": 2.0,  # of the distributions that are compared
+      "kl_weight": 5.0,  # of T^2 KL(teacher || student)
+      "lm_weight": 2.0,  # of the language model's loss
+      "cos_weight": 1.0,  # of 1 - cosine of the last hidden states
+    },
   }

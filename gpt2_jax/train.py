@@ -17,7 +17,6 @@ from gpt2_jax.batch import Batch, batch_hash
 from gpt2_jax.compat import get_mesh
 from gpt2_jax.files import announce, user_path
 from gpt2_jax.finetune.init_from import resolve_model
-from gpt2_jax.finetune.objective import make_objective
 from gpt2_jax.finetune.start import build_on, initial_model, restored, saved_part, trained_names
 from gpt2_jax.finetune.trainable import merge, partition, trainable_mask
 from gpt2_jax.loss import mean_loss, per_token
@@ -28,6 +27,7 @@ from gpt2_jax.runs.limits import check_batch, check_kernel, check_update_fits, o
 from gpt2_jax.runs.origin import find_origin
 from gpt2_jax.runs.setup import Setup, finish, set_up
 from gpt2_jax.runs.signals import stop_line
+from gpt2_jax.runs.teacher import abstract_objective
 from gpt2_jax.runs.validation import (
   log_initial_loss,
   out_of_patience,
@@ -293,29 +293,29 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     workdir = user_path(workdir)
     as_path(workdir)
     knobs.check(config)
-    objective = make_objective(config)
     with announce("starting JAX on its devices"):
       mesh = make_mesh(**config.mesh)
     resources.enter_context(jax.set_mesh(mesh))
     origin = find_origin(config, workdir)
     config = config if origin is None else resolve_model(config, origin)
     model_config = ModelConfig(**config.model)
+    objective = abstract_objective(config, model_config)
     check_batch(config)
     check_kernel(model_config)
     options = compiler_options.for_mesh(mesh, config.compiler_options)
     init, jitted_step = make_step(config, model_config, options)
     key = jax.random.split(jax.random.key(config.seed))[0]
     abstract_state = jax.eval_shape(init, key)
-    check_update_fits(config, model_config, abstract_state)
-    resources.enter_context(out_of_memory(config, model_config, abstract_state))
+    check_update_fits(config, model_config, abstract_state, objective)
+    resources.enter_context(out_of_memory(config, model_config, abstract_state, objective))
 
     # 2. Open the data and the workdir; resume, or start.
     abstract_saved = saved_part(config, abstract_state)
-    setup = set_up(config, model_config, workdir, abstract_saved, resources, origin)
+    setup = set_up(config, model_config, workdir, abstract_saved, resources, origin, objective)
 
     # 3. Train. The picture is drawn once metrics and checkpoints are closed, whole.
     with setup.writers:
-      setup = first_state(setup, model_config, init, key, objective)
-      state = train_loop(setup, jitted_step, objective)
+      setup = first_state(setup, model_config, init, key, setup.objective)
+      state = train_loop(setup, jitted_step, setup.objective)
     finish(setup, int(state.step))
     return state

@@ -127,9 +127,12 @@ def loop_round(state, call, store, clock: Clock, ahead: list[bool]):
     setup = Setup(
       config=config,
       state=state,
+      base=None,
+      objective=NextToken(),
       first_step=1,
       batches=TimedBatches(Batches(store, model.n_ctx, config.batch_size, config.seed), clock),
       validation=None,
+      tokenizer=None,
       metadata={},
       checkpoints=None,
       workdir=types.SimpleNamespace(upload=lambda: None),

@@ -76,8 +76,8 @@ _OUT = flags.DEFINE_string("out", None, "A folder for plan.json and plan.png.")
 
 
 def main() -> None:
-  from gpt2_jax.finetune.init_from import resolve_planned
   from gpt2_jax.plan import compiling, report, trials
+  from gpt2_jax.runs.origin import resolve_planned
 
   # 1. A compilation takes minutes: what can be known is said before.
   config = _CONFIG.value

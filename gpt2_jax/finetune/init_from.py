@@ -12,7 +12,6 @@ from collections.abc import Callable
 import jax
 from ml_collections import ConfigDict
 
-from gpt2_jax.convert.hub import PUBLISHED
 from gpt2_jax.convert.pretrained import (
   detect_format,
   is_workdir,
@@ -24,7 +23,6 @@ from gpt2_jax.files import user_path
 from gpt2_jax.finetune.adapter import n_virtual
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.runs.workdir import is_remote
-from gpt2_jax.sizes import GPT1_CONFIG, GPT1_NAMES, model_config
 from gpt2_jax.tokenizer import Tokenizer
 
 # What a model is: no run can change it. The context may be shorter.
@@ -95,20 +93,6 @@ def _open_workdir(init_from: str, workdir: str, step: str) -> Origin:
 def base_sha256(model: GPT2) -> str:
   """The SHA-256 of a loaded model's weights, on every process; see `weights_sha256`."""
   return weights_sha256(from_model(model, None))
-
-
-def resolve_planned(config: ConfigDict) -> ConfigDict:
-  """The config of a run that is planned and not started: see `resolve_model`.
-
-  Of a published name nothing is downloaded. Raises ValueError or OSError for what is no checkpoint.
-  """
-  if None not in config.model.values():
-    return config
-  name = config.init_from
-  if name in PUBLISHED:
-    published = GPT1_CONFIG if name in GPT1_NAMES else model_config(name)
-    return resolve_model(config, Origin(name, published, None, load=None))
-  return resolve_model(config, open_origin(name))
 
 
 def resolve_model(config: ConfigDict, origin: Origin) -> ConfigDict:

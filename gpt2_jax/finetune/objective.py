@@ -4,13 +4,15 @@
 from ml_collections import ConfigDict
 
 from gpt2_jax.finetune.classify import Classifier, Classify, add_head, check_classes
+from gpt2_jax.finetune.distill import distill_objective
 from gpt2_jax.finetune.several_texts import SEVERAL, ClassifySeveral
 from gpt2_jax.model import GPT2
 from gpt2_jax.z_loss import next_token_objective
 
 
 def make_objective(config: ConfigDict):
-  """The objective that a config trains: next tokens, or labels where it has classes."""
+  """The objective that a config trains: next tokens, labels where it has classes, or a teacher's
+  distribution; its teacher is loaded later, see runs/teacher.py."""
   form, classes = config.classify.form, config.classify.classes
   check_classes(classes)
   if form not in ("", *SEVERAL):
@@ -19,11 +21,19 @@ def make_objective(config: ConfigDict):
     raise ValueError(
       f"classify.form is {form!r}, and there are no labels; set --config.classify.classes"
     )
-  if config.z_loss and classes:
+  if config.distill.teacher and classes:
+    raise ValueError(
+      f"classify.classes is {classes}, and distill.teacher is set: a run has one objective; leave "
+      f"one of them out"
+    )
+  if config.z_loss and (classes or config.distill.teacher):
+    other = "classes" if classes else "a teacher"
     raise ValueError(
       f"z_loss is {config.z_loss:g}, which is of a language model's loss, and this run has "
-      f"classes; set --config.z_loss=0"
+      f"{other}; set --config.z_loss=0"
     )
+  if config.distill.teacher:
+    return distill_objective(config.distill)
   if form:
     return ClassifySeveral(form, classes, float(config.classify.lm_weight))
   if classes:

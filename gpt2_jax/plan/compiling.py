@@ -36,6 +36,7 @@ from gpt2_jax.model import ModelConfig, check_mesh, name_of
 from gpt2_jax.plan import cost, program
 from gpt2_jax.runs import knobs
 from gpt2_jax.runs.limits import check_batch, local_bytes
+from gpt2_jax.runs.teacher import abstract_objective
 from gpt2_jax.sharding import BATCH, concrete, make_mesh
 
 # A machine without TPUs: no metadata server to ask, no logs, several processes at once.
@@ -123,6 +124,7 @@ class Compiled(Scheduled):
   hbm: dict[str, float]  # bytes, by what they hold
   options: dict = dataclasses.field(default_factory=dict)  # of the compiler
   frozen_weights: int = 0  # of matmuls, in the whole model: those without a gradient
+  teacher: ModelConfig | None = None  # of a distillation
 
   @property
   def hbm_needed(self) -> float:
@@ -180,10 +182,13 @@ def compile_step(config: ConfigDict, topology: Topology) -> Compiled:
     )
     every_device = NamedSharding(mesh, P(mesh.axis_names))
     signals = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=every_device)
-    kept = _kept_for_backward(state.model, config, mesh)
+    objective = NextToken()
+    if config.distill.teacher:
+      objective = abstract_objective(config, model_config)
+    kept = _kept_for_backward(state.model, config, mesh, objective)
 
     # 3. Compile.
-    lowered = call.lower(state, Batch(tokens_SBT), NextToken(), signals)
+    lowered = call.lower(state, Batch(tokens_SBT), objective, signals)
     scheduled, memory = compile_lowered(lowered, topology, mesh)
 
   return Compiled(
@@ -191,9 +196,10 @@ def compile_step(config: ConfigDict, topology: Topology) -> Compiled:
     model=model_config,
     batch_size=config.batch_size,
     microbatches=config.microbatches,
-    hbm=_hbm_by_class(memory, state, kept),
+    hbm=_hbm_by_class(memory, state, kept, objective),
     options=options,
     frozen_weights=_frozen_weights(state.model, config),
+    teacher=objective.teacher.config if config.distill.teacher else None,
   )
 
 
@@ -206,7 +212,7 @@ def _dumped_bundles() -> dict[str, cost.Bundles]:
   return bundles
 
 
-def _kept_for_backward(model, config: ConfigDict, mesh: Mesh) -> float:
+def _kept_for_backward(model, config: ConfigDict, mesh: Mesh, objective) -> float:
   """Bytes of activations that a chip keeps for the backward pass of one microbatch.
 
   They are the residuals of `jax.vjp` that are not parameters, so what JAX asks for. The compiler
@@ -220,13 +226,13 @@ def _kept_for_backward(model, config: ConfigDict, mesh: Mesh) -> float:
 
   trained, frozen = partition(model, trainable_mask(model, trained_names(config)))
 
-  def loss_and_pullback(trained, frozen, tokens_BT):
+  def loss_and_pullback(trained, frozen, tokens_BT, objective):
     def loss(trained):
-      return mean_loss(NextToken(), merge(trained, frozen), Batch(tokens_BT))[0]
+      return mean_loss(objective, merge(trained, frozen), Batch(tokens_BT))[0]
 
     return jax.vjp(loss, trained)
 
-  _, pullback = jax.eval_shape(loss_and_pullback, trained, frozen, tokens_BT)
+  _, pullback = jax.eval_shape(loss_and_pullback, trained, frozen, tokens_BT, objective)
 
   # A residual has no name: one that has the shape and type of a parameter is taken for it.
   parameters = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((trained, frozen))]
@@ -249,7 +255,7 @@ def _frozen_weights(model, config: ConfigDict) -> int:
   return total
 
 
-def _hbm_by_class(memory, state, kept: float) -> dict[str, float]:
+def _hbm_by_class(memory, state, kept: float, objective) -> dict[str, float]:
   """HBM of a chip by what it holds, bytes, from the compiler's memory analysis.
 
   The compiler reports gradients and activations together, as temporaries.
@@ -257,6 +263,7 @@ def _hbm_by_class(memory, state, kept: float) -> dict[str, float]:
   mesh = jax.tree.leaves(state)[0].sharding.mesh
   parameters = local_bytes(state.model, mesh)
   optimizer = local_bytes(state.opt_state, mesh)
+  teacher = local_bytes(objective, mesh)
 
   # What JAX asks to keep is a bound: the compiler may compute some of it again.
   activations = min(kept, memory.temp_size_in_bytes)
@@ -265,15 +272,16 @@ def _hbm_by_class(memory, state, kept: float) -> dict[str, float]:
   arguments_and_outputs = (
     memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
   )
-  state_bytes = parameters + optimizer
+  known_bytes = parameters + optimizer + teacher
   return {
     "parameters": parameters,
     "optimizer state": optimizer,
+    **({"teacher": teacher} if teacher else {}),
     "kept for backward, at most": activations,
     "temporaries": memory.temp_size_in_bytes - activations,
     "batch, program, rest": arguments_and_outputs
     + memory.generated_code_size_in_bytes
-    - state_bytes,
+    - known_bytes,
   }
 
 

@@ -90,6 +90,8 @@ def estimate(compiled: Compiled) -> Estimate:
   tokens = compiled.batch_size * compiled.model.n_ctx
   # A frozen weight has no gradient, which is a third of its FLOPs.
   of_token = flops_per_token(compiled.model) - 2 * compiled.frozen_weights
+  if compiled.teacher is not None:  # it computes forward alone, a third
+    of_token += flops_per_token(compiled.teacher) / 3
   return estimate_program(compiled, of_token * tokens, tokens)
 
 

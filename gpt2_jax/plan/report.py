@@ -65,6 +65,7 @@ class Plan:
       "batch_size": compiled.batch_size,
       "microbatches": compiled.microbatches,
       "model": dataclasses.asdict(compiled.model),
+      "teacher": compiled.teacher and dataclasses.asdict(compiled.teacher),
       "compiler_options": compiled.options,
       "compile_seconds": compiled.seconds,
       "hbm_per_chip": compiled.hbm | available,
@@ -117,10 +118,12 @@ class Plan:
     """The model, the topology, the mesh and the knobs."""
     compiled, model = self.compiled, self.compiled.model
     mesh = " x ".join(f"{name} {n}" for name, n in compiled.mesh.items())
+    teacher = compiled.teacher
+    learns = "" if teacher is None else f", learns from {teacher.n_layer} x {teacher.n_embd}"
 
     return (
       f"{model.n_layer} layers x {model.n_embd}, {model.n_head} heads, {model.n_ctx} tokens, "
-      f"on {facts['topology']} ({facts['chips']} chips)\n"
+      f"on {facts['topology']} ({facts['chips']} chips){learns}\n"
       f"mesh {mesh}, batch {compiled.batch_size} in {compiled.microbatches}, "
       f"remat {model.remat}, attention {model.attention}, unroll {model.unroll}; "
       f"compiled in {compiled.seconds:.0f} s"

@@ -148,6 +148,25 @@ KNOBS = {
   "classify.lm_weight": Knob(
     float, "of the language model's loss beside the labels'", 0, added=0.5
   ),
+  # Distillation. A teacher is compared by its SHA-256: it may move.
+  "distill.teacher": Knob(
+    str, "checkpoint to learn from, as init_from; empty is none", resumable=True, added=""
+  ),
+  "distill.layers": Knob(
+    str, "layers of init_from that the student starts with, as 0,2,4; empty is all", added=""
+  ),
+  "distill.dtype": Knob(
+    str, "of the teacher's matrices: float32, bfloat16, int8", resumable=True, added="float32"
+  ),
+  "distill.sharded": Knob(
+    bool, "the teacher is split over data, as the student is", resumable=True, added=True
+  ),
+  "distill.temperature": Knob(
+    float, "of the distributions that are compared", 0, added=2.0, above_low=True
+  ),
+  "distill.kl_weight": Knob(float, "of T^2 KL(teacher || student)", 0, added=5.0),
+  "distill.lm_weight": Knob(float, "of the language model's loss", 0, added=2.0),
+  "distill.cos_weight": Knob(float, "of 1 - cosine of the last hidden states", 0, added=1.0),
   # The mesh; make_mesh says which sizes multiply.
   "mesh.replica": _count("data parallelism across slices; -1 is the rest", -1, True),
   "mesh.data": _count("FSDP: data parallelism with sharded parameters", -1, True),

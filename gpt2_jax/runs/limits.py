@@ -68,7 +68,9 @@ def local_bytes(tree, mesh: Mesh) -> int:
   return total
 
 
-def memory_needs(config: ConfigDict, model_config: ModelConfig, abstract_state) -> dict[str, int]:
+def memory_needs(
+  config: ConfigDict, model_config: ModelConfig, abstract_state, objective=None
+) -> dict[str, int]:
   """Bytes that an update needs at least on each device, by what they hold; on the mesh in force."""
   mesh = get_mesh()
   state = concrete(abstract_state, mesh)
@@ -81,7 +83,9 @@ def memory_needs(config: ConfigDict, model_config: ModelConfig, abstract_state) 
   layers = tokens * model_config.n_embd * model_config.n_layer * item
 
   steps = min(config.steps_per_call, config.steps)
+  teacher = local_bytes(objective, mesh)
   return {
+    **({"the teacher": teacher} if teacher else {}),
     "the state": local_bytes(state, mesh),
     # what is trained has two moments, and a gradient as large as one of them
     "gradients": local_bytes(state.opt_state, mesh) // 2,
@@ -105,13 +109,20 @@ def device_memory() -> float:
   return total / len(devices)
 
 
-def check_update_fits(config: ConfigDict, model_config: ModelConfig, abstract_state) -> None:
-  """Raises ValueError if an update cannot fit the devices' memory, with the numbers."""
-  needs, available = memory_needs(config, model_config, abstract_state), device_memory()
+def check_update_fits(
+  config: ConfigDict, model_config: ModelConfig, abstract_state, objective=None
+) -> None:
+  """Raises ValueError if an update cannot fit the devices' memory, with the numbers.
+
+  The leaves of `objective` are a teacher's.
+  """
+  needs = memory_needs(config, model_config, abstract_state, objective)
+  available = device_memory()
   if sum(needs.values()) > available:
     parts = [f"{name} {nbytes / GIB:,.2f}" for name, nbytes in needs.items()]
     # Parameters, their moments and gradients are there whatever the batch is.
-    has_room_for_model = needs["the state"] + needs["gradients"] <= available
+    model = needs["the state"] + needs["gradients"] + needs.get("the teacher", 0)
+    has_room_for_model = model <= available
     way_out = LESS_MEMORY if has_room_for_model else SMALLER_MODEL
     raise ValueError(
       f"out of memory: an update needs at least {sum(needs.values()) / GIB:,.2f} GiB on each "
@@ -120,7 +131,7 @@ def check_update_fits(config: ConfigDict, model_config: ModelConfig, abstract_st
 
 
 @contextlib.contextmanager
-def out_of_memory(config: ConfigDict, model_config: ModelConfig, abstract_state):
+def out_of_memory(config: ConfigDict, model_config: ModelConfig, abstract_state, objective=None):
   """Makes one line of a device or a host that runs out of memory: the numbers, and what to do.
 
   Raises ValueError.
@@ -131,7 +142,7 @@ def out_of_memory(config: ConfigDict, model_config: ModelConfig, abstract_state)
     is_memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
     if not is_memory:
       raise
-    needs = sum(memory_needs(config, model_config, abstract_state).values())
+    needs = sum(memory_needs(config, model_config, abstract_state, objective).values())
     raise ValueError(
       f"out of memory ({first_line(error, limit=200)}): batch_size {config.batch_size:,}, "
       f"microbatches {config.microbatches:,}, remat {model_config.remat}, at least "

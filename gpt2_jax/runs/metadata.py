@@ -87,6 +87,7 @@ def check_same_run(metadata: dict, saved: dict, workdir: str, branches: bool = F
       f"and take another --workdir"
     )
   check_same_start(saved.get("init_from"), metadata.get("init_from"), workdir)
+  check_same_teacher(saved.get("teacher"), metadata.get("teacher"), workdir)
   differing = knobs.differences(saved["config"], metadata["config"], branches)
   differing += content_differences(saved, metadata)
   if differing:
@@ -109,17 +110,31 @@ def check_same_start(saved: dict | None, record: dict | None, workdir: str):
   if (saved or {}).get("sha256") == (record or {}).get("sha256"):
     return
 
-  def described(start):
-    if start is None:
-      return "random weights"
-    sha256 = f" (sha256 {start['sha256'][:12]})" if start["sha256"] else ""
-    return f"{start['name'][:120]}{sha256}"
-
   raise ValueError(
-    f"{workdir} holds a run that started from {described(saved)}, and this one starts from "
-    f"{described(record)}; set --config.init_from to what the run started from (empty for random "
-    f"weights), or take another --workdir"
+    f"{workdir} holds a run that started from {_described(saved, 'random weights')}, and this one "
+    f"starts from {_described(record, 'random weights')}; set --config.init_from to what the run "
+    f"started from (empty for random weights), or take another --workdir"
   )
+
+
+def check_same_teacher(saved: dict | None, record: dict | None, workdir: str):
+  """Raises ValueError unless a run learned from the teacher that it is given now; see
+  `check_same_start`."""
+  if (saved or {}).get("sha256") == (record or {}).get("sha256"):
+    return
+  raise ValueError(
+    f"{workdir} holds a run that learned from {_described(saved, 'no teacher')}, and this one "
+    f"learns from {_described(record, 'no teacher')}; set --config.distill.teacher to what the run "
+    f"learned from, or take another --workdir"
+  )
+
+
+def _described(record: dict | None, none: str) -> str:
+  """A checkpoint by its name and SHA-256, for a message."""
+  if record is None:
+    return none
+  sha256 = f" (sha256 {record['sha256'][:12]})" if record["sha256"] else ""
+  return f"{record['name'][:120]}{sha256}"
 
 
 def check_metadata(metadata, step: int):
@@ -139,11 +154,12 @@ def check_metadata(metadata, step: int):
       raise ValueError("its metadata has a tokenizer that is none")
     if type(metadata.get("format", 0)) is not int:
       raise ValueError("its metadata has a format that is no number")
-    record = metadata.get("init_from", {"name": "", "sha256": ""})
-    if not isinstance(record, dict) or not all(
-      isinstance(record.get(key), str) for key in ("name", "sha256")
-    ):
-      raise ValueError("its metadata has an init_from that names no checkpoint")
+    for kind in ("init_from", "teacher"):
+      record = metadata.get(kind, {"name": "", "sha256": ""})
+      if not isinstance(record, dict) or not all(
+        isinstance(record.get(key), str) for key in ("name", "sha256")
+      ):
+        raise ValueError(f"its metadata has {kind}, which names no checkpoint")
     knobs.flatten(metadata)
   except RecursionError as error:
     raise ValueError("its metadata is nested too deep") from error

@@ -27,6 +27,7 @@ from gpt2_jax.runs.metadata import run_identity, run_metadata
 from gpt2_jax.runs.metrics import Log, Metrics, Profile, best_and_last, plot_losses
 from gpt2_jax.runs.origin import load_base, resolve_tokenizer
 from gpt2_jax.runs.signals import StopSignal
+from gpt2_jax.runs.teacher import load_teacher
 from gpt2_jax.runs.weights_and_biases import WeightsAndBiases, check_wandb
 from gpt2_jax.runs.workdir import Workdir, exists, is_remote, lock
 from gpt2_jax.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ class Setup:
   config: ConfigDict
   state: object  # the TrainState that was saved, see start.saved_part; None where nothing was
   base: GPT2 | None  # the model of `init_from`, where the run needs its arrays
+  objective: object  # what is trained, with a teacher's arrays
   first_step: int
   batches: BatchSource
   validation: RowSource
@@ -66,12 +68,14 @@ def set_up(
   workdir: str,
   abstract_state,
   resources,
-  origin: Origin | None = None,
+  origin: Origin | None,
+  objective,
 ) -> Setup:
   """Opens the data and the workdir, and resumes from the newest checkpoint if there is one.
 
-  `abstract_state` is what a checkpoint holds, `origin` what the run starts from. What has to be
-  closed goes onto `resources`. Raises ValueError or OSError where the input cannot be.
+  `abstract_state` is what a checkpoint holds, `origin` what the run starts from. A teacher of the
+  `objective` is loaded. What has to be closed goes onto `resources`. Raises ValueError or OSError
+  where the input cannot be.
   """
   check_wandb(config.wandb_project)
 
@@ -81,9 +85,11 @@ def set_up(
   metadata = run_metadata(config, train, validation, tokenizer)
   distributed.check_same("config", {"workdir": workdir} | run_identity(metadata))
 
-  # 2. Load what the run starts from, before anything is written.
+  # 2. Load what the run starts from and learns from, before anything is written.
   check_disk(workdir, abstract_state)
   base, metadata = load_base(origin, model_config, metadata, workdir)
+  objective, teacher = load_teacher(objective, config, model_config, tokenizer)
+  metadata |= {} if teacher is None else {"teacher": teacher}
   trunk = check_branch(open_trunk(config, workdir), config, metadata)
 
   # 3. Resume, or branch.
@@ -93,23 +99,22 @@ def set_up(
 
   # 4. Where the run writes.
   outputs = open_outputs(config, workdir, checkpoints, first_step, trunk, resources)
-  metrics = outputs["metrics"]
-  if base is not None and state is None:
-    log_origin(metrics, metadata["init_from"], config, abstract_state.model)
-  log_data(metrics, config, batches.n_rows, validation.count_rows(model_config.n_ctx))
-  return Setup(
+  setup = Setup(
     config=config,
     state=state,
     base=base,
+    objective=objective,
     first_step=first_step,
     batches=batches,
     validation=validation,
     tokenizer=tokenizer,
     metadata=metadata,
     checkpoints=checkpoints,
-    log=Log(metrics, config, model_config, checkpoints),
+    log=Log(outputs["metrics"], config, model_config, checkpoints),
     **outputs,
   )
+  log_sources(setup, abstract_state, model_config)
+  return setup
 
 
 def restore_saved(checkpoints, trunk: Trunk | None, abstract_state, metadata: dict):
@@ -275,6 +280,27 @@ def log_origin(metrics: Metrics, record: dict, config: ConfigDict, model):
   metrics.say(
     f"starts from {record['name']} (sha256 {record['sha256'][:12]}), "
     f"and trains {parameters:,} parameters"
+  )
+
+
+def log_sources(setup: Setup, abstract_state, model_config: ModelConfig):
+  """Says what the run starts from, unless it resumes, what it learns from, and its data."""
+  metrics, config, metadata = setup.metrics, setup.config, setup.metadata
+  if setup.base is not None and setup.state is None:
+    log_origin(metrics, metadata["init_from"], config, abstract_state.model)
+  if "teacher" in metadata:
+    log_teacher(metrics, metadata["teacher"], config)
+  windows = setup.validation.count_rows(model_config.n_ctx)
+  log_data(metrics, config, setup.batches.n_rows, windows)
+
+
+def log_teacher(metrics: Metrics, record: dict, config: ConfigDict):
+  """Says what the run learns from, and by which weights."""
+  settings = config.distill
+  metrics.say(
+    f"learns from {record['name']} (sha256 {record['sha256'][:12]}, {settings.dtype}): "
+    f"{settings.kl_weight:g} KL at temperature {settings.temperature:g}, "
+    f"{settings.lm_weight:g} language model, {settings.cos_weight:g} cosine"
   )
 
 

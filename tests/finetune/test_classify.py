@@ -41,7 +41,8 @@ ROWS_OF_LENGTHS = ((5, 8), (4, 3, 7))
 
 
 def config_of(classes: int, lm_weight: float = 0.5):
-  return ConfigDict({"classify": {"classes": classes, "form": "", "lm_weight": lm_weight}})
+  classify = {"classes": classes, "form": "", "lm_weight": lm_weight}
+  return ConfigDict({"classify": classify, "distill": {"teacher": ""}})
 
 
 def names(tree) -> set[str]:

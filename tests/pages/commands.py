@@ -37,7 +37,7 @@ TEMPLATE = ROOT / "gpt2_jax" / "evaluate" / "template.py"
 
 # A published name is a local folder here.
 PUBLISHED = re.compile(
-  r"(--(?:models?|from|against|verify|config\.init_from)=)(?:gpt2(?:-\w+)?|distilgpt2)(?:,gpt2-\w+)?$"
+  r"(--(?:models?|from|against|verify|config\.init_from|config\.distill\.teacher)=)(?:gpt2(?:-\w+)?|distilgpt2)(?:,gpt2-\w+)?$"
 )
 # The coordinator of a run of one process is not asked for; the text of a test has few words.
 SMALL_FLAGS = {"--processes=4": "--processes=1", "--vocab_size=4096": "--vocab_size=500"}
@@ -168,10 +168,14 @@ def small_knobs(command: str, arguments: list[str]) -> list[str]:
     # A branch goes on from the last of these steps.
     if any(flag.startswith("--config.branch_from=") for flag in arguments):
       steps += ["--config.steps=4", "--config.decay_steps=2"]
+    if "--config=distill" in arguments:
+      return [*steps, "--config.model.dtype=float32", "--config.distill.layers=0"]
     # The sizes of what starts from a checkpoint are the checkpoint's, but for the context.
     if any(flag.startswith(("--config=finetune", "--config=recipes/")) for flag in arguments):
       return [*steps, "--config.model.dtype=float32", "--config.model.n_ctx=64"]
     return steps + [f"--config.model.{x}" for x in TINY]
+  if command == "plan" and "--config=distill" in arguments:
+    return ["--config.distill.teacher=./gpt2", "--config.distill.layers=0", "--config.batch_size=8"]
   if command == "plan":
     sizes = ("n_layer=1", "n_embd=128", "n_head=2", "n_ctx=256", "n_vocab=512")
     return ["--config.batch_size=64", "--compiled=1"] + [f"--config.model.{x}" for x in sizes]
@@ -197,6 +201,7 @@ def _run_python(arguments: list[str], sandbox: pathlib.Path) -> None:
   # An hour of benchmarks, and one of compiling for TPUs: the script is there, and Python reads it.
   hours = ("experiments/bench.py", "experiments/finetune.py", "experiments/calibrate.py")
   hours += ("experiments/optimizers.py",)
+  hours = tuple(f"experiments/{name}.py" for name in ("bench", "calibrate", "distill", "finetune"))
   if script in hours or script == "experiments/reproduce.py" and not flags:
     compile((ROOT / script).read_text(), script, "exec")
     return

@@ -14,8 +14,8 @@ from configs import finetune, gpt2
 from gpt2_jax import train
 from gpt2_jax.chips import GIB, parse_topology
 from gpt2_jax.compat import get_mesh
-from gpt2_jax.finetune.init_from import resolve_planned
 from gpt2_jax.kernels import KERNELS as ATTENTION
+from gpt2_jax.loss import NextToken
 from gpt2_jax.model import ModelConfig
 from gpt2_jax.plan import report, search
 from gpt2_jax.plan.compiling import (
@@ -28,6 +28,7 @@ from gpt2_jax.plan.compiling import (
 from gpt2_jax.plan.cost import copied_bytes
 from gpt2_jax.plan.estimate import ALLOWANCE, KERNELS, MATMULS, _full_bytes, estimate
 from gpt2_jax.plan.program import Instruction
+from gpt2_jax.runs.origin import resolve_planned
 from gpt2_jax.sharding import concrete, make_mesh
 
 if importlib.util.find_spec("libtpu") is None:
@@ -233,7 +234,7 @@ def test_a_plan_of_lora_bounds_what_is_kept_over_any_base(mesh, quantize):
     with mesh(1, 1, 1):
       init, _ = train.make_step(config, ModelConfig(**config.model))
       state = concrete(jax.eval_shape(init, jax.random.key(0)), get_mesh())
-      kept[kind] = _kept_for_backward(state.model, config, get_mesh())
+      kept[kind] = _kept_for_backward(state.model, config, get_mesh(), NextToken())
   assert 0.5 * kept[""] < kept["lora"] < 1.01 * kept[""]
 
   config = finetune.get_config("lora")

@@ -154,6 +154,17 @@ KNOBS = rows(
     ("dropout of nan", "resid_pdrop", "--config.model.resid_pdrop=nan"),
     ("nothing to train", "trainable", "--config.trainable=()"),
     ("parameters that are none", "nothing", "--config.trainable=('nothing.*',)"),
+    ("a teacher that is not there", "gone", "--config.distill.teacher=./gone"),
+    ("a text as teacher", "story.txt", "--config.distill.teacher=story.txt"),
+    ("a teacher of another vocabulary", "50,257", "--config.distill.teacher=gpt2"),
+    (
+      "a teacher in a dtype that is none",
+      "int8",
+      "--config.distill.teacher=gpt2 --config.distill.dtype=int4",
+    ),
+    ("a temperature of zero", "temperature", "--config.distill.temperature=0"),
+    ("a weight below zero", "kl_weight", "--config.distill.kl_weight=-1"),
+    ("layers of nothing", "init_from", "--config.distill.layers=0,1"),
   ],
 )
 
