@@ -73,9 +73,8 @@ def set_up(
 ) -> Setup:
   """Opens the data and the workdir, and resumes from the newest checkpoint if there is one.
 
-  `abstract_state` is what a checkpoint holds, `origin` what the run starts from. A teacher of the
-  `objective` is loaded. What has to be closed goes onto `resources`. Raises ValueError or OSError
-  where the input cannot be.
+  `abstract_state` is what a checkpoint holds, `origin` what the run starts from. The teacher of an
+  `objective` is loaded. What is to be closed goes onto `resources`. Raises ValueError or OSError.
   """
   check_wandb(config.wandb_project)
 
@@ -89,7 +88,7 @@ def set_up(
   check_disk(workdir, abstract_state)
   base, metadata = load_base(origin, model_config, metadata, workdir)
   objective, teacher = load_teacher(objective, config, model_config, tokenizer)
-  metadata |= {} if teacher is None else {"teacher": teacher}
+  metadata |= {"teacher": teacher} if teacher else {}
   trunk = check_branch(open_trunk(config, workdir), config, metadata)
 
   # 3. Resume, or branch.
@@ -98,7 +97,6 @@ def set_up(
   state, first_step = restore_saved(checkpoints, trunk, abstract_state, metadata)
 
   # 4. Where the run writes.
-  outputs = open_outputs(config, workdir, checkpoints, first_step, trunk, resources)
   setup = Setup(
     config=config,
     state=state,
@@ -110,8 +108,7 @@ def set_up(
     tokenizer=tokenizer,
     metadata=metadata,
     checkpoints=checkpoints,
-    log=Log(outputs["metrics"], config, model_config, checkpoints),
-    **outputs,
+    **open_outputs(config, model_config, workdir, checkpoints, first_step, trunk, resources),
   )
   log_sources(setup, abstract_state, model_config)
   return setup
@@ -129,7 +126,13 @@ def restore_saved(checkpoints, trunk: Trunk | None, abstract_state, metadata: di
 
 
 def open_outputs(
-  config: ConfigDict, workdir: str, checkpoints, first_step: int, trunk: Trunk | None, resources
+  config: ConfigDict,
+  model_config: ModelConfig,
+  workdir: str,
+  checkpoints,
+  first_step: int,
+  trunk: Trunk | None,
+  resources,
 ) -> dict:
   """What a run writes to, as the fields of Setup. From here on SIGTERM asks for a save: before, it
   ends at once."""
@@ -149,6 +152,7 @@ def open_outputs(
     "workdir": folder,
     "writers": writers,
     "metrics": metrics,
+    "log": Log(metrics, config, model_config, checkpoints),
     "profile": profile,
   }
 
