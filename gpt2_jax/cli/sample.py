@@ -21,7 +21,7 @@ from absl import flags
 
 from gpt2_jax.cli import shell
 from gpt2_jax.cli.console import Console, complete_line
-from gpt2_jax.cli.settings import Settings, newlines, shorten_to_context
+from gpt2_jax.cli.settings import Settings, newlines, recipe_settings, shorten_to_context
 from gpt2_jax.cli.terminal import Terminal, open_terminal
 from gpt2_jax.cli.turns import (
   Answering,
@@ -150,27 +150,14 @@ def main() -> None:
 
 
 def _settings(recipe: Recipe | None) -> Settings:
-  """The settings of the flags, and of the recipe where no flag is given.
-
-  Raises ValueError for a setting of the recipe that there is not.
-  """
+  """The settings of the flags, and of the recipe where no flag is given."""
   values = {name: flag.value for name, flag in _SETTINGS.items()}
   texts = {name: tuple(map(newlines, values[name])) for name in ("stop", "special")}
-  values |= texts
+  settings = Settings(**values | texts)
   if recipe is None:
-    return Settings(**values)
-
-  for name, value in (dict(recipe.sampling) | {"stop": recipe.stop}).items():
-    if name not in _SETTINGS:
-      raise ValueError(
-        f"recipe {recipe.name[:40]} sets {name[:40]!r} of sampling, and there are "
-        f"{', '.join(_SETTINGS)}"
-      )
-    # A temperature asks for draws where a recipe is greedy.
-    is_overruled = name == "greedy" and _SETTINGS["temperature"].present
-    if not _SETTINGS[name].present and not is_overruled:
-      values[name] = value
-  return Settings(**values)
+    return settings
+  given = {name for name, flag in _SETTINGS.items() if flag.present}
+  return recipe_settings(recipe, settings, given)
 
 
 def _load_template(recipe: Recipe | None):

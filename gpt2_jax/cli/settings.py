@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
   from gpt2_jax.decoding import Generation, Greedy, Sample
+  from gpt2_jax.recipe import Recipe
   from gpt2_jax.tokenizer import Tokenizer
 
 
@@ -160,6 +162,26 @@ class Settings:
         value = ", ".join(map(repr, value))
       words.append(f"{field.name} {value}")
     return " · ".join(words)
+
+
+def recipe_settings(recipe: Recipe, settings: Settings, given: Collection[str]) -> Settings:
+  """The settings with those of a recipe in place of all but the `given` ones.
+
+  Raises ValueError for a setting of the recipe that there is not.
+  """
+  values = dict(recipe.sampling) | {"stop": recipe.stop}
+  names = [field.name for field in dataclasses.fields(settings)]
+  for name in values:
+    if name not in names:
+      raise ValueError(
+        f"recipe {recipe.name[:40]} sets {name[:40]!r} of sampling, and there are "
+        f"{', '.join(names)}"
+      )
+
+  # A temperature asks for draws where a recipe is greedy.
+  given = {*given, *(["greedy"] if "temperature" in given else [])}
+  values = {name: value for name, value in values.items() if name not in given}
+  return dataclasses.replace(settings, **values)
 
 
 def setting_examples(name: str) -> list[str]:

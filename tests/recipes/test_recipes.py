@@ -2,6 +2,7 @@
 """Every recipe: its example is written and masked as it stands here by hand, it trains, and an
 answer ends where the recipe says."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -15,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from configs.recipes import forkme
-from gpt2_jax.cli.settings import Settings
+from gpt2_jax.cli.settings import Settings, recipe_settings
 from gpt2_jax.cli.turns import add_stops, next_role, prompt_ids
 from gpt2_jax.data.example_records import write_record
 from gpt2_jax.data.pack_examples import encode_examples
@@ -62,6 +63,8 @@ WRITTEN = {
 }
 # What is left to write where the first field alone is given.
 NEXT_FIELDS = {"articles": "date", "subreddit": "title", "questions": "question"}
+# One sampler for all, so that it is compiled once.
+FORCED = Settings(n_new=64, greedy=True)
 OPTIMIZER = optax.adam(1e-3)
 
 
@@ -77,11 +80,12 @@ def step():
 
 
 @functools.cache
-def initial(classes: int):
+def initial():
+  """The state before the first step. A head for labels is there, whether it is trained or not."""
+
   @jax.jit
   def make(key):
-    model = GPT2(CONFIG, key)
-    return init_state(key, CONFIG, OPTIMIZER, model=add_head(model, classes, key))
+    return init_state(key, CONFIG, OPTIMIZER, model=add_head(GPT2(CONFIG, key), 2, key))
 
   return make(jax.random.key(0))
 
@@ -119,7 +123,7 @@ def test_a_recipe(recipe, bytes_tokenizer, tmp_path, step, mesh, reciting):
   classes = config.classify.classes
   objective = Classify(classes) if classes else NextToken()
   with mesh(1, 1, 1):
-    state = initial(classes)
+    state = initial()
     placed = jax.device_put(batch, NamedSharding(state.model.mesh, P()))
     losses = []
     for _ in range(3):
@@ -128,7 +132,7 @@ def test_a_recipe(recipe, bytes_tokenizer, tmp_path, step, mesh, reciting):
   assert losses[0] > losses[1] > losses[2] > 0
 
   # 3. Its sampling is settings of gpt2-jax sample.
-  settings = Settings(**{**recipe.sampling, "stop": recipe.stop})
+  settings = recipe_settings(recipe, Settings(), ())
   settings.generation()
   if recipe.form == "labels":
     return
@@ -138,7 +142,7 @@ def test_a_recipe(recipe, bytes_tokenizer, tmp_path, step, mesh, reciting):
   fields, typed, answer = split_example(recipe)
   ids = prompt_ids(bytes_tokenizer, settings, template, [], typed, fields)
   ends = [bytes_tokenizer.encode(text) for text in recipe.stop] or [[bytes_tokenizer.eot]]
-  generation = Settings(n_new=64, greedy=True, stop=recipe.stop).generation()
+  generation = dataclasses.replace(FORCED, stop=settings.stop).generation()
   generation = add_stops(generation, template, bytes_tokenizer)
   # A long prompt beside it: all recipes share one compiled shape.
   beside = [0] * 190
@@ -162,6 +166,18 @@ def split_example(recipe: Recipe) -> tuple[dict, str, str]:
   before = template.roles[: template.roles.index(template.prompt)]
   fields = {role: texts[role] for role in before if role in texts and role != template.response}
   return fields, texts[template.prompt], texts[template.response][:50]
+
+
+def test_a_flag_that_is_given_goes_before_the_recipe():
+  recipe = RECIPES["translation"]
+  plain = recipe_settings(recipe, Settings(), ())
+  assert (plain.greedy, plain.n_new, plain.stop) == (True, 100, ("\n",))
+  flags = Settings(n_new=7, temperature=0.5, stop=("x",))
+  given = recipe_settings(recipe, flags, {"n_new", "temperature", "stop"})
+  assert given == flags, "a temperature asks for draws"
+  odd = dataclasses.replace(recipe, sampling={"top_q": 1})
+  with pytest.raises(ValueError, match="sets 'top_q' of sampling, and there are n_new, greedy"):
+    recipe_settings(odd, Settings(), ())
 
 
 @pytest.mark.parametrize("name", NEXT_FIELDS)
