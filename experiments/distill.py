@@ -3,7 +3,8 @@
 
 COMMAND   python experiments/distill.py --set=shakespeare --data=data --out=runs/distill
           and the same with --set=wikitext2; --dtype=bfloat16 for a GPU
-HARDWARE  one GPU, some two minutes a set; a CPU needs --width=64 --steps=150 or so
+HARDWARE  one GPU, minutes a set with --steps=400 --teacher_steps=1000; on two cores --width=64,
+          --batch=16, --steps=200, --teacher_steps=600 take half an hour
 EXPECT    README.md, "Distillation": the paired differences with their intervals
 
 Under --data lie the published files, shakespeare/tinyshakespeare.txt and
