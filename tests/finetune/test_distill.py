@@ -108,7 +108,7 @@ def test_loss_and_gradients_equal_torch(
   ours = grads_by_name(student, gradient)
   assert ours.keys() == their_grads.keys()
   for name, theirs in their_grads.items():
-    np.testing.assert_allclose(ours[name], theirs, rtol=1e-4, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(ours[name], theirs, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 def loss_of(temperature, kl, lm, cos, model, teacher, batch):
