@@ -56,7 +56,9 @@ class History(NamedTuple):
     # 2. They are compared one distance at a time.
     for back in range(1, n + 1):
       newest = jnp.sum(jnp.where(column_W == self.end - back, self.tokens_W, 0))
-      repeats_W &= jnp.roll(self.tokens_W, back) == newest
+      # What comes in from the left is before the row, and does not count.
+      earlier_W = jnp.pad(self.tokens_W, (back, 0))[: column_W.size]
+      repeats_W &= earlier_W == newest
     return repeats_W
 
 
