@@ -19,21 +19,15 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from absl import app, flags, logging
+from absl import flags
 
+from gpt2_jax.cli import shell
 from gpt2_jax.cli.settings import Settings
 from gpt2_jax.cli.turns import recent_turns
 from gpt2_jax.data.templates import Message, Template, write_prompt
 from gpt2_jax.decoding import Generation, complete, for_inference
 from gpt2_jax.files import atomic_write, local_path, read_text
 from gpt2_jax.recipe import load_recipe
-
-_COMMANDS = flags.DEFINE_multi_string("commands", [], "Files with commands to play, one a line.")
-_OUT = flags.DEFINE_string("out", None, "Where the played games go, as examples (.jsonl).")
-_MODEL = flags.DEFINE_string("model", None, "The model that plays, as of gpt2-jax sample.")
-_TURNS = flags.DEFINE_integer("turns", 20, "Turns that are played, or are in an example.", 1)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "Of the model's lines.")
-_SEED = flags.DEFINE_integer("seed", 1, "Of the game and of the model's lines.", 0)
 
 MEMORY = "You explore a cave. Commands are one or two words."
 # Words of a line: more is no command of any adventure of that age.
@@ -155,34 +149,54 @@ def play(
     yield turns[-1]
 
 
-def main(_) -> None:
-  logging.set_verbosity(logging.ERROR)
-  if bool(_MODEL.value) == bool(_COMMANDS.value and _OUT.value):
-    raise app.UsageError("give --model to play, or --commands and --out to write examples")
+def add_flags() -> None:
+  """Not where the module is imported: its functions are tested beside commands with such flags."""
+  flags.DEFINE_multi_string("commands", [], "Files with commands to play, one a line.")
+  flags.DEFINE_string("out", None, "Where the played games go, as examples (.jsonl).")
+  flags.DEFINE_string("model", None, "The model that plays, as of gpt2-jax sample.")
+  flags.DEFINE_integer("turns", 20, "Turns that are played, or are in an example.", 1)
+  flags.DEFINE_float("temperature", 0.7, "Of the model's lines.")
+  flags.DEFINE_integer("seed", 1, "Of the game and of the model's lines.", 0)
 
-  if not _MODEL.value:
-    records = []
-    for file in _COMMANDS.value:
-      game = ColossalCave(_SEED.value)
-      turns = list(played(game, parse_commands(read_text(pathlib.Path(file)))))
-      records += examples(turns, _TURNS.value)
-      print(f"{file}: {len(turns) - 1:,} commands, {game.score()[0]} of {game.score()[1]} points")
-    with atomic_write(local_path(_OUT.value)) as partial:
-      partial.write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    print(f"{_OUT.value}: {len(records):,} examples")
-    return
 
+def main() -> None:
+  given = flags.FLAGS
+  if bool(given.model) == bool(given.commands and given.out):
+    raise ValueError("give --model to play, or --commands and --out to write examples; see --help")
+
+  if given.model:
+    play_with(given.model, given.turns, given.temperature, given.seed)
+  else:
+    write_examples(given.commands, given.out, given.turns, given.seed)
+
+
+def write_examples(files: Sequence[str], out: str, n_turns: int, seed: int) -> None:
+  """Plays the commands of each file, and writes the games as examples."""
+  records = []
+  for file in files:
+    game = ColossalCave(seed)
+    turns = list(played(game, parse_commands(read_text(pathlib.Path(file)))))
+    records += examples(turns, n_turns)
+    print(f"{file}: {len(turns) - 1:,} commands, {game.score()[0]} of {game.score()[1]} points")
+  with atomic_write(local_path(out)) as partial:
+    partial.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+  print(f"{out}: {len(records):,} examples")
+
+
+def play_with(name: str, n_turns: int, temperature: float, seed: int) -> None:
+  """Lets a model play, and prints the game as it goes."""
   from gpt2_jax.convert.pretrained import load_pretrained
 
-  model, tokenizer = load_pretrained(_MODEL.value)
+  model, tokenizer = load_pretrained(name)
   template = load_recipe("adventure").template()
-  settings = Settings(n_new=12, temperature=_TEMPERATURE.value, seed=_SEED.value)
-  game = ColossalCave(_SEED.value)
-  for line, answer in play(model, tokenizer, template, game, _TURNS.value, settings.generation()):
+  generation = Settings(n_new=12, temperature=temperature, seed=seed).generation()
+  game = ColossalCave(seed)
+  for line, answer in play(model, tokenizer, template, game, n_turns, generation):
     print(f"> {line}\n{answer}" if line else answer, flush=True)
   points, all_points = game.score()
   print(f"{points} of {all_points} points")
 
 
 if __name__ == "__main__":
-  app.run(main)
+  add_flags()
+  shell.run(main, __doc__)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight simulated CPU devices for every test, and what several test files share."""
 
+import gc
 import getpass
 import importlib.abc
 import importlib.machinery
@@ -156,6 +157,21 @@ def _unpadded(tree, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     leaf[inside] = 0
     assert not leaf.any(), f"the padding of {name} is not zero"
   return cut
+
+
+# Each compiled program is some mappings of memory, of which Linux allows a process 65,530; at the
+# limit XLA crashes while it compiles. A worker compiles thousands of programs.
+MAPPINGS = pathlib.Path("/proc/self/maps")
+MOST_MAPPINGS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_mappings():
+  """Forgets the programs of the modules before, once they are many."""
+  yield
+  if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
