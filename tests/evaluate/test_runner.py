@@ -152,7 +152,7 @@ def test_examples_stand_before_contexts_of_every_kind():
     [first, *_] = [runner._requests(task, ROWS, i, 1, 0, None)[0] for i in range(3)]
     assert first.context in (f"=B; {request.context}", f"d=C; {request.context}")
     assert type(first) is type(request) and getattr(first, "continuation", "x") == "x"
-  with pytest.raises(ValueError, match="a rolling log-likelihood has no context"):
+  with pytest.raises(ValueError, match="a whole text has no context"):
     runner.run(toy(requests=lambda row: [RollingLoglikelihood("x")]), ROWS, Echo(), shots=1)
 
 
