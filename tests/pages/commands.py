@@ -199,9 +199,9 @@ def _run_python(arguments: list[str], sandbox: pathlib.Path) -> None:
     if any(flag.startswith("--model=") for flag in flags):
       flags += ["--limit=2", "--beams=2", "--n_new=4"]
   # An hour of benchmarks, and one of compiling for TPUs: the script is there, and Python reads it.
-  hours = ("experiments/bench.py", "experiments/finetune.py", "experiments/calibrate.py")
-  hours += ("experiments/optimizers.py",)
-  hours = tuple(f"experiments/{name}.py" for name in ("bench", "calibrate", "distill", "finetune"))
+  names = ("bench", "calibrate", "distill", "finetune", "gpu", "optimizers", "watermark")
+  names += ("play_adventure",)  # it needs a game
+  hours = tuple(f"experiments/{name}.py" for name in names)
   if script in hours or script == "experiments/reproduce.py" and not flags:
     compile((ROOT / script).read_text(), script, "exec")
     return
