@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import pathlib
+import tokenize
 import re
 
 import numpy as np
@@ -211,7 +212,8 @@ def _open_parts(path: pathlib.Path) -> list[np.ndarray]:
 def _open_part(path: pathlib.Path) -> np.ndarray:
   try:
     part = np.load(path, mmap_mode="r", allow_pickle=False)
-  except (ValueError, OSError, EOFError) as error:
+  # NumPy reads the header as Python's tokens where it is no literal.
+  except (ValueError, OSError, EOFError, tokenize.TokenError) as error:
     raise ValueError(f"{path} is no whole .npy file ({first_line(error, 120)})") from error
   if not isinstance(part, np.ndarray) or part.ndim != 1 or part.dtype not in DTYPES.values():
     kind = f"{part.dtype} {list(part.shape)}" if isinstance(part, np.ndarray) else "an archive"
