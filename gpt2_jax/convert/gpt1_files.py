@@ -11,8 +11,8 @@ import itertools
 import json
 import math
 import pathlib
-import tokenize
 import re
+import tokenize
 
 import numpy as np
 

@@ -16,6 +16,7 @@ import hashlib
 import os
 import struct
 import sys
+import tokenize
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -116,7 +117,8 @@ def _open_llmc(path: str, size: int, version: int, n_tokens: int) -> TokenFile:
 def _open_npy(path: str) -> TokenFile:
   try:
     array = np.load(path, mmap_mode="r", allow_pickle=False)
-  except (ValueError, EOFError) as error:
+  # NumPy reads the header as Python's tokens where it is no literal.
+  except (ValueError, EOFError, tokenize.TokenError) as error:
     raise ValueError(f"{path} cannot be read as .npy ({first_line(error, 200)})") from error
   if array.ndim != 1 or array.dtype not in (np.dtype("<u2"), np.dtype("<u4")):
     raise ValueError(
