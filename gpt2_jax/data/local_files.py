@@ -149,8 +149,9 @@ def _prepare(folder: str, files: list[_File], strict: bool) -> LocalFiles:
 
   try:
     builder = build()
+    # Opened anew: when the first one looked, another process may not have been done.
     if builder.data_path.exists():
-      return builder
+      return build()
   except Exception as error:
     # What TFDS finds in a damaged folder, it raises as whatever its parsers raise.
     raise ValueError(_damaged(folder, error)) from error
