@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detection of machine text: statistics against torch's, ROC against what others published."""
 
+import dataclasses
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from gpt2_jax.evaluate.detection import CRITERIA, roc, roc_interval
 from gpt2_jax.evaluate.scorers import Scorer
 from gpt2_jax.evaluate.task import Statistics, TokenStatistics
 from gpt2_jax.model import ModelConfig
-from gpt2_jax.tokenizer import Characters
+from gpt2_jax.tokenizer import EOT, Characters, HuggingFace, byte_alphabet
 
 ALPHABET = " .abcdefghijklmnopqrstuvwxyz"
 # 28 tokens are padded to 128; 33 characters are more than a window, and read in two.
@@ -101,13 +102,23 @@ def test_statistics_are_torchs(
 
 
 def test_a_reference_reads_the_same_tokens(models, parameters, mesh, place, tokenizer):
-  import dataclasses
-
   larger = dataclasses.replace(TINY, n_vocab=40)
   with mesh(1, 1, 1):
     reference = place(larger, parameters(larger))
   with pytest.raises(ValueError, match="n_vocab of 28 and the reference 40"):
     Scorer(models[0], tokenizer, reference=reference)
+
+
+def test_no_end_of_text_stands_before_a_text(parameters, mesh, place):
+  """Where the tokenizer has one, too: the published detectors read the text alone."""
+  alphabet = [*byte_alphabet().values(), EOT]
+  tokenizer = HuggingFace.from_merges({token: i for i, token in enumerate(alphabet)}, [])
+  assert tokenizer.eot is not None
+  config = dataclasses.replace(TINY, n_vocab=len(alphabet))
+  with mesh(1, 1, 1):
+    model = place(config, parameters(config))
+  [answer] = Scorer(model, tokenizer).answers([TokenStatistics("the cat")])
+  assert len(answer.nats) == len(tokenizer.encode("the cat")) - 1
 
 
 def test_a_text_needs_two_tokens(models, tokenizer):
