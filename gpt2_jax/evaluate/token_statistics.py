@@ -7,7 +7,7 @@ logits that stay on the mesh, a few columns of them at a time.
 
 import jax.numpy as jnp
 
-from gpt2_jax.loss import cross_entropy
+from gpt2_jax.loss import cross_entropy_forward, is_label, softmax
 
 
 def token_statistics(models, hidden, label_BC):
@@ -18,30 +18,22 @@ def token_statistics(models, hidden, label_BC):
   """
   # 1. The model's log p. Padding of the vocabulary has no probability, so it counts nothing.
   logits_BCV, n_vocab = models[0].head(hidden[0]), models[0].config.n_vocab
-  token_V = jnp.arange(logits_BCV.shape[-1])
-  is_real_V = token_V < n_vocab
-  logp_BCV = _log_probabilities(logits_BCV, is_real_V)
-  p_BCV = jnp.where(is_real_V, jnp.exp(logp_BCV), 0.0)
+  nats_BC, (*_, lse_BC) = cross_entropy_forward(logits_BCV, label_BC, n_vocab)
+  logp_BCV = logits_BCV - lse_BC[..., None]
+  p_BCV = softmax(logits_BCV, lse_BC, n_vocab)
   entropy_BC = -(p_BCV * logp_BCV).sum(-1)
 
   # 2. The label: how many tokens are likelier.
-  is_label_BCV = token_V == label_BC[..., None]
+  is_label_BCV = is_label(logits_BCV, label_BC)
   label_logit_BC1 = jnp.where(is_label_BCV, logits_BCV, 0.0).sum(-1, keepdims=True)
+  is_real_V = jnp.arange(logits_BCV.shape[-1]) < n_vocab
   rank_BC = 1.0 + ((logits_BCV > label_logit_BC1) & is_real_V).sum(-1)
-  nats_BC = cross_entropy(logits_BCV, label_BC, n_vocab)
 
   # 3. Moments of log p under the reference.
   if len(models) == 2:
-    logq_BCV = _log_probabilities(models[1].head(hidden[1]), is_real_V)
-    p_BCV = jnp.where(is_real_V, jnp.exp(logq_BCV), 0.0)
+    reference_BCV = models[1].head(hidden[1])
+    _, (*_, lse_BC) = cross_entropy_forward(reference_BCV, label_BC, n_vocab)
+    p_BCV = softmax(reference_BCV, lse_BC, n_vocab)
   mean_BC = (p_BCV * logp_BCV).sum(-1)
   variance_BC = (p_BCV * jnp.square(logp_BCV - mean_BC[..., None])).sum(-1)
   return nats_BC, rank_BC, entropy_BC, mean_BC, variance_BC
-
-
-def _log_probabilities(logits_BCV, is_real_V):
-  """log p over the vocabulary; 0 at its padding."""
-  real_BCV = jnp.where(is_real_V, logits_BCV, -jnp.inf)
-  shifted_BCV = logits_BCV - real_BCV.max(-1, keepdims=True)
-  log_sum_BC1 = jnp.log(jnp.where(is_real_V, jnp.exp(shifted_BCV), 0.0).sum(-1, keepdims=True))
-  return jnp.where(is_real_V, shifted_BCV - log_sum_BC1, 0.0)
