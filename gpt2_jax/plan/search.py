@@ -47,11 +47,11 @@ HBM_LIMIT = 0.92
 # After a candidate that does not fit, the next one of its policy needs at most this fraction, and
 # so many may not fit.
 LESS_HBM, POLICY_TRIES = 0.85, 3
-# A neighbour whose estimate is more times that of the fastest is not compiled.
+# What is predicted to take more times the seconds of the fastest is not compiled.
 NEIGHBOUR_LIMIT = 1.25
 UNROLL_COST = 1.05
-# Layers a step of the scan: more of them take longer to compile.
-UNROLLS = (1, 2, 3, 4, 6, 12)
+# Layers a step of the scan, beside all of them: more take longer to compile.
+UNROLLS = (1, 2, 4)
 POLICIES = ("full", "attention", "dots", "none")  # in the order of what they keep
 
 
@@ -103,9 +103,9 @@ def candidates(config: ConfigDict, topology: Topology) -> list[Candidate]:
   kernels = list(BUNDLES)
   if not fused_fits(config.model.n_ctx, head_size):
     kernels.remove("fused")
-  unrolls = [n for n in UNROLLS if config.model.n_layer % n == 0]
-  if config.model.unroll not in unrolls:
-    unrolls.append(config.model.unroll)
+  layers = config.model.n_layer
+  unrolls = [n for n in UNROLLS if layers % n == 0]
+  unrolls += {config.model.unroll, layers}.difference(unrolls)
 
   fitting = []
   for mesh in _meshes(config, topology):
@@ -113,9 +113,9 @@ def candidates(config: ConfigDict, topology: Topology) -> list[Candidate]:
     for microbatches, remat, kernel in itertools.product(accumulations, POLICIES, kernels):
       hbm = _hbm_bytes(config, mesh, microbatches, remat)
       if hbm < HBM_LIMIT * topology.chip.hbm:
-        seconds = _roofline_seconds(config, topology, mesh, microbatches, remat, kernel)
         for unroll in unrolls:
           knobs = (*mesh, microbatches, remat, kernel, unroll)
+          seconds = _roofline_seconds(config, topology, mesh, *knobs[3:])
           fitting.append(Candidate(*knobs, seconds, hbm))
 
   if not fitting:
@@ -124,7 +124,8 @@ def candidates(config: ConfigDict, topology: Topology) -> list[Candidate]:
       f"take more chips, or a batch that divides by them"
     )
 
-  # The roofline knows nothing of unroll: of equal ones, the config's own comes first.
+  # The roofline knows nothing of layers that are unrolled in part: of equal ones, the config's own
+  # comes first.
   def speed(candidate: Candidate) -> tuple[float, bool]:
     return candidate.seconds, candidate.unroll != config.model.unroll
 
@@ -134,7 +135,7 @@ def candidates(config: ConfigDict, topology: Topology) -> list[Candidate]:
 def next_candidate(
   ranked: list[Candidate], measured: Mapping[Candidate, float | None]
 ) -> Candidate | None:
-  """What to compile next; None when no neighbour of the fastest is left.
+  """What to compile next; None when nothing is left that is likely to be fast.
 
   `measured` are the seconds of what was compiled, None for what did not fit.
   """
@@ -157,39 +158,47 @@ def next_candidate(
       if candidate.remat == policy and candidate.hbm <= room and is_fast:
         return candidate
 
-  # 2. The neighbours of the fastest, likely ones first. Of unroll the roofline knows nothing, and
-  #    more of it takes longer to compile: it comes after what is estimated to be nearly as fast.
-  def cost(candidate: Candidate) -> float:
-    return candidate.seconds * (1.0 if candidate.unroll == fastest.unroll else UNROLL_COST)
-
-  neighbours = []
+  # 2. The neighbours of what was compiled, the one first that is predicted to be fastest: as much
+  #    faster or slower than its neighbour as the roofline says. So what the roofline gets wrong
+  #    about a policy or a mesh is learnt, and the search does not stop beside the fastest.
+  predicted = {}
   for candidate in ranked:
-    is_new = candidate not in measured and candidate.seconds < limit
-    if is_new and fastest is not None and _are_neighbours(candidate, fastest):
-      neighbours.append(candidate)
-  return min(neighbours, key=cost, default=None)
+    if candidate in measured:
+      continue
+    for neighbour, seconds in fitting.items():
+      if _are_neighbours(candidate, neighbour):
+        seconds *= candidate.seconds / neighbour.seconds
+        # Of layers unrolled in part the roofline knows nothing, and they take longer to compile.
+        if candidate.unroll != neighbour.unroll and candidate.seconds >= neighbour.seconds:
+          seconds *= UNROLL_COST
+        predicted[candidate] = min(seconds, predicted.get(candidate, math.inf))
+
+  likely = min(predicted, key=predicted.get, default=None)
+  if likely is None or predicted[likely] > NEIGHBOUR_LIMIT * min(fitting.values()):
+    return None
+  return likely
 
 
 def _are_neighbours(one: Candidate, other: Candidate) -> bool:
-  """Whether they differ in one knob, by one step: half or twice, or the next of a list."""
-  steps = []
+  """Whether they differ in one knob, by one step: half or twice, the next of a list, any unroll."""
+  changes = (
+    one.mesh != other.mesh,
+    one.microbatches != other.microbatches,
+    one.remat != other.remat,
+    one.attention != other.attention,
+    one.unroll != other.unroll,
+  )
+  if sum(changes) != 1:
+    return False
+
+  # Chips move between two axes of the mesh, two or half as many.
   if one.mesh != other.mesh:
-    # Chips move between two axes of the mesh, two or half as many.
-    ratios = [a / b for a, b in zip(one.mesh, other.mesh, strict=True)]
-    steps.append(1 if sorted(ratios) == [0.5, 1.0, 2.0] else 2)
+    return sorted(a / b for a, b in zip(one.mesh, other.mesh, strict=True)) == [0.5, 1.0, 2.0]
   if one.microbatches != other.microbatches:
-    ratio = one.microbatches / other.microbatches
-    steps.append(1 if ratio in (0.5, 2.0) else 2)
-  for values, a, b in (
-    (POLICIES, one.remat, other.remat),
-    (UNROLLS, one.unroll, other.unroll),
-    (tuple(BUNDLES), one.attention, other.attention),
-  ):
-    if a != b:
-      # Unroll goes by divisors of the layers, so that the next one may be two places on.
-      apart = abs(values.index(a) - values.index(b)) if {a, b} <= set(values) else 1
-      steps.append(1 if apart == 1 or values is UNROLLS and apart == 2 else 2)
-  return steps == [1]
+    return one.microbatches / other.microbatches in (0.5, 2.0)
+  if one.remat != other.remat:
+    return abs(POLICIES.index(one.remat) - POLICIES.index(other.remat)) == 1
+  return True
 
 
 def _meshes(config: ConfigDict, topology: Topology) -> Iterator[tuple[int, int, int]]:
@@ -246,6 +255,7 @@ def _roofline_seconds(
   microbatches: int,
   remat: str,
   kernel: str,
+  unroll: int,
 ) -> float:
   """Estimated seconds of a step: matmuls, attention, elementwise and collectives, one by one."""
   replica, data, model = mesh
@@ -276,6 +286,11 @@ def _roofline_seconds(
   #    of parameters are made once a step, and their gradients are added for each microbatch.
   parameters = sum(_parameters(model_config)) / (data * model)
   moved = tokens * L * D * LAYER_BYTES[remat] * (0.4 + 0.6 / model)
+  # A scan copies what a layer keeps into a stack and out of it, which reads and writes it twice.
+  # Without a loop there is none of it.
+  if unroll == L:
+    not_split, split = KEPT[remat]
+    moved -= 4 * tokens * L * D * (not_split + split / model)
   moved += tokens * V / model * LOGIT_BYTES
   moved += parameters * (PARAMETER_BYTES + 12 * (microbatches - 1))
   work = matmuls + kernels + moved / chip.hbm_bandwidth

@@ -66,14 +66,32 @@ def test_neighbours_differ_in_one_knob_by_one_step():
   assert {candidate.remat for candidate in list(times)[: len(search.POLICIES)]} == set(
     search.POLICIES
   )
-  fastest = min(times, key=times.get)
-  for candidate in list(times)[len(search.POLICIES) :]:
-    mine, best = dataclasses.asdict(candidate), dataclasses.asdict(fastest)
-    differing = {name for name in mine if mine[name] != best[name]} - {"seconds", "hbm"}
-    assert differing in (
-      *({name} for name in ("microbatches", "remat", "attention", "unroll")),
-      *({a, b} for a in ("replica", "data", "model") for b in ("replica", "data", "model")),
-    )
+  compiled = list(times)
+  for i in range(len(search.POLICIES), len(compiled)):
+    assert any(is_one_step(compiled[i], earlier) for earlier in compiled[:i])
+
+
+def is_one_step(one, other) -> bool:
+  """Whether two candidates differ in one knob; of a mesh chips move between two axes."""
+  one, other = dataclasses.asdict(one), dataclasses.asdict(other)
+  differing = {name for name in one if one[name] != other[name]} - {"seconds", "hbm"}
+  return differing in (
+    *({name} for name in ("microbatches", "remat", "attention", "unroll")),
+    *({a, b} for a in ("replica", "data", "model") for b in ("replica", "data", "model")),
+  )
+
+
+def test_a_policy_that_the_roofline_underrates_is_searched_too():
+  """Neighbours are predicted from what was measured, so the search leaves a policy that turned out
+  slow although its neighbours are ranked first."""
+  ranked = search.candidates(gpt2.get_config("117M"), parse_topology("v5e:2x4"))
+
+  def seconds_of(candidate):
+    return candidate.seconds * (0.8 if candidate.remat == "full" else 1.0)
+
+  times = searched(ranked, seconds_of, 10)
+  assert min(times.values()) <= 1.02 * min(map(seconds_of, ranked))
+  assert sum(candidate.remat == "full" for candidate in times) > 3
 
 
 class Compiler:
