@@ -302,7 +302,7 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     objective = abstract_objective(config, model_config)
     check_batch(config)
     check_kernel(model_config)
-    options = compiler_options.for_mesh(mesh, config.compiler_options)
+    options = compiler_options.for_mesh(mesh, config.compiler_options, config.model.n_embd)
     init, jitted_step = make_step(config, model_config, options)
     key = jax.random.split(jax.random.key(config.seed))[0]
     abstract_state = jax.eval_shape(init, key)

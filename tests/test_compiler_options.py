@@ -64,6 +64,12 @@ def test_the_tpu_compiler_takes_every_automatic_option(topology, capsys):
   expected = compiler_options.BY_GENERATION.get(generation, {})
   assert options == compiler_options.NO_WINDOWED_EINSUM | expected
   assert compiler_options.for_mesh(mesh, "none") == {}
+
+  # Parts of n_embd that fill no whole tile.
+  size = mesh.shape["data"]
+  whole, part = (compiler_options.for_mesh(mesh, n_embd=rows * size) for rows in (200, 100))
+  assert whole == options
+  assert part == {k: v for k, v in options.items() if k not in compiler_options.MINOR_SHARDING}
   assert "note:" not in capsys.readouterr().err
 
 

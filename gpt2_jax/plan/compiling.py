@@ -167,7 +167,7 @@ def compile_step(config: ConfigDict, topology: Topology) -> Compiled:
   model_config = ModelConfig(**config.model)
   config = config.copy_and_resolve_references()
   config.steps_per_call = 1
-  options = compiler_options.for_mesh(mesh, config.compiler_options)
+  options = compiler_options.for_mesh(mesh, config.compiler_options, config.model.n_embd)
   init, call = train.make_step(config, model_config, options)
 
   with jax.set_mesh(mesh):

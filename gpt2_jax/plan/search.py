@@ -52,6 +52,9 @@ NEIGHBOUR_LIMIT = 1.25
 UNROLL_COST = 1.05
 # Layers a step of the scan, beside all of them: more take longer to compile.
 UNROLLS = (1, 2, 4)
+# Of 24 unrolled layers a compilation takes twice as long as of a loop, of 48 five times: more than
+# 24 are tried only as neighbours.
+QUICK_UNROLL = 24
 POLICIES = ("full", "attention", "dots", "none")  # in the order of what they keep
 
 
@@ -145,7 +148,8 @@ def next_candidate(
 
   # 1. The best of each remat policy, between which the roofline is least to be trusted. After one
   #    that does not fit, the best that needs clearly less, if it is not much slower than others.
-  tried = {policy: [] for policy in dict.fromkeys(candidate.remat for candidate in ranked)}
+  quick = [candidate for candidate in ranked if candidate.unroll <= QUICK_UNROLL]
+  tried = {policy: [] for policy in dict.fromkeys(candidate.remat for candidate in quick)}
   for candidate in measured:
     tried[candidate.remat].append(candidate)
   for policy in sorted(tried, key=lambda policy: len(tried[policy])):
@@ -153,7 +157,7 @@ def next_candidate(
     if len(of_policy) >= POLICY_TRIES or not fitting.keys().isdisjoint(of_policy):
       continue
     room = min((LESS_HBM * candidate.hbm for candidate in of_policy), default=math.inf)
-    for candidate in ranked:
+    for candidate in quick:
       is_fast = not of_policy or candidate.seconds < limit
       if candidate.remat == policy and candidate.hbm <= room and is_fast:
         return candidate
