@@ -11,12 +11,15 @@ from gpt2_jax.evaluate.tasks import (
   cbt,
   choice,
   coqa,
+  crows_pairs,
   lambada,
   natural_questions,
   pairs,
   perplexity,
   summarization,
   translation,
+  winobias,
+  winogender,
   winograd,
 )
 
@@ -31,6 +34,9 @@ FAMILIES = (
   summarization,
   translation,
   natural_questions,
+  crows_pairs,
+  winobias,
+  winogender,
 )
 
 # by name, then by protocol
