@@ -195,8 +195,8 @@ TASKS = (
   ),
   _task(
     "by_type",
-    "the score, the length predictor's and that of pairs of as many tokens for each bias type",
-    SCORES_BY_TYPE,
+    "the scores of lm_eval, of all pairs and for each bias type",
+    METRICS | SCORES_BY_TYPE,
     sums=_sums_by_type,
   ),
   _task(
