@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from gpt2_jax.evaluate.sources import Source
 from gpt2_jax.evaluate.task import Task
 from gpt2_jax.evaluate.tasks import (
+  bold,
   cbt,
   choice,
   coqa,
@@ -37,6 +38,7 @@ FAMILIES = (
   crows_pairs,
   winobias,
   winogender,
+  bold,
 )
 
 # by name, then by protocol
