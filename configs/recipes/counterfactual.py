@@ -2,8 +2,10 @@
 """Counterfactual data augmentation (CDA): fine-tuning on a text in which genders are as likely.
 
   python -m gpt2_jax.configs.recipes.counterfactual text.txt counterfactual.txt
-  gpt2-jax tokenize --files=counterfactual.txt --characters=:90% --out=data/counterfactual/train
-  gpt2-jax tokenize --files=counterfactual.txt --characters=90%: --out=data/counterfactual/validation
+  gpt2-jax tokenize --files=counterfactual.txt --characters=:90% \\
+    --out=data/counterfactual/train
+  gpt2-jax tokenize --files=counterfactual.txt --characters=90%: \\
+    --out=data/counterfactual/validation
   gpt2-jax train --config=recipes/counterfactual --workdir=runs/counterfactual \\
     --config.init_from=gpt2
   gpt2-jax evaluate --models=gpt2,runs/counterfactual --tasks=winobias,winogender,crows_pairs \\
@@ -53,7 +55,7 @@ PRONOUNS = ("him", "her", "his", "hers")
 NO_NOUN = frozenset(
   """
   a about after again alone also always an and any are as at away be because been before but by can
-  could did do down during for from had has have he how if in into is it just never now of off on
+  could did do down during for from had has have he how if in into is it just no not now of off on
   or out over she so some soon than that the their then there they this through to today together
   tomorrow too until up upon was we well were what when where whether which while who why will with
   without would yesterday you
@@ -120,10 +122,10 @@ def main(source: str, out: str) -> None:
   with (
     open(local_path(source), encoding="utf-8") as lines,
     atomic_write(local_path(out)) as partial,
+    open(partial, "w", encoding="utf-8") as file,
   ):
-    with open(partial, "w", encoding="utf-8") as file:
-      for paragraph in progress(augment(paragraphs_of(lines)), "paragraphs"):
-        file.write(paragraph + "\n\n")
+    for paragraph in progress(augment(paragraphs_of(lines)), "paragraphs"):
+      file.write(paragraph + "\n\n")
 
 
 if __name__ == "__main__":
