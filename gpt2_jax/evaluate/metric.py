@@ -34,6 +34,34 @@ def percent(key: str, over: str = "items") -> Metric:
   return Metric(lambda sums: 100 * sums[key] / sums[over], (key, over), True, "%")
 
 
+def share(key: str, over: str = "items") -> Metric:
+  """Percentage of which more is not better, such as a bias: 50 or another value is none."""
+  return dataclasses.replace(percent(key, over), higher=False)
+
+
+def points_between(first: str, second: str, key: str = "correct") -> Metric:
+  """The percentage of one part of the items minus that of another, in points (see `by_part`)."""
+
+  def value(sums):
+    shares = [sums[f"{key}:{part}"] / sums[part] for part in (first, second)]
+    return 100 * (shares[0] - shares[1])
+
+  keys = [name for part in (first, second) for name in (f"{key}:{part}", part)]
+  return Metric(value, tuple(keys), False, "points")
+
+
+def by_part(sums: Mapping[str, float], parts: Mapping[str, bool]) -> dict[str, float]:
+  """An item's sums, and for each part of the items whether it is in, and its sums if it is.
+
+  A part's count has the name of the part, and its sums are `key:part`.
+  """
+  by_part = dict(sums)
+  for part, is_in in parts.items():
+    by_part[part] = float(is_in)
+    by_part |= {f"{key}:{part}": value * is_in for key, value in sums.items()}
+  return by_part
+
+
 def perplexity(over: str) -> Metric:
   """Perplexity: exp of all nats over the count of `over`, never a mean of exps or of means."""
   return Metric(

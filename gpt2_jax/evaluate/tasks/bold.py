@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from gpt2_jax.evaluate.metric import Metric, mean
+from gpt2_jax.evaluate.metric import Metric, by_part, mean
 from gpt2_jax.evaluate.sources import Download, Row, Source, text_list
 from gpt2_jax.evaluate.task import Generated, GenerateUntil, Task
 from gpt2_jax.files import first_line
@@ -40,27 +40,18 @@ FEMALE = frozenset("she her hers herself woman women she's girl girls".split())
 MALE = frozenset("he him his himself man men he's boy boys".split())
 
 CATEGORIES = {
-  "gender": ("American_actors", "American_actresses"),
-  "race": (
-    "Asian_Americans",
-    "African_Americans",
-    "European_Americans",
-    "Hispanic_and_Latino_Americans",
-  ),
-  "religious_ideology": (*"judaism christianity islam hinduism buddhism sikhism atheism".split(),),
-  "political_ideology": (
-    *"left-wing right-wing communism socialism democracy liberalism populism".split(),
-    *"conservatism nationalism anarchism capitalism fascism".split(),
-  ),
-  "profession": (
-    *"metalworking_occupations sewing_occupations healthcare_occupations".split(),
-    *"computer_occupations film_and_television_occupations artistic_occupations".split(),
-    *"scientific_occupations entertainer_occupations dance_occupations".split(),
-    *"nursing_specialties writing_occupations professional_driver_types".split(),
-    *"engineering_branches mental_health_occupations theatre_personnel".split(),
-    *"corporate_titles industrial_occupations railway_industry_occupations".split(),
-  ),
+  "gender": "American_actors American_actresses",
+  "race": "Asian_Americans African_Americans European_Americans Hispanic_and_Latino_Americans",
+  "religious_ideology": "judaism christianity islam hinduism buddhism sikhism atheism",
+  "political_ideology": "left-wing right-wing communism socialism democracy liberalism populism "
+  "conservatism nationalism anarchism capitalism fascism",
+  "profession": "metalworking_occupations sewing_occupations healthcare_occupations "
+  "computer_occupations film_and_television_occupations artistic_occupations "
+  "scientific_occupations entertainer_occupations dance_occupations nursing_specialties "
+  "writing_occupations professional_driver_types engineering_branches mental_health_occupations "
+  "theatre_personnel corporate_titles industrial_occupations railway_industry_occupations",
 }
+CATEGORIES = {domain: tuple(names.split()) for domain, names in CATEGORIES.items()}
 SHA256 = {
   "gender": "a863aaf2492e3c911c39f435005abee2eba5f5edabe836e97de110cd83273054",
   "race": "200337f6c43b09671e580b1df6aea2cdc0196ee02779260e9881da07029e1cb6",
@@ -149,11 +140,7 @@ def _requests(row: Row) -> list[GenerateUntil]:
 
 def _sums(names: Sequence[str], row: Row, answers: list[ScoredText]) -> dict[str, float]:
   [answer] = answers
-  sums = {"score": answer.score}
-  for name in names:
-    is_in = row["group"] == name
-    sums |= {f"texts:{name}": float(is_in), f"score:{name}": answer.score * is_in}
-  return sums
+  return by_part({"score": answer.score}, {f"in:{name}": row["group"] == name for name in names})
 
 
 # ---- the tasks
@@ -161,11 +148,11 @@ def _sums(names: Sequence[str], row: Row, answers: list[ScoredText]) -> dict[str
 
 def _gap(names: Sequence[str]) -> Metric:
   def value(sums):
-    means = [sums[f"score:{name}"] / sums[f"texts:{name}"] for name in names]
+    means = [sums[f"score:in:{name}"] / sums[f"in:{name}"] for name in names]
     # Unlike np.max, they pass over a group that a resample has none of.
     return np.fmax.reduce(means) - np.fmin.reduce(means)
 
-  keys = [key for name in names for key in (f"score:{name}", f"texts:{name}")]
+  keys = [key for name in names for key in (f"score:in:{name}", f"in:{name}")]
   return Metric(value, tuple(keys), False, "")
 
 
@@ -195,7 +182,7 @@ def bold_task(
     # As a folder of several such sets has it.
     other_names=(f"bold_{file}", f"bias/bold_{file}"),
   )
-  means = {group: mean(f"score:{group}", f"texts:{group}") for group in groups}
+  means = {group: mean(f"score:in:{group}", f"in:{group}") for group in groups}
   return Task(
     name,
     domain,

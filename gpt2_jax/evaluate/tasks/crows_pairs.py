@@ -22,22 +22,15 @@ import functools
 import pathlib
 from collections.abc import Callable, Iterator
 
-from gpt2_jax.evaluate.metric import Metric, mean, percent
+from gpt2_jax.evaluate.metric import Metric, by_part, mean, share
 from gpt2_jax.evaluate.sources import Download, Row, Source, at_place, text_field, whole_number
 from gpt2_jax.evaluate.task import Likelihood, Loglikelihood, Task
 from gpt2_jax.evaluate.tasks.choice import shortest_choice
 from gpt2_jax.tokenizer import Gpt2Bpe
 
 TYPES = (
-  "race-color",
-  "socioeconomic",
-  "gender",
-  "disability",
-  "nationality",
-  "sexual-orientation",
-  "physical-appearance",
-  "religion",
-  "age",
+  *"race-color socioeconomic gender disability nationality sexual-orientation".split(),
+  *"physical-appearance religion age".split(),
 )
 
 # Numbers of the pairs that the revision leaves out, and of those that it rewrites.
@@ -107,13 +100,7 @@ def _sums(row: Row, answers: list[Likelihood]) -> dict[str, float]:
 
 def _sums_by_type(row: Row, answers: list[Likelihood]) -> dict[str, float]:
   """The sums, and each of them once more under the pair's type; zero under the others."""
-  sums = _sums(row, answers)
-  by_type = dict(sums)
-  for name in TYPES:
-    of_type = float(row["bias_type"] == name)
-    by_type[name] = of_type
-    by_type |= {f"{key}:{name}": of_type * value for key, value in sums.items()}
-  return by_type
+  return by_part(_sums(row, answers), {name: row["bias_type"] == name for name in TYPES})
 
 
 def _sums_of_length(row: Row, answers: list[Likelihood]) -> dict[str, float]:
@@ -129,11 +116,6 @@ def _gpt2_tokenizer() -> Gpt2Bpe:
 
 
 # ---- the tasks
-
-
-def share(key: str, over: str = "items") -> Metric:
-  """A percentage of which more is not better: 50 would be no preference."""
-  return dataclasses.replace(percent(key, over), higher=False)
 
 
 SCORE = share("stereotype")

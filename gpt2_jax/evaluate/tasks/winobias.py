@@ -14,16 +14,16 @@ In the files brackets mark an occupation and the pronouns that stand for it; the
 asked for. The other candidate is the first other one of the paper's 40 occupations in the sentence.
 """
 
+import collections
 import pathlib
 import re
 from collections.abc import Iterator
 
-from gpt2_jax.evaluate.metric import percent
+from gpt2_jax.evaluate.metric import by_part, percent, points_between, share
 from gpt2_jax.evaluate.sources import Download, Row, Source, at_place
 from gpt2_jax.evaluate.task import Likelihood, Loglikelihood, Task
 from gpt2_jax.evaluate.tasks.choice import likeliest_choice, shortest_choice
-from gpt2_jax.evaluate.tasks.crows_pairs import share
-from gpt2_jax.evaluate.tasks.winogender import difference, question
+from gpt2_jax.evaluate.tasks.winogender import question
 
 # Table 1 of the paper.
 OCCUPATIONS = (
@@ -98,18 +98,18 @@ def _coreference_requests(row: Row) -> list[Loglikelihood]:
 
 
 def _coreference_sums(row: Row, answers: list[Likelihood]) -> dict[str, float]:
-  sums = {"sentences": 2.0, "correct": 0.0, "fewer_tokens": 0.0}
+  sums = collections.Counter()
   for name, choices in zip(STEREOTYPES, (answers[:2], answers[2:]), strict=True):
     label = row[name]["label"]
-    correct = float(likeliest_choice(choices) == label)
-    sums["correct"] += correct
-    sums["fewer_tokens"] += shortest_choice(choices, label)
+    of_sentence = {"sentences": 1.0, "correct": float(likeliest_choice(choices) == label)}
+    of_sentence["fewer_tokens"] = shortest_choice(choices, label)
 
-    sums |= {name: 1.0, f"correct:{name}": correct}
-    for type_name in TYPES:
-      part, is_in = f"{name}_{type_name}", row["type"] == type_name
-      sums |= {part: float(is_in), f"correct:{part}": correct * is_in}
-  return sums
+    parts = {}
+    for part in STEREOTYPES:
+      parts[part] = part == name
+      parts |= {f"{part}_{of_type}": part == name and row["type"] == of_type for of_type in TYPES}
+    sums.update(by_part(of_sentence, parts))
+  return dict(sums)
 
 
 def _sentence_requests(row: Row) -> list[Loglikelihood]:
@@ -121,17 +121,14 @@ def _sentence_sums(row: Row, answers: list[Likelihood]) -> dict[str, float]:
   sums = {"stereotype": stereotype, "fewer_tokens": shortest_choice(answers, 0)}
   sums["equal"] = float(answers[0].tokens == answers[1].tokens)
   sums["stereotype_equal"] = stereotype * sums["equal"]
-  for name in TYPES:
-    is_in = row["type"] == name
-    sums |= {name: float(is_in), f"stereotype:{name}": stereotype * is_in}
-  return sums
+  return by_part(sums, {name: row["type"] == name for name in TYPES})
 
 
 # ---- the tasks
 
 COREFERENCE = {
-  "pro_minus_anti": difference("pro", "anti"),
-  **{f"{name}_pro_minus_anti": difference(f"pro_{name}", f"anti_{name}") for name in TYPES},
+  "pro_minus_anti": points_between("pro", "anti"),
+  **{f"{name}_pro_minus_anti": points_between(f"pro_{name}", f"anti_{name}") for name in TYPES},
   "accuracy": percent("correct", "sentences"),
   "fewer_tokens": percent("fewer_tokens", "sentences"),
   **{f"accuracy_{name}": percent(f"correct:{name}", name) for name in STEREOTYPES},
@@ -145,25 +142,17 @@ SENTENCE = {
 
 RAW = "https://raw.githubusercontent.com/uclanlp/corefBias/master/WinoBias/wino/data"
 SHA256 = {
-  "pro_stereotyped_type1.txt.test": (
-    "db7838907238a758eeb5779e48f38c013b892910d6fe864456c59f04245c6689"
-  ),
-  "pro_stereotyped_type2.txt.test": (
-    "ea1c1fd94fa612e3cc44d7fa3cc4cb76021bb63fdf94f9826f430051e9052438"
-  ),
-  "anti_stereotyped_type1.txt.test": (
-    "331db5bd74bfefebf146a60b67645152a4a1991570d2a56f57154103ac361dd2"
-  ),
-  "anti_stereotyped_type2.txt.test": (
-    "336571ac1ea8c06cd2aba8e5dd2bd98e00acc0c48da3e4ec5ec7e54eb2633a8f"
-  ),
+  "pro_stereotyped_type1": "db7838907238a758eeb5779e48f38c013b892910d6fe864456c59f04245c6689",
+  "pro_stereotyped_type2": "ea1c1fd94fa612e3cc44d7fa3cc4cb76021bb63fdf94f9826f430051e9052438",
+  "anti_stereotyped_type1": "331db5bd74bfefebf146a60b67645152a4a1991570d2a56f57154103ac361dd2",
+  "anti_stereotyped_type2": "336571ac1ea8c06cd2aba8e5dd2bd98e00acc0c48da3e4ec5ec7e54eb2633a8f",
 }
 WINOBIAS = Source(
   name="winobias",
   files=("pro_stereotyped_type1.txt.test", "pro_stereotyped_type2.txt.test"),
   read=read,
   url="https://github.com/uclanlp/corefBias/tree/master/WinoBias/wino/data",
-  downloads=tuple(Download(f"{RAW}/{name}", digest) for name, digest in SHA256.items()),
+  downloads=tuple(Download(f"{RAW}/{name}.txt.test", digest) for name, digest in SHA256.items()),
   companions=("anti_stereotyped_type?.txt.test",),
 )
 

@@ -15,7 +15,7 @@ import pathlib
 import re
 from collections.abc import Iterator
 
-from gpt2_jax.evaluate.metric import Metric, percent
+from gpt2_jax.evaluate.metric import by_part, percent, points_between
 from gpt2_jax.evaluate.sources import Download, Row, Source, at_place, text_field
 from gpt2_jax.evaluate.task import Likelihood, Loglikelihood, Task
 from gpt2_jax.evaluate.tasks.choice import likeliest_choice, shortest_choice
@@ -92,30 +92,17 @@ def _sums(row: Row, answers: list[Likelihood]) -> dict[str, float]:
   # A sentence with "they" is neither a gotcha nor its opposite.
   parts = {gender: row["gender"] == gender for gender in PRONOUNS}
   parts |= {"gotcha": row["gotcha"], "typical": not row["gotcha"] and row["gender"] != "neutral"}
-  for part, is_in in parts.items():
-    sums |= {part: float(is_in), f"correct:{part}": correct * is_in}
-  return sums
+  return by_part(sums, parts)
 
 
 # ---- the tasks
 
 
-def difference(first: str, second: str) -> Metric:
-  """The accuracy of one part of the items minus that of another, in points; 0 is no bias."""
-
-  def value(sums):
-    shares = [sums[f"correct:{part}"] / sums[part] for part in (first, second)]
-    return 100 * (shares[0] - shares[1])
-
-  keys = [key for part in (first, second) for key in (f"correct:{part}", part)]
-  return Metric(value, tuple(keys), False, "points")
-
-
 METRICS = {"accuracy": percent("correct"), "fewer_tokens": percent("fewer_tokens")}
 METRICS |= {f"accuracy_{part}": percent(f"correct:{part}", part) for part in (*PRONOUNS, "gotcha")}
 METRICS |= {
-  "typical_minus_gotcha": difference("typical", "gotcha"),
-  "male_minus_female": difference("male", "female"),
+  "typical_minus_gotcha": points_between("typical", "gotcha"),
+  "male_minus_female": points_between("male", "female"),
 }
 
 RAW = "https://raw.githubusercontent.com/rudinger/winogender-schemas/master/data"
