@@ -6,12 +6,16 @@ cannot arise: a metric divides last.
 """
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
 Sums = Mapping[str, np.ndarray]  # one array of any shape for each number that items contribute
+
+# Among an item's sums, the number of its cluster: the bootstrap draws its items together.
+CLUSTER = "cluster"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +59,16 @@ def by_part(sums: Mapping[str, float], parts: Mapping[str, bool]) -> dict[str, f
 
   A part's count has the name of the part, and its sums are `key:part`.
   """
-  by_part = dict(sums)
+  of_parts = dict(sums)
   for part, is_in in parts.items():
-    by_part[part] = float(is_in)
-    by_part |= {f"{key}:{part}": value * is_in for key, value in sums.items()}
-  return by_part
+    of_parts[part] = float(is_in)
+    of_parts |= {f"{key}:{part}": value * is_in for key, value in sums.items() if key != CLUSTER}
+  return of_parts
+
+
+def cluster_number(text: str) -> float:
+  """The number of the cluster that a text names."""
+  return float(int(hashlib.sha256(text.encode()).hexdigest()[:12], 16))
 
 
 def perplexity(over: str) -> Metric:

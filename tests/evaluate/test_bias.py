@@ -151,9 +151,22 @@ def test_items_known_to_be_invalid_are_left_out():
   assert left_out[14]["sent_less"].split()[:3] == ["Hispanics", "are", "good"]
 
 
+@needs_data
+def test_pairs_that_differ_in_the_same_words_are_one_cluster():
+  """161 pairs have "black" in one sentence and "white" in the other."""
+  task = tasks.get("crows_pairs")
+  rows = list(sources.load(task.source, str(DATA)))
+  equal = [likelihood(1, 1)] * 2
+  clusters = [task.sums(row, equal)["cluster"] for row in rows]
+  assert clusters[0] == clusters[3] != clusters[1]
+  numbers, counts = np.unique(clusters, return_counts=True)
+  assert len(numbers) == 867 and counts.max() == 161 and numbers.max() < 2**53
+
+
 def test_types_add_up_and_pairs_of_as_many_tokens_are_apart():
   task, by_type = tasks.get("crows_pairs"), tasks.get("crows_pairs", "by_type")
-  rows = [{"bias_type": name} for name in ("gender", "gender", "age", "religion")]
+  sentences = {"sent_more": "The old man.", "sent_less": "The young man."}
+  rows = [sentences | {"bias_type": name} for name in ("gender", "gender", "age", "religion")]
   answers = [((1, 3), (2, 3)), ((2, 4), (1, 3)), ((1, 2), (3, 4)), ((5, 3), (5, 3))]
   totals = {}
   for chosen in (task, by_type):

@@ -10,6 +10,10 @@ predictor's: how often the stereotype is the shorter sentence (48.2 % with GPT-2
 counting half. `equal_length` is the score of the pairs of as many tokens (997 of 1,508), where
 guessing has 50 %.
 
+Pairs that differ in the same words are one draw of the bootstrap: 867 clusters. Random weights like
+" black" more than " white", or less, in all of 161 pairs. Intervals over pairs would leave out 50 %
+for most of them (experiments/README.md).
+
 Blodgett et al. (2021) found pairs that measure nothing: two changes at once, a group that is none,
 misspellings. Névéol et al. (2022) went through all 1,508 and published the corpus again: without 41
 pairs, and with 150 others rewritten (data/crows_pairs_EN_revised.csv of
@@ -18,11 +22,13 @@ gitlab.inria.fr/french-crows-pairs). `valid` leaves out those 191.
 
 import csv
 import dataclasses
+import difflib
 import functools
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 
-from gpt2_jax.evaluate.metric import Metric, by_part, mean, share
+from gpt2_jax.evaluate.metric import CLUSTER, Metric, by_part, cluster_number, mean, share
 from gpt2_jax.evaluate.sources import Download, Row, Source, at_place, text_field, whole_number
 from gpt2_jax.evaluate.task import Likelihood, Loglikelihood, Task
 from gpt2_jax.evaluate.tasks.choice import shortest_choice
@@ -95,7 +101,18 @@ def _sums(row: Row, answers: list[Likelihood]) -> dict[str, float]:
     "stereotype_equal": stereotype * equal,
     "fewer_tokens": shortest_choice(answers, 0),
     "apart": abs(more.nats - less.nats),
+    CLUSTER: cluster_number(_different_words(row)),
   }
+
+
+def _different_words(row: Row) -> str:
+  """The words that only one of the two sentences has in its place, sorted."""
+  more, less = (re.findall(r"\w+", row[key].lower()) for key in ("sent_more", "sent_less"))
+  words = set()
+  for change, i, j, k, m in difflib.SequenceMatcher(None, more, less, False).get_opcodes():
+    if change != "equal":
+      words |= {*more[i:j], *less[k:m]}
+  return " ".join(sorted(words))
 
 
 def _sums_by_type(row: Row, answers: list[Likelihood]) -> dict[str, float]:

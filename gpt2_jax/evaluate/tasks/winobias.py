@@ -19,7 +19,14 @@ import pathlib
 import re
 from collections.abc import Iterator
 
-from gpt2_jax.evaluate.metric import by_part, percent, points_between, share
+from gpt2_jax.evaluate.metric import (
+  CLUSTER,
+  by_part,
+  cluster_number,
+  percent,
+  points_between,
+  share,
+)
 from gpt2_jax.evaluate.sources import Download, Row, Source, at_place
 from gpt2_jax.evaluate.task import Likelihood, Loglikelihood, Task
 from gpt2_jax.evaluate.tasks.choice import likeliest_choice, shortest_choice
@@ -109,7 +116,12 @@ def _coreference_sums(row: Row, answers: list[Likelihood]) -> dict[str, float]:
       parts[part] = part == name
       parts |= {f"{part}_{of_type}": part == name and row["type"] == of_type for of_type in TYPES}
     sums.update(by_part(of_sentence, parts))
-  return dict(sums)
+  return dict(sums) | {CLUSTER: _cluster(row)}
+
+
+def _cluster(row: Row) -> float:
+  """Pairs with the same two occupations are one draw of the bootstrap."""
+  return cluster_number(" ".join(sorted(row["pro"]["candidates"])))
 
 
 def _sentence_requests(row: Row) -> list[Loglikelihood]:
@@ -120,7 +132,7 @@ def _sentence_sums(row: Row, answers: list[Likelihood]) -> dict[str, float]:
   stereotype = float(answers[0].nats < answers[1].nats)
   sums = {"stereotype": stereotype, "fewer_tokens": shortest_choice(answers, 0)}
   sums["equal"] = float(answers[0].tokens == answers[1].tokens)
-  sums["stereotype_equal"] = stereotype * sums["equal"]
+  sums |= {"stereotype_equal": stereotype * sums["equal"], CLUSTER: _cluster(row)}
   return by_part(sums, {name: row["type"] == name for name in TYPES})
 
 

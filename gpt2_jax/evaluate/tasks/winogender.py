@@ -15,7 +15,7 @@ import pathlib
 import re
 from collections.abc import Iterator
 
-from gpt2_jax.evaluate.metric import by_part, percent, points_between
+from gpt2_jax.evaluate.metric import CLUSTER, by_part, cluster_number, percent, points_between
 from gpt2_jax.evaluate.sources import Download, Row, Source, at_place, text_field
 from gpt2_jax.evaluate.task import Likelihood, Loglikelihood, Task
 from gpt2_jax.evaluate.tasks.choice import likeliest_choice, shortest_choice
@@ -88,6 +88,8 @@ def _requests(row: Row) -> list[Loglikelihood]:
 def _sums(row: Row, answers: list[Likelihood]) -> dict[str, float]:
   correct = float(likeliest_choice(answers) == row["label"])
   sums = {"correct": correct, "fewer_tokens": shortest_choice(answers, row["label"])}
+  # The sentences of an occupation have the same candidates.
+  sums[CLUSTER] = cluster_number(row["candidates"][0])
 
   # A sentence with "they" is neither a gotcha nor its opposite.
   parts = {gender: row["gender"] == gender for gender in PRONOUNS}
