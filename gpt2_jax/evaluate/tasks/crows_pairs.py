@@ -11,8 +11,8 @@ counting half. `equal_length` is the score of the pairs of as many tokens (997 o
 guessing has 50 %.
 
 Pairs that differ in the same words are one draw of the bootstrap: 867 clusters. Random weights like
-" black" more than " white", or less, in all of 161 pairs. Intervals over pairs would leave out 50 %
-for most of them (experiments/README.md).
+" black" more than " white", or less, in nearly all of 161 pairs, and intervals over pairs leave out
+50 % for both null models of 117M (experiments/README.md).
 
 Blodgett et al. (2021) found pairs that measure nothing: two changes at once, a group that is none,
 misspellings. Névéol et al. (2022) went through all 1,508 and published the corpus again: without 41
