@@ -36,7 +36,8 @@ def get_config() -> ConfigDict:
     {
       # A published name, a checkpoint's path, or the workdir of a run, whose latest checkpoint
       # counts. A step may follow a workdir: runs/117M@1000, runs/117M@best, or runs/117M@all for
-      # each checkpoint that was kept. Behind it, an adapter of peft's: gpt2+adapters/mine.
+      # each checkpoint that was kept. Behind it, an adapter of peft's: gpt2+adapters/mine. A null
+      # model, random weights of a size or of a checkpoint's shape: random:117M@SEED.
       "models": ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),
       # task, task:protocol, or task:protocol:shots. An empty protocol is the task's first.
       # `gpt2-jax evaluate --list` shows all.

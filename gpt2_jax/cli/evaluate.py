@@ -56,7 +56,8 @@ _MODEL = flags.DEFINE_multi_string(
   "model",
   [],
   "A model, in place of the config's: a published name, a checkpoint's path, or the workdir of a "
-  "run as WORKDIR[@STEP|@best|@all]; +FOLDER behind it is an adapter of peft's. May be given many "
+  "run as WORKDIR[@STEP|@best|@all]; +FOLDER behind it is an adapter of peft's. random:MODEL@SEED "
+  "is a null model: random weights in the shape of a size or a checkpoint. May be given many "
   "times.",
 )
 _MODELS = flags.DEFINE_list("models", [], "Several models, with commas between them.")

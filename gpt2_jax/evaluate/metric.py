@@ -6,12 +6,16 @@ cannot arise: a metric divides last.
 """
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
 Sums = Mapping[str, np.ndarray]  # one array of any shape for each number that items contribute
+
+# Among an item's sums, the number of its cluster: the bootstrap draws its items together.
+CLUSTER = "cluster"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +36,39 @@ def mean(key: str, over: str = "items", unit: str = "", higher: bool = True) -> 
 def percent(key: str, over: str = "items") -> Metric:
   """Percentage: the share of `key` in `over`, such as the accuracy."""
   return Metric(lambda sums: 100 * sums[key] / sums[over], (key, over), True, "%")
+
+
+def share(key: str, over: str = "items") -> Metric:
+  """Percentage of which more is not better, such as a bias: 50 or another value is none."""
+  return dataclasses.replace(percent(key, over), higher=False)
+
+
+def points_between(first: str, second: str, key: str = "correct") -> Metric:
+  """The percentage of one part of the items minus that of another, in points (see `by_part`)."""
+
+  def value(sums):
+    shares = [sums[f"{key}:{part}"] / sums[part] for part in (first, second)]
+    return 100 * (shares[0] - shares[1])
+
+  keys = [name for part in (first, second) for name in (f"{key}:{part}", part)]
+  return Metric(value, tuple(keys), False, "points")
+
+
+def by_part(sums: Mapping[str, float], parts: Mapping[str, bool]) -> dict[str, float]:
+  """An item's sums, and for each part of the items whether it is in, and its sums if it is.
+
+  A part's count has the name of the part, and its sums are `key:part`.
+  """
+  of_parts = dict(sums)
+  for part, is_in in parts.items():
+    of_parts[part] = float(is_in)
+    of_parts |= {f"{key}:{part}": value * is_in for key, value in sums.items() if key != CLUSTER}
+  return of_parts
+
+
+def cluster_number(text: str) -> float:
+  """The number of the cluster that a text names."""
+  return float(int(hashlib.sha256(text.encode()).hexdigest()[:12], 16))
 
 
 def perplexity(over: str) -> Metric:

@@ -8,15 +8,19 @@ from collections.abc import Iterable
 from gpt2_jax.evaluate.sources import Source
 from gpt2_jax.evaluate.task import Task
 from gpt2_jax.evaluate.tasks import (
+  bold,
   cbt,
   choice,
   coqa,
+  crows_pairs,
   lambada,
   natural_questions,
   pairs,
   perplexity,
   summarization,
   translation,
+  winobias,
+  winogender,
   winograd,
 )
 
@@ -31,6 +35,10 @@ FAMILIES = (
   summarization,
   translation,
   natural_questions,
+  crows_pairs,
+  winobias,
+  winogender,
+  bold,
 )
 
 # by name, then by protocol

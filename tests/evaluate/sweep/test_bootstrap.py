@@ -288,3 +288,21 @@ def test_bca_covers_skewed_perplexities_more_often_than_the_percentiles():
     low, high = np.quantile(resampled(PERPLEXITY, items, seed, 499), LEVELS)
     covered["percentile"] += low <= truth <= high
   assert covered["percentile"] < covered["BCa"] <= 197, covered
+
+
+def test_a_cluster_is_drawn_as_a_whole():
+  """Four copies of each item in one cluster say no more than one: the same interval and p-value."""
+  rng = np.random.default_rng(5)
+  metrics = {"mean": mean("nats")}
+  items = [{"nats": rng.normal(size=40) + shift, "items": np.ones(40)} for shift in (0, 0.2)]
+  cluster = np.tile(np.arange(40), 4)
+  copied = [
+    {key: np.tile(values, 4) for key, values in item.items()} | {"cluster": cluster}
+    for item in items
+  ]
+  one, four = (bootstrap.intervals(metrics, each[0], 500)["mean"] for each in (items, copied))
+  assert four[:3] == pytest.approx(one[:3], rel=1e-12)
+  one, four = (
+    bootstrap.paired_differences(metrics, *each, 500)["mean"] for each in (items, copied)
+  )
+  assert four.p == one.p and four[:3] == pytest.approx(one[:3], rel=1e-12)
