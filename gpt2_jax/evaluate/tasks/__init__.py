@@ -12,6 +12,7 @@ from gpt2_jax.evaluate.tasks import (
   choice,
   coqa,
   lambada,
+  memorization,
   natural_questions,
   pairs,
   perplexity,
@@ -31,6 +32,7 @@ FAMILIES = (
   summarization,
   translation,
   natural_questions,
+  memorization,
 )
 
 # by name, then by protocol
