@@ -29,7 +29,8 @@ def test_what_greedy_decoding_writes_is_memorized(model):
   tokenizer = Characters(ALPHABET)
   prompts = np.random.default_rng(0).integers(0, 28, (4, 32)).tolist()
   rows, wanted = [], [32, 0, 11, 31]
-  for prompt, matched, completion in zip(prompts, wanted, generate(model, prompts, 32), strict=True):
+  completions = generate(model, prompts, 32)
+  for prompt, matched, completion in zip(prompts, wanted, completions, strict=True):
     tokens = completion.tokens
     if matched < 32:
       tokens[matched] = (tokens[matched] + 1) % 28
