@@ -21,7 +21,7 @@ from gpt2_jax.data.token_store import TokenStore
 from gpt2_jax.files import progress
 from gpt2_jax.tokenizer import Tokenizer
 
-BLOCK = 1 << 18  # tokens that are hashed at once: a few MB, which caches hold
+BLOCK_TOKENS = 1 << 18  # tokens that are hashed at once: a few MB, which caches hold
 MOST_PLACES = 10
 # Of each doubling another factor: with one for all, the order of the tokens would not count.
 FACTORS = np.array([0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F], np.uint32)
@@ -103,13 +103,13 @@ def _search(store: TokenStore, sequences, owner_N: np.ndarray, n_owners: int) ->
     return []
   needles = _Needles.make(sequences)
   tally = _Tally.make(n_owners, store.tokenizer.eot)
-  blocks = store.blocks(BLOCK, int(needles.length_N.max()) - 1)
-  n_blocks = -(-len(store) // BLOCK)
+  blocks = store.blocks(BLOCK_TOKENS, int(needles.length_N.max()) - 1)
+  n_blocks = -(-len(store) // BLOCK_TOKENS)
   for start, block in progress(blocks, f"searching {n_blocks:,} blocks", " blocks"):
     place_P, number_P = needles.find(block)
     # What begins in the overlap is found again in the next block.
-    inside_P = place_P < BLOCK
-    tally.add(start, block[:BLOCK], place_P[inside_P], owner_N[number_P[inside_P]])
+    inside_P = place_P < BLOCK_TOKENS
+    tally.add(start, block[:BLOCK_TOKENS], place_P[inside_P], owner_N[number_P[inside_P]])
   return tally.occurrences()
 
 

@@ -47,7 +47,7 @@ def test_search_equals_a_naive_one(data):
 
   with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
     store = encode_corpus(documents, LETTERS, folder, {}, 1, data.draw(st.integers(1, 3)))
-    patch.setattr(search, "BLOCK", block)
+    patch.setattr(search, "BLOCK_TOKENS", block)
     assert find_tokens(store, sequences) == [naive(tokens, s, LETTERS.eot) for s in sequences]
 
 
