@@ -63,7 +63,7 @@ _DATA = flags.DEFINE_string("data", "data", "Folder of the published files.")
 _OUT = flags.DEFINE_string("out", "runs/memorization", "Folder for results.json and the picture.")
 _ONLY = flags.DEFINE_enum("only", None, PARTS, "One part of it.")
 _STORE = flags.DEFINE_string("store", None, "The token store that `published` searches.")
-_STEPS = flags.DEFINE_integer("steps", 3000, "Updates of the model.", lower_bound=50)
+_STEPS = flags.DEFINE_integer("steps", 2000, "Updates of the model.", lower_bound=50)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of the search.", lower_bound=1)
 
 SPACE = CanarySpace("My ID is {}\n", length=5)
@@ -99,7 +99,7 @@ def canaries(data: pathlib.Path, out: pathlib.Path) -> dict:
   tokenizer = train_characters([planted, SPACE.text(0), "0123456789"])
   tokens = np.array(tokenizer.encode(planted), np.int32)
   config = ModelConfig(
-    n_vocab=tokenizer.vocab_size, n_ctx=N_CTX, n_embd=128, n_head=4, n_layer=4, dtype="float32"
+    n_vocab=tokenizer.vocab_size, n_ctx=N_CTX, n_embd=96, n_head=3, n_layer=3, dtype="float32"
   )
   begin = time.perf_counter()
   model, loss = train(config, tokens, _STEPS.value)
