@@ -18,7 +18,8 @@ extracted_samples.md, the examples that Carlini et al. (2021) found in GPT-2 XL.
    row that are in the training text, by a search of its token store.
 3. Search. A store of random tokens, and 1, 100 and 10,000 sequences of 50 of its tokens: GB/s of
    the search and of a naive one (bytes.find of each over the store in memory), taking turns, the
-   median of --rounds. Peak memory, in processes of their own, also over a quarter of the store.
+   median of --rounds; by the clock, and by the seconds of processor time, which other work on the
+   machine changes less. Peak memory, in processes of their own, also over a quarter of the store.
 4. Published. Which of the published examples' bold parts are in a token store, verbatim.
 """
 
@@ -170,7 +171,7 @@ def draw(result: dict, path: pathlib.Path) -> None:
   axes.axhline(np.log2(len(SPACE)), linestyle="--", color="C2", label="log2 |R|, the first rank")
   axes.set_xticks(range(len(REPEATS)), ["never", *map(str, REPEATS[1:])])
   axes.set(xlabel="times in the training text", ylabel="exposure, bits")
-  axes.legend(loc="center right")
+  axes.legend(loc="upper left", bbox_to_anchor=(0, 0.9))
   with atomic_write(path, overwrite=True) as partial:
     figure.savefig(partial, dpi=120, format="png")
   plt.close(figure)
@@ -224,17 +225,19 @@ def search(data: pathlib.Path, out: pathlib.Path) -> dict:
     sequences = store.read(rng.integers(0, len(store) - 50, count), 50).tolist()
     # Naively, ten thousand would take a hundred times as long as a hundred.
     sides = {"search": find_counts} | ({"naive": find_naively} if count <= 100 else {})
-    seconds = {name: [] for name in sides}
+    rates = {name: [] for name in sides}
     for _ in range(_ROUNDS.value):
       counts = []
       for name, side in sides.items():
-        begin = time.perf_counter()
+        begin = np.array([time.perf_counter(), time.process_time()])
         counts.append(side(store, sequences))
-        seconds[name].append(time.perf_counter() - begin)
+        seconds = np.array([time.perf_counter(), time.process_time()]) - begin
+        rates[name].append(nbytes / 1e9 / seconds)
       assert all(each == counts[0] for each in counts)
-    for name, times in seconds.items():
-      rates = [nbytes / 1e9 / time for time in times]
-      result[f"{count} sequences, {name}, GB/s"] = [np.median(rates), min(rates), max(rates)]
+    for name, of_rounds in rates.items():
+      for clock, values in zip(("s", "processor s"), np.transpose(of_rounds), strict=True):
+        key = f"{count} sequences, {name}, GB/{clock}"
+        result[key] = [float(np.median(values)), float(min(values)), float(max(values))]
 
   for path in paths:
     for side in (find_counts, find_naively):

@@ -203,8 +203,8 @@ def _run_python(arguments: list[str], sandbox: pathlib.Path) -> None:
       flags += ["--limit=2", "--beams=2", "--n_new=4"]
   # An hour of benchmarks, and one of compiling for TPUs: the script is there, and Python reads it.
   names = ("bench", "calibrate", "distill", "finetune", "gpu", "optimizers", "watermark")
-  names += ("memorization",)
-  names += ("play_adventure", "regression")  # they need a game, and another checkout
+  # These need a game, another checkout, and a model that is trained.
+  names += ("play_adventure", "regression", "memorization")
   hours = tuple(f"experiments/{name}.py" for name in names)
   if script in hours or script == "experiments/reproduce.py" and not flags:
     compile((ROOT / script).read_text(), script, "exec")
