@@ -13,7 +13,6 @@ finds exact copies. It misses a text that begins or ends inside one of the store
 """
 
 import json
-import pathlib
 
 from absl import flags
 
@@ -26,7 +25,7 @@ _TEXTS = flags.DEFINE_string(
 )
 _MODEL = flags.DEFINE_string("model", None, "A published name, a checkpoint's path, or a workdir.")
 _SMALLER = flags.DEFINE_multi_string(
-  "smaller", [], "A smaller model with the same tokens, for a ratio. May be given many times."
+  "smaller", [], "A smaller model with the same tokens, for a ratio."
 )
 _SAMPLES = flags.DEFINE_integer("samples", 100, "Samples of the model.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 256, "Tokens of a sample.", lower_bound=2)
@@ -108,7 +107,7 @@ def _extract(store, texts: list[str] | None) -> list[dict]:
   scorer = _scorer(_MODEL.value)
   if store is not None:
     check_store(store, scorer.tokenizer)
-  smaller = {pathlib.Path(name).name: _scorer(name) for name in _SMALLER.value}
+  smaller = {name: _scorer(name) for name in _SMALLER.value}
 
   # 2. Score. A text of one token has no score.
   if texts is None:
