@@ -180,14 +180,21 @@ class _Needles:
         pairs.append(self.prefixes[width].find(hash_T))
     place_P, number_P = map(np.concatenate, zip(*pairs, strict=True))
 
-    # 2. Compare, a token of all pairs at a time; a sequence that has ended shows its last one.
-    fits_P = place_P + self.length_N[number_P] <= len(block)
-    place_P, number_P = place_P[fits_P], number_P[fits_P]
-    for step in range(int(self.length_N[number_P].max(initial=0))):
-      at_P = np.minimum(step, self.length_N[number_P] - 1)
-      same_P = block[place_P + at_P] == self.tokens[self.begin_N[number_P] + at_P]
-      place_P, number_P = place_P[same_P], number_P[same_P]
-    return place_P, number_P
+    # 2. Compare all tokens, of as many pairs at a time as make an array like a block. A sequence
+    #    that has ended repeats its last token.
+    length_P = self.length_N[number_P]
+    fits_P = place_P + length_P <= len(block)
+    place_P, number_P, length_P = place_P[fits_P], number_P[fits_P], length_P[fits_P]
+    steps = np.arange(length_P.max(initial=1))
+    at_once = max(1, BLOCK_TOKENS // len(steps))
+    same_P = np.zeros(len(place_P), bool)
+    for begin in range(0, len(place_P), at_once):
+      some = slice(begin, begin + at_once)
+      at_PL = np.minimum(steps, length_P[some, None] - 1)
+      found_PL = block[place_P[some, None] + at_PL]
+      wanted_PL = self.tokens[self.begin_N[number_P[some], None] + at_PL]
+      same_P[some] = (found_PL == wanted_PL).all(-1)
+    return place_P[same_P], number_P[same_P]
 
 
 def _hashes(tokens: np.ndarray, widest: int = WIDTHS[-1]) -> list[np.ndarray]:
