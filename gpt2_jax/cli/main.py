@@ -20,6 +20,7 @@ COMMANDS = {
   "plan": "a run on TPUs without a TPU: memory, time, price",
   "contamination": "how much of an evaluation set is in a training corpus",
   "detect": "whether texts carry a watermark: z-scores and p-values",
+  "memorization": "which texts are verbatim in a corpus, and which a model gives away",
 }
 
 HELP = ("help", "--help", "-help", "-h")

@@ -18,7 +18,8 @@ from ml_collections import config_flags
 from gpt2_jax.cli import config_file, shell
 
 ROOT = pathlib.Path(__file__).parents[2]
-SCRIPTS = ("train", "tokenize", "convert", "evaluate", "contamination", "detect", "sample", "plan")
+SCRIPTS = ("train", "tokenize", "convert", "evaluate", "contamination", "detect", "memorization")
+SCRIPTS += ("sample", "plan")
 
 
 def command(tmp_path, body: str) -> list:

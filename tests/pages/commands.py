@@ -180,6 +180,8 @@ def small_knobs(command: str, arguments: list[str]) -> list[str]:
   if command == "plan":
     sizes = ("n_layer=1", "n_embd=128", "n_head=2", "n_ctx=256", "n_vocab=512")
     return ["--config.batch_size=64", "--compiled=1"] + [f"--config.model.{x}" for x in sizes]
+  if command == "memorization" and any(flag.startswith("--model=") for flag in arguments):
+    return ["--samples=4", "--length=8"]
   if command == "evaluate":
     return ["--skip_missing", "--config.limit=2", "--config.resamples=10", "--config.batch_size=8"]
   return []
@@ -201,7 +203,8 @@ def _run_python(arguments: list[str], sandbox: pathlib.Path) -> None:
       flags += ["--limit=2", "--beams=2", "--n_new=4"]
   # An hour of benchmarks, and one of compiling for TPUs: the script is there, and Python reads it.
   names = ("bench", "calibrate", "distill", "finetune", "gpu", "optimizers", "watermark")
-  names += ("play_adventure", "regression")  # they need a game, and another checkout
+  # These need a game, another checkout, and a model that is trained.
+  names += ("play_adventure", "regression", "memorization")
   hours = tuple(f"experiments/{name}.py" for name in names)
   if script in hours or script == "experiments/reproduce.py" and not flags:
     compile((ROOT / script).read_text(), script, "exec")

@@ -14,6 +14,7 @@ from gpt2_jax.evaluate.tasks import (
   coqa,
   crows_pairs,
   lambada,
+  memorization,
   natural_questions,
   pairs,
   perplexity,
@@ -39,6 +40,7 @@ FAMILIES = (
   winobias,
   winogender,
   bold,
+  memorization,
 )
 
 # by name, then by protocol
