@@ -36,7 +36,7 @@ def batch_hash(tokens_BT):
 
 
 def split_microbatches(x, microbatches: int):
-  """An array [B, ...] as [M, B / M, ...]; each microbatch is split over the mesh as the batch is."""
+  """An array [B, ...] as [M, B / M, ...]: microbatches, split over the mesh as the batch is."""
   shape = (-1, microbatches, *x.shape[1:])
   spec = P(ROWS, None, *(None,) * (x.ndim - 1))
   return jnp.reshape(x, shape, out_sharding=spec).swapaxes(0, 1)

@@ -5,7 +5,6 @@ import dataclasses
 import importlib.util
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -16,11 +15,13 @@ from gpt2_jax.compat import has_unreduced
 from gpt2_jax.finetune.classify import Classify
 from gpt2_jax.finetune.trainable import merge, partition, trainable_mask
 from gpt2_jax.loss import NextToken, mean_loss
-from gpt2_jax.private import PrivateGradients
+from gpt2_jax.private import PrivateGradients, add_noise
 from gpt2_jax.sharding import BATCH, ROWS, axis_size
 from tests.test_unreduced import KINDS, TINY, batch_of, without_zeros
 
 B = 8
+# Noise compiles for seconds a parameter: two of them do.
+KINDS = KINDS | {"some": (lambda model: model, ("wte", "h.attn.c_attn.w"))}
 needs_unreduced = pytest.mark.skipif(not has_unreduced(), reason="JAX without unreduced sums")
 
 
@@ -154,3 +155,49 @@ def test_they_are_those_of_jax_privacy(mesh, problem, by_hand, put):
   with mesh(1, 4, 2):
     _, grads = private(problem("all"), clip_norm)
   assert_equal(grads, expected)
+
+
+def test_noise_is_of_the_sum(mesh, problem, by_hand):
+  """N(0, (sigma C)^2) for each parameter, over the examples that are expected."""
+  clip_norm, clipped = by_hand("some")
+  with mesh(1, 1, 1):
+    _, grads = private(problem("some"), clip_norm, noise=1.5, expected=10, key=jax.random.key(5))
+  noise = np.concatenate([(grads[name] - clipped[name] / 10).ravel() for name in grads])
+
+  # The standard error of a standard deviation is its part 1 / sqrt(2 n). The padding of the
+  # vocabulary has none.
+  noise, expected = noise[noise != 0], 1.5 * clip_norm / 10
+  assert abs(noise.std() / expected - 1) < 5 / np.sqrt(2 * len(noise))
+  assert abs(noise.mean()) < 5 * expected / np.sqrt(len(noise))
+  assert len(np.unique(noise)) > 0.99 * len(noise), "no two parameters share theirs"
+
+
+def test_noise_is_the_same_on_any_mesh_and_padding_stays_zero(mesh, place, parameters, unpadded):
+  noise, zeros = [], {name: np.zeros_like(x) for name, x in parameters(TINY).items()}
+  for sizes in [(1, 1, 1), (1, 4, 2)]:
+    with mesh(*sizes):
+      model = place(TINY, zeros)
+      trained, _ = partition(model, trainable_mask(model, KINDS["some"][1]))
+      noisy = jax.jit(add_noise, static_argnums=3)(trained, 1.0, jax.random.key(5), TINY.n_vocab)
+      noise.append(unpadded(noisy, zeros))
+  for name, x in noise[0].items():
+    np.testing.assert_allclose(noise[1][name], x, rtol=1e-6)
+
+
+def test_an_example_that_is_not_finite_contributes_nothing(mesh, problem, by_hand, put):
+  """Its gradient would have no norm to be clipped by."""
+  clip_norm, expected = by_hand("all")
+  with mesh(1, 1, 1):
+    objective, trained, frozen, batch = problem("all")
+    weights_BT = np.array(batch.weights_BT)
+    weights_BT[5] = np.inf  # a row that was padding
+    batch = dataclasses.replace(batch, weights_BT=put(weights_BT, BATCH))
+    _, grads = private((objective, trained, frozen, batch), clip_norm)
+  assert_equal(grads, expected)
+
+
+def test_a_microbatch_of_several_examples_is_refused(mesh, problem):
+  with mesh(1, 1, 1):
+    arguments = problem("all")
+    with pytest.raises(ValueError, match=r"set --config.microbatches=8$"):
+      PrivateGradients(1.0, 0.0, 1)(*arguments, 4)
