@@ -136,7 +136,7 @@ class ExampleStore(TokenStore):
   def read_filled(self, rows_N: np.ndarray, is_real_N: np.ndarray) -> Batch:
     """`read_rows` where some are not there: any row stands for one, without weight and label."""
     batch = self.read_rows(np.where(is_real_N, rows_N, 0))
-    is_real_N1 = is_real_N[:, None]
+    is_real_N1 = is_real_N[..., None]
     extras = {name: np.where(is_real_N1, labels, -1) for name, labels in batch.extras.items()}
     return dataclasses.replace(batch, weights_BT=batch.weights_BT * is_real_N1, extras=extras)
 

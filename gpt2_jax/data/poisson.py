@@ -63,7 +63,8 @@ class PoissonBatches(Batches):
   def _overflow(self, step: int, count: int) -> str:
     return (
       f"Poisson sampling draws {count} examples at step {step}, and a batch has room for "
-      f"{self.batch_size} ({self.expected} are expected); set --config.batch_size to {count} or more"
+      f"{self.batch_size} ({self.expected} are expected); set --config.batch_size to {count} or "
+      f"more"
     )
 
   def _assemble(self, steps: range, sharding: NamedSharding) -> Batch:
