@@ -9,7 +9,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from gpt2_jax.decoding import complete, stream, stream_rows
 from gpt2_jax.decoding.moderation import REDACTED, Moderator, Policy, Rule, load_policy
+from gpt2_jax.model import ModelConfig
+from gpt2_jax.tokenizer import Characters
 
 WORDS = ("darn", "heck", "bad dog", "f**k", "é", "off")
 ORACLE = re.compile(
@@ -193,3 +196,32 @@ def test_a_policy_that_is_none_is_one_line(tmp_path, text, message):
   with pytest.raises(ValueError, match=message) as raised:
     load_policy(str(tmp_path / "a.toml"))
   assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
+
+
+LETTERS = Characters("".join(sorted("abcdefghijklmnopqrstuvwxyz ,.\n")))
+TINY = ModelConfig(n_vocab=30, n_ctx=64, n_embd=16, n_head=2, n_layer=1, dtype="float32")
+
+
+def test_texts_of_a_model_follow_the_policy(mesh, parameters, place):
+  """Each token is a character, so every word lies over the borders of tokens."""
+  with mesh(1, 1, 1):
+    model = place(TINY, parameters(TINY, scale=0.3))
+  prompts, options = ["ab c", "x"], {"temperature": 3.0, "seed": 4}
+  plain = complete(model, LETTERS, prompts, 40, **options)
+  words = [re.findall(r"(?<=\W)\w+(?=\W)", text)[1] for text in plain]
+  banned = re.compile(rf"\b(?:{'|'.join(words)})\b")
+  expected = [banned.sub(REDACTED, text) for text in plain]
+  assert all(x != y for x, y in zip(expected, plain, strict=True))
+
+  options["moderation"] = policy("redact", words)
+  assert complete(model, LETTERS, prompts, 40, **options) == expected
+  assert "".join(stream(model, LETTERS, prompts[0], 40, **options)) == expected[0]
+  rows = ["", ""]
+  for row, chunk in stream_rows(model, LETTERS, prompts, 40, **options):
+    rows[row] += chunk
+    assert expected[row].startswith(rows[row])
+  assert rows == expected
+
+  options["moderation"] = policy("refuse", words[:1])
+  refused = complete(model, LETTERS, prompts, 40, **options)
+  assert refused[0] == plain[0][: banned.search(plain[0]).start()] + "[refused]"
