@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Private fine-tuning: LoRA by DP-SGD, with the epsilon that it spends in the log and in checkpoints.
+"""Private fine-tuning: LoRA by DP-SGD; the log and the checkpoints tell the epsilon it spends.
 
   gpt2-jax train --config=private --workdir=runs/private --config.init_from=gpt2 \\
     --config.data.train=data/mine/train --config.data.validation=data/mine/validation

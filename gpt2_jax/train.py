@@ -114,8 +114,7 @@ def train_step(
   rate: optax.Schedule | None = None,
   aggregate=gradients,
 ):
-  """One update; metrics are scalars. `rate` is the schedule of `optimizer`, for the log;
-  `aggregate` makes the gradient of a batch."""
+  """One update; metrics are scalars. `rate` is for the log; `aggregate` makes the gradients."""
   # 1. Sums and gradients. What is frozen has neither a gradient nor optimizer state.
   key = None if dropout_key is None else jax.random.fold_in(dropout_key, state.step)
   trained, frozen = partition(state.model, trainable_mask(state.model, trainable))
@@ -145,11 +144,10 @@ def train_step(
   skipped_in_a_row = jnp.where(is_finite, 0, state.skipped_in_a_row + 1)
 
   # 4. What is logged: the loss, the objective's other sums per token, and what tells runs apart.
-  metrics = {"loss": loss, "grad_norm": grad_norm}
+  metrics = {"loss": loss, "grad_norm": grad_norm, "batch_hash": batch_hash(batch.tokens_BT)}
   for name in sums.keys() - {"nats", "tokens"}:
     metrics[name] = per_token(sums[name], sums)
   metrics |= {"skipped": skipped_total, "skips": skipped_in_a_row}
-  metrics["batch_hash"] = batch_hash(batch.tokens_BT)
   if rate is not None:
     metrics["learning_rate"] = rate(state.step - state.skipped_total)
   model = merge(trained, frozen)
