@@ -5,12 +5,13 @@ COMMAND   python experiments/moderation.py --data=data
 HARDWARE  one CPU core, some minutes
 EXPECT    README.md, "Moderation filter": no banned word leaves, no clean sentence is touched
 
-Under --data lie wikitext2/wiki.*.tokens, ptb/ptb.*.txt and shakespeare/tinyshakespeare.txt.
+Under --data lie wikitext2/wiki.*.tokens, ptb/ptb.*.txt, shakespeare/tinyshakespeare.txt, sst2/*.tsv,
+lambada/*.jsonl and e2e/*.txt.
 
   leaks            10,000 texts of 40 words, in which one in five words is exchanged for a banned
                    one, often written so that it lies over the borders of tokens. They are decoded
                    token by token; a regular expression looks for what left
-  false positives  clean sentences of all three files, which have none of the words by a regular
+  false positives  sentences of all these files that have none of the words by a regular
                    expression, and words that hold a banned one: they must leave as they are
   time             a token of StreamDecoder alone and with the filter, taking turns
 """
@@ -39,6 +40,7 @@ ANY = "|".join(word.replace(" ", r"\s+") for word in WORDS)
 BANNED = re.compile(rf"(?<![^\W_])(?:{ANY})(?![^\W_])", re.IGNORECASE)
 POLICY = Policy((Rule("words", "redact", WORDS),))
 FILES = ("wikitext2/wiki.*.tokens", "ptb/ptb.*.txt", "shakespeare/tinyshakespeare.txt")
+FILES += ("sst2/*.tsv", "lambada/*.jsonl", "e2e/*.txt")
 
 
 def sentences_of(data: pathlib.Path) -> list[str]:
