@@ -5,8 +5,8 @@ COMMAND   python experiments/moderation.py --data=data
 HARDWARE  one CPU core, some minutes
 EXPECT    README.md, "Moderation filter": no banned word leaves, no clean sentence is touched
 
-Under --data lie wikitext2/wiki.*.tokens, ptb/ptb.*.txt, shakespeare/tinyshakespeare.txt, sst2/*.tsv,
-lambada/*.jsonl and e2e/*.txt.
+Under --data lie wikitext2/wiki.*.tokens, ptb/ptb.*.txt, shakespeare/tinyshakespeare.txt,
+sst2/*.tsv, lambada/*.jsonl and e2e/*.txt.
 
   leaks            10,000 texts of 40 words, in which one in five words is exchanged for a banned
                    one, often written so that it lies over the borders of tokens. They are decoded
