@@ -97,4 +97,11 @@ def finetuning() -> dict:
       "lm_weight": 2.0,  # of the language model's loss
       "cos_weight": 1.0,  # of 1 - cosine of the last hidden states
     },
+    "private": {
+      "clip_norm": 0.0,  # of DP-SGD: largest norm of an example's gradient; 0 is no DP-SGD
+      "noise_multiplier": 0.0,  # standard deviation of the noise, as a multiple of clip_norm
+      "batch_size": 0,  # examples that a batch is expected to draw; config.batch_size is its room
+      "delta": 1e-5,  # at which epsilon is told; at most 1 / examples
+      "epsilon": 0.0,  # budget that the run may not exceed; 0 is none
+    },
   }

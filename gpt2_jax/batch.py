@@ -5,6 +5,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from gpt2_jax.sharding import ROWS
 
 
 @jax.tree_util.register_dataclass
@@ -30,3 +33,10 @@ def batch_hash(tokens_BT):
   row_B1 = jnp.arange(B, dtype=jnp.uint32)[:, None]
   place_BT = (row_B1 * T + jnp.arange(T, dtype=jnp.uint32)) * jnp.uint32(2654435761)
   return jnp.sum((tokens_BT.astype(jnp.uint32) + 1) * (place_BT | 1), dtype=jnp.uint32)
+
+
+def split_microbatches(x, microbatches: int):
+  """An array [B, ...] as [M, B / M, ...]: microbatches, split over the mesh as the batch is."""
+  shape = (-1, microbatches, *x.shape[1:])
+  spec = P(ROWS, None, *(None,) * (x.ndim - 1))
+  return jnp.reshape(x, shape, out_sharding=spec).swapaxes(0, 1)

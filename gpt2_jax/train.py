@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from gpt2_jax import compiler_options
-from gpt2_jax.batch import Batch, batch_hash
+from gpt2_jax.batch import Batch, batch_hash, split_microbatches
 from gpt2_jax.compat import get_mesh
 from gpt2_jax.files import announce, user_path
 from gpt2_jax.finetune.init_from import resolve_model
@@ -22,6 +22,7 @@ from gpt2_jax.finetune.trainable import merge, partition, trainable_mask
 from gpt2_jax.loss import mean_loss, per_token
 from gpt2_jax.model import GPT2, ModelConfig
 from gpt2_jax.muon import make_optimizer
+from gpt2_jax.private import make_aggregator
 from gpt2_jax.runs import knobs
 from gpt2_jax.runs.limits import check_batch, check_kernel, check_update_fits, out_of_memory
 from gpt2_jax.runs.origin import find_origin
@@ -36,7 +37,7 @@ from gpt2_jax.runs.validation import (
 )
 from gpt2_jax.runs.workdir import as_path
 from gpt2_jax.schedules import make_schedule
-from gpt2_jax.sharding import BATCH, ROWS, make_mesh
+from gpt2_jax.sharding import BATCH, make_mesh
 from gpt2_jax.unreduced import all_reduce_gradients, defer_reduction, zero_gradients
 
 
@@ -84,11 +85,6 @@ def gradients(objective, trained, frozen, batch: Batch, microbatches: int, key=N
     sums = objective(merge(trained, frozen), batch, key)
     return sums["nats"], sums
 
-  def split(x):
-    shape = (-1, microbatches, *x.shape[1:])
-    spec = P(ROWS, None, *(None,) * (x.ndim - 1))
-    return jnp.reshape(x, shape, out_sharding=spec).swapaxes(0, 1)
-
   def add_microbatch(total, indexed):
     index, microbatch = indexed
     microbatch_key = None if key is None else jax.random.fold_in(key, index)
@@ -97,7 +93,7 @@ def gradients(objective, trained, frozen, batch: Batch, microbatches: int, key=N
     return jax.tree.map(jnp.add, total, (sums, grads)), None
 
   # Only one microbatch's activations exist at a time; what is carried along is float32.
-  batches_M = jax.tree.map(split, batch)
+  batches_M = jax.tree.map(lambda x: split_microbatches(x, microbatches), batch)
   first = jax.tree.map(lambda x: x[0], batches_M)
   _, sums = jax.eval_shape(sums_of, trained, first, key)
   zero = jax.tree.map(jnp.zeros_like, sums), zero_gradients(trained)
@@ -116,12 +112,13 @@ def train_step(
   trainable: tuple[str, ...] = ("*",),
   dropout_key=None,
   rate: optax.Schedule | None = None,
+  aggregate=gradients,
 ):
-  """One update; metrics are scalars. `rate` is the schedule of `optimizer`, for the log."""
+  """One update; metrics are scalars. `rate` is for the log; `aggregate` makes the gradients."""
   # 1. Sums and gradients. What is frozen has neither a gradient nor optimizer state.
   key = None if dropout_key is None else jax.random.fold_in(dropout_key, state.step)
   trained, frozen = partition(state.model, trainable_mask(state.model, trainable))
-  sums, grads = gradients(objective, trained, frozen, batch, microbatches, key)
+  sums, grads = aggregate(objective, trained, frozen, batch, microbatches, key)
   loss, grad_norm = per_token(sums["nats"], sums), optax.tree.norm(grads)
 
   # 2. Apply the update, unless it is not finite: one bad batch must not poison the weights. `cond`
@@ -147,11 +144,10 @@ def train_step(
   skipped_in_a_row = jnp.where(is_finite, 0, state.skipped_in_a_row + 1)
 
   # 4. What is logged: the loss, the objective's other sums per token, and what tells runs apart.
-  metrics = {"loss": loss, "grad_norm": grad_norm}
+  metrics = {"loss": loss, "grad_norm": grad_norm, "batch_hash": batch_hash(batch.tokens_BT)}
   for name in sums.keys() - {"nats", "tokens"}:
     metrics[name] = per_token(sums[name], sums)
   metrics |= {"skipped": skipped_total, "skips": skipped_in_a_row}
-  metrics["batch_hash"] = batch_hash(batch.tokens_BT)
   if rate is not None:
     metrics["learning_rate"] = rate(state.step - state.skipped_total)
   model = merge(trained, frozen)
@@ -200,6 +196,7 @@ def make_step(config: ConfigDict, model_config: ModelConfig, options: dict | Non
     trainable=trainable,
     dropout_key=jax.random.split(jax.random.key(config.seed))[1],
     rate=rate,
+    aggregate=make_aggregator(config.private, gradients),
   )
   return init, jax.jit(step, donate_argnums=0, compiler_options=options)
 

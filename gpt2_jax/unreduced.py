@@ -15,6 +15,8 @@ by a reshard to a plain spec in a custom VJP, or by `in_each_row`.
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jax.sharding import PartitionSpec as P
 
 from gpt2_jax.compat import has_unreduced
@@ -54,6 +56,48 @@ def all_reduce_gradients(grads):
     return jax.sharding.reshard(x, P(*spec.partitions)) if spec.unreduced else x
 
   return jax.tree.map(reduce, grads)
+
+
+# JAX's types know an unreduced array only as a term of its sum. This gives a device its term, as an
+# array of its own, typed as `like` is.
+_own_part = Primitive("own_part")
+_own_part.def_abstract_eval(lambda x, like: like)
+mlir.register_lowering(_own_part, lambda context, x, like: [x])
+
+
+def stack_shards(grads):
+  """The sums that parts of the mesh have of their own rows, one above the other: leaves [R, ...].
+
+  `grads` are of parameters that were unsharded before their reduction was deferred; R is the number
+  of parts, each of which keeps its own. Nothing is communicated.
+  """
+  if axis_size(*ROWS) == 1:
+    return jax.tree.map(lambda x: jax.sharding.reshard(x[None], _stacked_spec(x)), grads)
+
+  def stack(x):
+    spec = jax.typeof(x).sharding.spec
+    varies = (*ROWS, *(name for name in spec.partitions if name is not None))
+
+    def on_shard(x):
+      like = jax.lax.pcast(jnp.zeros(x.shape, x.dtype), varies, to="varying")
+      return _own_part.bind(x, like)[None]
+
+    return jax.shard_map(on_shard, in_specs=(spec,), out_specs=_stacked_spec(x))(x)
+
+  return jax.tree.map(stack, grads)
+
+
+def zero_shards(parameters):
+  """Zeros to which `stack_shards` of the parameters' gradients are added."""
+
+  def zeros(x):
+    return jnp.zeros((axis_size(*ROWS), *x.shape), x.dtype, out_sharding=_stacked_spec(x))
+
+  return jax.tree.map(zeros, parameters)
+
+
+def _stacked_spec(x) -> P:
+  return P(ROWS, *jax.typeof(x).sharding.spec.partitions)
 
 
 def gradient_spec(parameter) -> P:

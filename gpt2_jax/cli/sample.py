@@ -82,6 +82,12 @@ _REVERSE_WEIGHT = flags.DEFINE_float(
   lower_bound=0.0,
   upper_bound=1.0,
 )
+_POLICY = flags.DEFINE_string(
+  "policy", None, "Usage policy that the texts follow: a .toml or .json file of rules with words."
+)
+_POLICY_LOG = flags.DEFINE_string(
+  "policy_log", None, "With --policy: file for a line on each text that it matched, without text."
+)
 _DTYPE = flags.DEFINE_enum(
   "dtype", "float32", ["float32", "bfloat16"], "Of activations and matmuls."
 )
@@ -119,6 +125,7 @@ def main() -> None:
     )
   template = _load_template(recipe)
   fields = parse_fields(_FIELD.value, template)
+  policy = _load_policy()
   if _INTERACTIVE.value and sys.stdin is None:
     raise ValueError("the standard input is closed, and --interactive reads it; give --prompt")
 
@@ -138,9 +145,8 @@ def main() -> None:
   check_special_tokens(tokenizer, settings, template)
   # The model is of no other use here, so no second copy of it is held.
   decoder = for_inference(model, donate=True)
-  answering = Answering(
-    template, fields, recipe is None or recipe.form == "chat", _load_reverse(mesh, tokenizer)
-  )
+  remembers = recipe is None or recipe.form == "chat"
+  answering = Answering(template, fields, remembers, _load_reverse(mesh, tokenizer), policy)
 
   # 3. Generate: in a session, one text as it comes, or several when all of them are there.
   if _INTERACTIVE.value:
@@ -182,6 +188,17 @@ def _load_template(recipe: Recipe | None):
       f"the template {template.name[:80]} writes a message: give it as --prompt, or --interactive"
     )
   return template
+
+
+def _load_policy():
+  """The usage policy of the flags, or None."""
+  from gpt2_jax.decoding.moderation import load_policy
+
+  if _POLICY.value is None:
+    if _POLICY_LOG.value is not None:
+      raise ValueError("--policy_log is of a --policy, which is not there; give both")
+    return None
+  return load_policy(_POLICY.value, _POLICY_LOG.value)
 
 
 def _load_reverse(mesh, tokenizer) -> Ranking | None:
@@ -253,7 +270,8 @@ def _print_texts(decoder, tokenizer, settings: Settings, answering: Answering) -
 
   # 3. Several, when all of them are there; `complete` says so if it takes a while.
   if answering.ranking is None:
-    answers = complete(decoder, tokenizer, prompts, generation=generation)
+    policy = answering.moderation
+    answers = complete(decoder, tokenizer, prompts, generation=generation, moderation=policy)
   else:
     answers = ["".join(answer_chunks(row)) for row in range(len(prompts))]
   for row, added in enumerate(answers):

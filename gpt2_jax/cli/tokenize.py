@@ -81,6 +81,11 @@ _LOSS = flags.DEFINE_enum(
 _N_CTX = flags.DEFINE_integer(
   "n_ctx", None, "Length of the rows that examples are packed into (default: 1024).", lower_bound=2
 )
+_PACK = flags.DEFINE_bool(
+  "pack",
+  True,
+  "Several examples to a row; --nopack gives each a row, as private training takes them.",
+)
 _SPLIT = flags.DEFINE_string(
   "split", "train", "Split of the corpus, in TFDS's syntax: train, train[:90%], test."
 )
@@ -211,6 +216,7 @@ def tokenize_examples(out: str, tokenizer_path: str) -> str:
     _PROCESSES.value,
     strict=_STRICT.value,
     skipped=documents.skipped,
+    packed=_PACK.value,
   )
   return _describe(store)
 

@@ -12,6 +12,7 @@ from gpt2_jax.files import summarize
 if TYPE_CHECKING:
   from gpt2_jax.data.templates import Message, Template
   from gpt2_jax.decoding import Generation, InferenceModel
+  from gpt2_jax.decoding.moderation import Policy
   from gpt2_jax.tokenizer import Tokenizer
 
 NO_FIELDS = MappingProxyType({})
@@ -34,6 +35,7 @@ class Answering:
   fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
   remembers: bool = True
   ranking: Ranking | None = None
+  moderation: "Policy | None" = None
 
   def chunks(
     self, decoder, tokenizer, turns, text: str, ids: Sequence[int], generation: "Generation"
@@ -42,7 +44,7 @@ class Answering:
     from gpt2_jax.decoding.stream import stream_counted
 
     if self.ranking is None:
-      return stream_counted(decoder, tokenizer, ids, generation)
+      return stream_counted(decoder, tokenizer, ids, generation, moderation=self.moderation)
 
     # The best of several is known when all are there.
     from gpt2_jax.decoding.mmi import rerank
@@ -57,7 +59,12 @@ class Answering:
       self.ranking.weight,
     )
     best = ranked[0].text
-    return iter([(best, len(tokenizer.encode(best)))])
+    chunks = iter([(0, best, len(tokenizer.encode(best)))])
+    if self.moderation is not None:
+      from gpt2_jax.decoding.moderation import moderate
+
+      chunks = moderate(chunks, self.moderation, [tokenizer.decode(ids)])
+    return ((chunk, n_tokens) for _, chunk, n_tokens in chunks)
 
 
 # A prompt is a text to continue.

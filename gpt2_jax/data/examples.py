@@ -127,16 +127,16 @@ class ExampleStore(TokenStore):
     def batch(first: int) -> Batch:
       def read(low: int, high: int) -> Batch:
         rows = np.arange(first + low, first + high)
-        return self._read_filled(rows, rows < n_rows)
+        return self.read_filled(rows, rows < n_rows)
 
       return assemble(read, (batch_size,), self.n_ctx, self.n_classes > 0, row_sharding)
 
     return in_background(grain.MapDataset.range(0, n_rows, batch_size).map(batch))
 
-  def _read_filled(self, rows_N: np.ndarray, is_real_N: np.ndarray) -> Batch:
+  def read_filled(self, rows_N: np.ndarray, is_real_N: np.ndarray) -> Batch:
     """`read_rows` where some are not there: any row stands for one, without weight and label."""
     batch = self.read_rows(np.where(is_real_N, rows_N, 0))
-    is_real_N1 = is_real_N[:, None]
+    is_real_N1 = is_real_N[..., None]
     extras = {name: np.where(is_real_N1, labels, -1) for name, labels in batch.extras.items()}
     return dataclasses.replace(batch, weights_BT=batch.weights_BT * is_real_N1, extras=extras)
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from gpt2_jax.data.example_records import Example, parse_record
 from gpt2_jax.data.examples import LABEL_SHIFT, SCORED, START, ExampleStore, marks_name
-from gpt2_jax.data.packing import ALGORITHM, pack
+from gpt2_jax.data.packing import ALGORITHM, UNPACKED, pack
 from gpt2_jax.data.skipped import BadRecord, Skipped
 from gpt2_jax.data.templates import LOSSES, Encoded, ExampleEncoder
 from gpt2_jax.data.token_store import TokenStore, documents_of_part
@@ -41,8 +41,10 @@ def encode_examples(
   examples_per_part: int = EXAMPLES_PER_PART,
   strict: bool = False,
   skipped: Skipped | None = None,
+  packed: bool = True,
 ) -> ExampleStore:
-  """Packs all examples, which `example_records.write_record` wrote, into rows of `n_ctx` tokens.
+  """Packs all examples, which `example_records.write_record` wrote, into rows of `n_ctx` tokens; or
+  gives each a row of its own.
 
   Resumes and repairs as `encode_corpus` does. Raises ValueError before anything is written if an
   example follows no convention, has an unknown role, or has nothing that would be scored.
@@ -66,7 +68,7 @@ def encode_examples(
     "template": encoder.template.to_json(),
     "loss": encoder.loss,
     "n_ctx": n_ctx,
-    "packing": ALGORITHM,
+    "packing": ALGORITHM if packed else UNPACKED,
   }
   writer = ExampleWriter(documents, encoder.tokenizer, path, job, strict, encoder)
   return write_store(writer, processes or os.cpu_count(), skipped or Skipped(), None)
@@ -107,7 +109,7 @@ class ExampleWriter(PartWriter):
     examples = PackedExamples(self.job["n_ctx"], self.dtype)
     for number in documents:
       self._add(examples, number)
-    tokens, marks = examples.pack()
+    tokens, marks = examples.pack(self.job["packing"] == ALGORITHM)
 
     # 2. From here until the arrays are there, nothing says that they are.
     name = f"part-{index:05d}"
@@ -177,9 +179,13 @@ class PackedExamples:
     self.counts["cut_tokens"] += lost
     self.counts["labelled"] += example.label is not None
 
-  def pack(self) -> tuple[np.ndarray, np.ndarray]:
-    """The rows one after another: tokens, and marks. Padding is zeros, and starts a segment."""
-    rows = pack(list(map(len, self.tokens)), self.n_ctx)
+  def pack(self, several: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The rows one after another: tokens, and marks. Padding is zeros, and starts a segment.
+
+    A row has `several` examples, or one.
+    """
+    lengths = list(map(len, self.tokens))
+    rows = pack(lengths, self.n_ctx) if several else [[example] for example in range(len(lengths))]
     self.counts["rows"] = len(rows)
     tokens = np.zeros((len(rows), self.n_ctx), self.dtype)
     marks = np.zeros((len(rows), self.n_ctx), np.uint8)

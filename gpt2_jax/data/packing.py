@@ -14,6 +14,7 @@ import numpy as np
 
 # What a store's manifest says of its rows.
 ALGORITHM = "best-fit decreasing"
+UNPACKED = "one example a row"
 
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from gpt2_jax.decoding.generate import advance, check_generation, completions, snapshot, start
 from gpt2_jax.decoding.generation_config import Generation, make_generation
 from gpt2_jax.decoding.kv_cache import InferenceModel, for_inference
+from gpt2_jax.decoding.moderation import Policy, moderate
 from gpt2_jax.decoding.samplers import Greedy, Sample
 from gpt2_jax.files import announce
 from gpt2_jax.model import GPT2
@@ -38,6 +39,7 @@ def complete(
   generation: Generation | None = None,
   adapters: int | Sequence[int] | None = None,
   special: Special = (),
+  moderation: Policy | None = None,
   **options,
 ) -> str | list[str]:
   """Generates the text after a prompt: `complete(model, tokenizer, "Dear", temperature=0.8)`.
@@ -66,7 +68,9 @@ def complete(
   texts = [""] * (len(prompts) * generation.samples)
   with announce("generating; a new size is compiled first, about a minute for a large model"):
     in_one_call = not generation.stop
-    chunks = _text_chunks(model, tokenizer, prompts, generation, in_one_call, adapters, special)
+    chunks = _text_chunks(
+      model, tokenizer, prompts, generation, in_one_call, adapters, special, moderation
+    )
     for row, chunk, _ in chunks:
       texts[row] += chunk
 
@@ -83,6 +87,7 @@ def stream(
   generation: Generation | None = None,
   adapters: int | None = None,
   special: Special = (),
+  moderation: Policy | None = None,
   **options,
 ) -> Iterator[str]:
   """Streams the text of `complete`, with the same options, in chunks as soon as they are certain.
@@ -90,7 +95,7 @@ def stream(
   No character is split, and no chunk holds the beginning of a stop string.
   """
   generation = make_generation(generation, n_new, sampler, options, default=Sample())
-  chunks = stream_counted(model, tokenizer, prompt, generation, adapters, special)
+  chunks = stream_counted(model, tokenizer, prompt, generation, adapters, special, moderation)
   return (chunk for chunk, _ in chunks if chunk)
 
 
@@ -101,6 +106,7 @@ def stream_counted(
   generation: Generation,
   adapters: int | None = None,
   special: Special = (),
+  moderation: Policy | None = None,
 ) -> Iterator[tuple[str, int]]:
   """Streams one text for those who measure tokens/s: pairs of a chunk and the tokens it took.
 
@@ -108,7 +114,9 @@ def stream_counted(
   """
   if generation.samples != 1:
     raise ValueError(f"stream gives one text, not {generation.samples} samples; call stream_rows")
-  chunks = _text_chunks(model, tokenizer, [prompt], generation, False, adapters, special)
+  chunks = _text_chunks(
+    model, tokenizer, [prompt], generation, False, adapters, special, moderation
+  )
   return ((chunk, n_tokens) for _, chunk, n_tokens in chunks)
 
 
@@ -122,16 +130,24 @@ def stream_rows(
   generation: Generation | None = None,
   adapters: int | Sequence[int] | None = None,
   special: Special = (),
+  moderation: Policy | None = None,
   **options,
 ) -> Iterator[tuple[int, str]]:
   """Streams a batch of texts: pairs of a row, in the order of `complete`, and its next chunk."""
   generation = make_generation(generation, n_new, sampler, options, default=Sample())
-  chunks = _text_chunks(model, tokenizer, prompts, generation, False, adapters, special)
+  chunks = _text_chunks(model, tokenizer, prompts, generation, False, adapters, special, moderation)
   return ((row, chunk) for row, chunk, _ in chunks if chunk)
 
 
 def _text_chunks(
-  model, tokenizer, prompts, generation: Generation, in_one_call: bool, adapters, special: Special
+  model,
+  tokenizer,
+  prompts,
+  generation: Generation,
+  in_one_call: bool,
+  adapters,
+  special: Special,
+  moderation: Policy | None,
 ) -> Iterator[tuple[int, str, int]]:
   """Reads the prompts now, and computes rows' chunks and their tokens when they are asked for."""
   # 1. Whatever is wrong is an error here, and not at the first chunk.
@@ -160,7 +176,13 @@ def _text_chunks(
   for prompt in ids:
     for _ in range(generation.samples):
       live[len(live)] = StreamDecoder(tokenizer, prompt), Stopper(generation.stop)
-  return _advance_chunks(decoder, state, generation, live, in_one_call)
+  chunks = _advance_chunks(decoder, state, generation, live, in_one_call)
+  if moderation is None:
+    return chunks
+
+  # 4. What the policy lets out; a word may have begun in the prompt.
+  texts = [tokenizer.decode(prompt) for prompt in ids for _ in range(generation.samples)]
+  return moderate(chunks, moderation, texts)
 
 
 def _advance_chunks(decoder, state, generation: Generation, live: dict, in_one_call: bool):

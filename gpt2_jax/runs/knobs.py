@@ -167,6 +167,18 @@ KNOBS = {
   "distill.kl_weight": Knob(float, "of T^2 KL(teacher || student)", 0, added=5.0),
   "distill.lm_weight": Knob(float, "of the language model's loss", 0, added=2.0),
   "distill.cos_weight": Knob(float, "of 1 - cosine of the last hidden states", 0, added=1.0),
+  # Private training (DP-SGD).
+  "private.clip_norm": Knob(
+    float, "of DP-SGD: largest norm of an example's gradient; 0 is no DP-SGD", 0, added=0.0
+  ),
+  "private.noise_multiplier": Knob(
+    float, "standard deviation of the noise, as a multiple of clip_norm", 0, added=0.0
+  ),
+  "private.batch_size": Knob(int, "examples that a batch is expected to draw", 0, added=0),
+  "private.delta": Knob(
+    float, "at which epsilon is told", 0, 1, above_low=True, below_high=True, added=1e-5
+  ),
+  "private.epsilon": Knob(float, "budget of a run; 0 is none", 0, resumable=True, added=0.0),
   # The mesh; make_mesh says which sizes multiply.
   "mesh.replica": _count("data parallelism across slices; -1 is the rest", -1, True),
   "mesh.data": _count("FSDP: data parallelism with sharded parameters", -1, True),

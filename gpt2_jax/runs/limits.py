@@ -22,6 +22,7 @@ from gpt2_jax.compat import get_mesh
 from gpt2_jax.files import first_line
 from gpt2_jax.kernels.choose import choose_attention
 from gpt2_jax.model import ModelConfig
+from gpt2_jax.runs.privacy import check_private
 from gpt2_jax.runs.workdir import is_remote
 from gpt2_jax.sharding import ROWS, axis_size, check_divides, concrete
 
@@ -55,6 +56,7 @@ def check_batch(config: ConfigDict) -> None:
     *ROWS,
     way_out="change --config.batch_size, --config.microbatches or --config.mesh",
   )
+  check_private(config)
 
 
 def local_bytes(tree, mesh: Mesh) -> int:

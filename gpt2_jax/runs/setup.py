@@ -26,6 +26,7 @@ from gpt2_jax.runs.limits import check_disk
 from gpt2_jax.runs.metadata import run_identity, run_metadata
 from gpt2_jax.runs.metrics import Log, Metrics, Profile, best_and_last, plot_losses
 from gpt2_jax.runs.origin import load_base, resolve_tokenizer
+from gpt2_jax.runs.privacy import open_batches, privacy_line
 from gpt2_jax.runs.signals import StopSignal
 from gpt2_jax.runs.teacher import load_teacher
 from gpt2_jax.runs.weights_and_biases import WeightsAndBiases, check_wandb
@@ -80,7 +81,7 @@ def set_up(
 
   # 1. All processes must see the same data.
   train, validation, tokenizer = open_data(config, model_config, origin)
-  batches = train.batches(model_config.n_ctx, config.batch_size, config.seed)
+  batches = open_batches(config, train)
   metadata = run_metadata(config, train, validation, tokenizer)
   distributed.check_same("config", {"workdir": workdir} | run_identity(metadata))
 
@@ -294,6 +295,9 @@ def log_sources(setup: Setup, abstract_state, model_config: ModelConfig):
     log_origin(metrics, metadata["init_from"], config, abstract_state.model)
   if "teacher" in metadata:
     log_teacher(metrics, metadata["teacher"], config)
+  private = privacy_line(config, setup.batches)
+  if private:
+    metrics.say(private)
   windows = setup.validation.count_rows(model_config.n_ctx)
   log_data(metrics, config, setup.batches.n_rows, windows)
 

@@ -17,6 +17,7 @@ from gpt2_jax.finetune.start import saved_part
 from gpt2_jax.loss import next_token_nats
 from gpt2_jax.model import GPT2
 from gpt2_jax.runs.metrics import evaluations_since_best
+from gpt2_jax.runs.privacy import privacy_record
 from gpt2_jax.runs.samples import log_sample
 from gpt2_jax.runs.setup import Setup
 from gpt2_jax.sharding import BATCH
@@ -97,7 +98,11 @@ def save_if_sound(
   # 2. Save, or say why not.
   if problem is None:
     val_loss = math.inf if val_loss is None else val_loss
-    setup.checkpoints.save(step, saved_part(setup.config, state), setup.metadata, val_loss)
+    private = privacy_record(setup.config, setup.batches, step)
+    if private:
+      setup.metrics.write(step, epsilon=private["private"]["epsilon"])
+    metadata = setup.metadata | private
+    setup.checkpoints.save(step, saved_part(setup.config, state), metadata, val_loss)
     return True
   line = f"step {step}: not saved, for {problem}; {setup.log.last_good()}"
   if step == setup.config.steps:

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt2_jax.batch import Batch
+from gpt2_jax.compat import get_mesh
 from gpt2_jax.data import corpus, zarr_files
 from gpt2_jax.data.example_records import MAX_LABELS, write_record
 from gpt2_jax.data.examples import ExampleStore, unpack
 from gpt2_jax.data.pack_examples import encode_examples
+from gpt2_jax.data.poisson import PADDING, PoissonExamples
 from gpt2_jax.data.stores import open_store, open_stores
 from gpt2_jax.data.templates import CHAT, DIALOGPT, PLAIN, ExampleEncoder
 from gpt2_jax.data.token_store import TokenStore
@@ -444,3 +446,34 @@ def test_a_store_in_a_bucket_is_the_one_on_disk(tmp_path, store, bucket):
 def test_the_tokenizer_of_a_store_is_its_own(store):
   assert store.tokenizer.fingerprint == TOKENIZER.fingerprint
   assert from_json(store.manifest["tokenizer"]).encode("ab") == ids("ab")
+
+
+def test_examples_may_have_a_row_each_and_are_drawn_by_poisson_sampling(tmp_path, mesh):
+  """Each row is one example, as in the file; what is not drawn has no weight and no label."""
+  rows = [{**record, "label": i % 3} for i, record in enumerate(records(20))]
+  store = write(tmp_path / "alone", rows, packed=False)
+  assert store.manifest["rows"] == store.manifest["examples"] == 20
+  batch = store.read_rows(np.arange(20))
+  assert (batch.segments_BT.max(1) <= 1).all(), "an example, and padding"
+  packed = write(tmp_path / "packed", rows)
+  packed = packed.read_rows(np.arange(packed.manifest["rows"]))
+  assert sorted(examples_of(batch)) == sorted(examples_of(packed))
+
+  sampled = PoissonExamples(store, N_CTX, 16, 3, 5)
+  with mesh(1, 4, 1):
+    sharding = NamedSharding(get_mesh(), PartitionSpec(None, ("replica", "data"), None))
+    (batch,) = sampled.prefetch(2, 3, 1, sharding)
+    drawn = sampled.windows_at(2)
+    is_real = drawn != PADDING
+    tokens_BT, weights_BT = np.asarray(batch.tokens_BT[0]), np.asarray(batch.weights_BT[0])
+    labels_BT = np.asarray(batch.extras["labels_BT"][0])
+  assert 0 < is_real.sum() < 16
+  np.testing.assert_array_equal(tokens_BT[is_real], store.read_rows(drawn[is_real]).tokens_BT)
+  assert (weights_BT.any(1) == is_real).all()
+  assert ((labels_BT >= 0).any(1) == is_real).all()
+
+
+def test_packed_rows_are_refused_for_private_training(tmp_path):
+  store = write(tmp_path / "packed", records(20))
+  with pytest.raises(ValueError, match="has 20 examples packed into .* with --nopack$"):
+    PoissonExamples(store, N_CTX, 16, 3, 5)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.extend import random as extend_random
 
-from gpt2_jax.decoding import Sample, TopK, generate
+from gpt2_jax.decoding import Sample, TopK, generate, stream
 from gpt2_jax.decoding.samplers import History
 from gpt2_jax.decoding.speculative import speculative
 from gpt2_jax.decoding.watermark import (
@@ -18,6 +18,7 @@ from gpt2_jax.decoding.watermark import (
   threefry,
 )
 from gpt2_jax.model import ModelConfig
+from gpt2_jax.tokenizer import Characters
 
 TINY = ModelConfig(n_vocab=97, n_ctx=64, n_embd=16, n_head=4, n_layer=1, dtype="float32")
 KEY = 0x0123_4567_89AB_CDEF
@@ -155,6 +156,20 @@ def test_a_row_is_what_it_is_alone_and_on_any_mesh(prompts, arrays, mesh, place)
     with mesh(*sizes):
       rows.append(generate(place(TINY, arrays), prompts[:n_rows], 12, sampler)[0])
   assert rows[0] == rows[1] and len(set(rows[0].tokens)) > 4
+
+
+@pytest.mark.parametrize("name", ["selfhash", "synthid"])
+def test_a_stream_is_the_text_of_generate(name, prompts, arrays, mesh, place):
+  """A portion begins where the one before ended: contexts reach over its border."""
+  tokenizer = Characters("".join(map(chr, range(0x4E00, 0x4E00 + 97))))
+  sampler, prompt = Sample((TopK(30), WATERMARKS[name])), prompts[0]
+  with mesh(1, 1, 1):
+    model = place(TINY, arrays)
+    (completion,) = generate(model, [prompt], 20, sampler, seed=3)
+    (plain,) = generate(model, [prompt], 20, Sample((TopK(30),)), seed=3)
+  chunks = list(stream(model, tokenizer, tokenizer.decode(prompt), 20, sampler, seed=3))
+  assert "".join(chunks) == tokenizer.decode(completion.tokens)
+  assert len(chunks) > 4 and completion != plain
 
 
 def test_gumbel_and_speculative_decoding(prompts, arrays, mesh, place):
