@@ -42,7 +42,7 @@ WITH_REFERENCE = ("fast_detectgpt", "binoculars")
 class Threshold:
   """A score from which on a text is called a machine's, and what it was calibrated on."""
 
-  detector: Mapping[str, str]  # the identity of the detector that it belongs to
+  detector: dict  # the identity of the detector that it belongs to
   value: float
   false_positives: float  # the share of human texts that it accuses at most
   human: int  # human texts, and how many of them are accused
@@ -51,17 +51,6 @@ class Threshold:
   found: int
   shortest: int  # length from which on it gives verdicts
 
-
-FIELDS = {
-  "detector": dict,
-  "value": float,
-  "false_positives": float,
-  "human": int,
-  "accused": int,
-  "machine": int,
-  "found": int,
-  "shortest": int,
-}
 
 # ---- detectors
 
@@ -240,7 +229,8 @@ def read_threshold(path: pathlib.Path, identity: Mapping[str, str]) -> Threshold
   """Reads a threshold. Raises ValueError for that of another detector, and for another file."""
   content = read_json_object(path)
   types = {name: type(value) for name, value in content.items()}
-  if types != FIELDS or not math.isfinite(content["value"]):
+  expected = {field.name: field.type for field in dataclasses.fields(Threshold)}
+  if types != expected or not math.isfinite(content["value"]):
     raise ValueError(f"{path} is no threshold of gpt2-jax detect --calibrate")
 
   threshold = Threshold(**content)

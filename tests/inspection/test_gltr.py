@@ -52,6 +52,14 @@ def test_each_token_has_the_colour_of_its_rank():
   assert text.shares == [0.25] * 4
 
 
+def test_markup_in_a_text_stays_text():
+  pieces = ["a", '</p><script>alert("1")</script>', "&amp;", "<b", ">"]
+  page = Reader(rank_page([RankedText(pieces, statistics([1, 2, 3, 4]), "</h2><script>")]))
+  assert page.tags.isdisjoint({"script", "b"}) and "h2" in page.tags
+  assert "".join(page.texts).strip() == "".join(pieces)
+  assert len(page.spans) == len(pieces)
+
+
 def test_a_text_stays_a_text(mesh, parameters, place):
   tokenizer = Characters("".join(sorted(set(TEXT))))
   config = ModelConfig(
@@ -59,11 +67,9 @@ def test_a_text_stays_a_text(mesh, parameters, place):
   )
   with mesh(1, 1, 1):
     model = place(config, parameters(config))
-  ranked = rank_text(model, tokenizer, TEXT, title="</h2><script>")
+  ranked = rank_text(model, tokenizer, TEXT)
   page = Reader(rank_page([ranked]))
-  assert "script" not in page.tags and "link" not in page.tags
-  shown = "".join(page.texts)
-  assert shown.strip() == TEXT.strip()
+  assert "".join(page.texts).strip() == TEXT.strip()
   [answer] = Scorer(model, tokenizer).answers([TokenStatistics(TEXT)])
   np.testing.assert_array_equal(ranked.statistics.rank, answer.rank)
   assert len(page.spans) == len(TEXT)
