@@ -71,7 +71,7 @@ ONE_MODEL = ("fast_detectgpt", "likelihood", "log_rank", "lrr", "rank", "entropy
 PUBLISHED = ("likelihood", "logrank", "lrr", "entropy", "rank", "sampling_discrepancy")
 N_CTX, DOCUMENT, PROMPT = 64, 1000, 30
 LENGTHS = (50, 100, 200, 300, 500, 700, 1000)
-PURE = "pure sampling"
+PURE, BY_LENGTH = "pure sampling", "top-p 0.9"
 SAMPLERS = {
   "greedy": Greedy(),
   "temperature 0.7": Sample((Temperature(0.7),)),
@@ -193,7 +193,7 @@ def accuracy(human_N: np.ndarray, machine_N: np.ndarray) -> float:
 
 
 def curves(data: pathlib.Path, out: pathlib.Path) -> dict:
-  """Accuracy by length, for what was drawn from the model itself, and areas by sampler."""
+  """Accuracy by length, of one sampler's texts, and areas by sampler."""
   # 1. Texts, which are kept: the last 10 % of characters, of which the model has learned nothing.
   model, tokenizer = train_model(data, out)
   text = (data / "shakespeare/tinyshakespeare.txt").read_text()
@@ -204,8 +204,8 @@ def curves(data: pathlib.Path, out: pathlib.Path) -> dict:
     path.write_text(json.dumps({"human": human} | write_documents(model, tokenizer, human)))
   texts = json.loads(path.read_text())
 
-  # 2. Statistics of all of them, in one pass.
-  scorer = Scorer(model, tokenizer, batch_size=32)
+  # 2. Statistics of all of them, each token after as many as when it was written.
+  scorer = Scorer(model, tokenizer, batch_size=32, stride=N_CTX // 2)
   answers = {}
   for kind, of_kind in texts.items():
     answers[kind] = scorer.answers([TokenStatistics(text) for text in of_kind])
@@ -218,7 +218,7 @@ def curves(data: pathlib.Path, out: pathlib.Path) -> dict:
   for criterion in ONE_MODEL:
     of_criterion = {}
     for length in LENGTHS:
-      pair = scores("human", criterion, length), scores(PURE, criterion, length)
+      pair = scores("human", criterion, length), scores(BY_LENGTH, criterion, length)
       of_criterion[length] = {"accuracy": accuracy(*pair)} | by_document(*pair)
       print(
         f"{criterion:15} {length:5} {of_criterion[length]['accuracy']:.1f} %, "
@@ -245,7 +245,7 @@ def draw(by_length: dict, by_sampler: dict, out: pathlib.Path) -> None:
     values = [of_criterion[length]["accuracy"] for length in LENGTHS]
     left.plot(LENGTHS, values, marker="o", markersize=3, label=criterion, color=f"C{number}")
   left.axhline(50, linestyle=":", color="gray")
-  left.set(xscale="log", xlabel="tokens", ylabel="right verdicts (%)", title="Pure sampling")
+  left.set(xscale="log", xlabel="tokens", ylabel="right verdicts (%)", title=BY_LENGTH)
   left.set_xticks(LENGTHS, [str(length) for length in LENGTHS])
   left.minorticks_off()
   left.legend(fontsize=8)
