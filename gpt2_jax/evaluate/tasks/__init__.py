@@ -15,6 +15,7 @@ from gpt2_jax.evaluate.tasks import (
   crows_pairs,
   lambada,
   memorization,
+  machine_text,
   natural_questions,
   pairs,
   perplexity,
@@ -41,6 +42,7 @@ FAMILIES = (
   winogender,
   bold,
   memorization,
+  machine_text,
 )
 
 # by name, then by protocol
