@@ -29,6 +29,7 @@ def run(
   exit_process: Callable[[int], None] = sys.exit,
   config: str | None = None,
   hints: Mapping[str, str] | None = None,
+  words: str | None = None,
 ) -> None:
   """Parses the flags and calls `main`; an error with a message for the user becomes that line.
 
@@ -36,7 +37,7 @@ def run(
   through `exit_process`. `config` is the file that the flag --config has if it is not given.
   `imports` are the modules that `main` imports and that take seconds, as JAX does: --help waits for
   none of them, and Ctrl-C meanwhile ends the process. `hints` say what to give in place of flags
-  that people try and that there are not.
+  that people try and that there are not. `words` is the flag whose values words without one are.
   """
 
   def parse(argv):
@@ -51,7 +52,7 @@ def run(
     logging.set_verbosity(logging.FATAL)  # the flags have set another
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     try:
-      _call(main, imports, argv[1:])
+      _call(main, imports, _unflagged(argv[1:], words))
 
     # Any error may come of the output's end, or leave something that cannot be written to it.
     except KeyboardInterrupt:
@@ -77,6 +78,15 @@ def _check_output() -> None:
   """
   if sys.stdout is None:
     sys.exit(_line(OSError("the standard output is closed; give it a file, or /dev/null")))
+
+
+def _unflagged(argv: list[str], name: str | None) -> list[str]:
+  """Gives the words that are no flags to the flag of that name; returns those left without one."""
+  if name is None:
+    return argv
+  for word in argv:
+    flags.FLAGS[name].parse(word)
+  return []
 
 
 def _call(main: Callable[[], None], imports: tuple[str, ...], words: list[str]) -> None:

@@ -32,7 +32,7 @@ from gpt2_jax.evaluate.sweep import bootstrap, cells
 from gpt2_jax.evaluate.sweep.cells import Cell, Datasets, Outcome, Sweep, SweptTask
 from gpt2_jax.evaluate.sweep.models import SweptModel, paper_size, resolve_models
 from gpt2_jax.evaluate.task import Task
-from gpt2_jax.files import first_line, summarize, user_path
+from gpt2_jax.files import first_line, source_commit, summarize, user_path
 from gpt2_jax.runs.checkpoint import open_saved
 from gpt2_jax.runs.knobs import Knob
 from gpt2_jax.sharding import make_mesh
@@ -411,6 +411,7 @@ def _compute(cell: Cell, datasets: Datasets, scorer: Scorer, config: ConfigDict)
   model_config = scorer.model.config
   return {
     "identity": cell.identity,
+    "commit": source_commit(),
     "origin": rows.origin,
     "step": int(cell.model.step) if is_run else None,
     "run": cell.model.path if is_run else None,
