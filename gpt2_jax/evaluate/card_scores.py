@@ -83,7 +83,9 @@ class CardScore:
     """The items that were scored of how many, their SHA-256, and the commit that scored them."""
     title = plain(f"{self.task}:{self.config}")
     rows = self.source.row(
-      f"{title}, items", f"{self.line}/{{items, of, identity/rows}}", "{} of {}, SHA-256 {}"
+      f"{title}, items, and the SHA-256 of all rows",
+      f"{self.line}/{{items, of, identity/rows}}",
+      "{} of {}, {}",
     )
     # An installed package knows no commit.
     if self.get("commit"):
@@ -93,7 +95,8 @@ class CardScore:
   def eval_results(self) -> list[EvalResult]:
     results = []
     for name, metric in self.with_numbers():
-      numbers = {key: metric[key] for key in ("low", "high", "method") if metric.get(key)}
+      interval = {key: metric.get(key) for key in ("low", "high", "method")}
+      numbers = {key: value for key, value in interval.items() if value is not None}
       result = EvalResult(
         task_type="text-generation",
         dataset_type=self.task,
