@@ -102,6 +102,36 @@ def roc_interval(
   return value(roc(human, machine)), float(low), float(high)
 
 
+def weighted_auc(human_N, machine_M, human_RN, machine_RM) -> np.ndarray:
+  """The area under the ROC of texts that count several times, [R]: Mann and Whitney's statistic.
+
+  `human_RN` and `machine_RM` are how often each score counts in each resample.
+  """
+  order = np.argsort(human_N)
+  total_RN = np.cumsum(human_RN[:, order], axis=1)
+  total_RN = np.pad(total_RN, ((0, 0), (1, 0)))
+
+  # The human texts below each machine text, and half of those that equal it.
+  below_M, upto_M = (np.searchsorted(human_N[order], machine_M, side) for side in ("left", "right"))
+  won_RM = (total_RN[:, below_M] + total_RN[:, upto_M]) / 2
+  return (machine_RM * won_RM).sum(1) / (total_RN[:, -1] * machine_RM.sum(1))
+
+
+def weighted_true_positives(
+  human_N, machine_M, human_RN, machine_RM, rate: float = 0.01
+) -> np.ndarray:
+  """The true positive rate where at most `rate` of human texts are accused, [R]."""
+  order = np.argsort(-human_N)
+  accused_RN = np.cumsum(human_RN[:, order], axis=1)
+  accused_RN = accused_RN / accused_RN[:, -1:]
+
+  # The largest human score at which too many would be accused: a threshold lies above it.
+  too_many_RN = accused_RN > rate
+  limit_R = np.where(too_many_RN.any(1), human_N[order][too_many_RN.argmax(1)], -np.inf)
+  is_found_RM = machine_M > limit_R[:, None]
+  return (machine_RM * is_found_RM).sum(1) / machine_RM.sum(1)
+
+
 def _weighted_roc(
   human: np.ndarray, machine: np.ndarray, human_weights: np.ndarray, machine_weights: np.ndarray
 ) -> Roc:

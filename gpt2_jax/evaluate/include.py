@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from gpt2_jax.evaluate import tasks
-from gpt2_jax.evaluate.metric import Metric, Sums
+from gpt2_jax.evaluate.metric import Metric, RankMetric, Sums
 from gpt2_jax.evaluate.sources import Download, Row, Source
 from gpt2_jax.evaluate.task import (
   Answer,
@@ -174,9 +174,9 @@ def _check_metric(label: str, name: object, metric: object, place: str) -> None:
     raise ValueError(f"{label}: its keys are no tuple of the sums that it reads; mind the comma")
   if not isinstance(metric.unit, str) or not isinstance(metric.higher, bool):
     raise ValueError(f"{label}: its unit is a text, and `higher` is True or False")
-  sums = {key: np.ones(3) for key in metric.keys}
+  sums = {key: np.ones(3) for key in (*metric.keys, "items")}
   with np.errstate(all="ignore"):
-    _guarded_value(metric.value, place)(sums)
+    _guarded_value(metric, place)(sums)
 
 
 # ---- functions that name the place of what goes wrong
@@ -185,7 +185,7 @@ def _check_metric(label: str, name: object, metric: object, place: str) -> None:
 def _guarded(task: Task, place: str) -> Task:
   """The task with functions that raise one line, and that check what they return."""
   metrics = {
-    name: dataclasses.replace(metric, value=_guarded_value(metric.value, place))
+    name: dataclasses.replace(metric, value=_guarded_value(metric, place))
     for name, metric in task.metrics.items()
   }
   return dataclasses.replace(
@@ -313,12 +313,14 @@ def _is_number(value: object) -> bool:
   return isinstance(value, int | float | np.number) and math.isfinite(value)
 
 
-def _guarded_value(function: Callable, place: str) -> Callable[[Sums], np.ndarray]:
-  call = _calling(function, place)
+def _guarded_value(metric: Metric, place: str) -> Callable[[Sums], np.ndarray]:
+  call = _calling(metric.value, place)
 
   def value(sums: Sums) -> np.ndarray:
     returned = call(sums)
     shape = np.shape(next(iter(sums.values()))) if sums else ()
+    if isinstance(metric, RankMetric):
+      shape = np.shape(sums["items"])[:-1]
     if np.shape(returned) != shape:
       raise ValueError(
         f"{place}: a metric's value has the shape {np.shape(returned)} for sums of the shape "

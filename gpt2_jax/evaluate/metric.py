@@ -2,7 +2,8 @@
 """Metrics (accuracy, perplexity, bits per byte) as functions of sums over items.
 
 Sums can be resampled by a bootstrap, and any subset of the items has its own metric. Means of means
-cannot arise: a metric divides last.
+cannot arise: a metric divides last. A metric of the items' order, such as the area under a ROC, is
+no function of sums; it is one of how often each item counts, and can be resampled, too.
 """
 
 import dataclasses
@@ -22,6 +23,25 @@ class Metric:
   keys: tuple[str, ...]
   higher: bool  # whether more is better
   unit: str
+
+  def of_counts(self, items: Sums, counts_RN: np.ndarray) -> np.ndarray:
+    """The score of each resample, [R], from what items have, [N], and how often each counts."""
+    return self.value({key: counts_RN @ items[key] for key in self.keys})
+
+
+@dataclasses.dataclass(frozen=True)
+class RankMetric(Metric):
+  """A metric of the items' order.
+
+  `value` maps what each item has, [N], and under "items" how often it counts, [..., N], to scores
+  [...]. So it takes a task's items as they are, and no sums of them. `ranks` replaces what items
+  have by their ranks, which leaves the score as it is: two models' items then have one scale.
+  """
+
+  ranks: Callable[[Sums], Sums]
+
+  def of_counts(self, items: Sums, counts_RN: np.ndarray) -> np.ndarray:
+    return self.value({key: items[key] for key in self.keys} | {"items": counts_RN})
 
 
 def mean(key: str, over: str = "items", unit: str = "", higher: bool = True) -> Metric:

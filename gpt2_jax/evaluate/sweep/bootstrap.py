@@ -3,7 +3,8 @@
 
 A resample draws as many items as there are, with replacement (Efron 1979). Only how often each item
 was drawn matters. A resample's sums are therefore its counts times the items' sums, one matrix
-product for all metrics, and every metric is computed of all resamples at once.
+product for all metrics, and every metric is computed of all resamples at once. A metric of the
+items' order takes the counts themselves.
 
 Intervals are bias-corrected and accelerated (BCa, Efron 1987): perplexities are skewed, and the
 percentiles of their resamples hold the truth too rarely (experiments/interval_coverage.py). The
@@ -25,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt2_jax.evaluate.metric import Metric, Sums
+from gpt2_jax.evaluate.metric import Metric, RankMetric, Sums
 
 RESAMPLES = 10_000
 DRAWS = 2**21  # items drawn at once: 16 MB of their numbers
@@ -75,14 +76,16 @@ def intervals(
   Where BCa is not defined, the percentile interval, which holds `level` of the resamples' scores.
   A single item has a score, and no interval.
   """
-  keys, items_NK = _stack(metrics, items)
+  by_rank, by_sums = _by_kind(metrics)
+  keys, items_NK = _stack(by_sums, items)
   n = len(items_NK)
   resampled_RK = np.concatenate([counts @ items_NK for counts in draw_counts(n, resamples, seed)])
 
   total_K = items_NK.sum(0)
-  value = _scores(metrics, keys, total_K)
-  spread_R = _scores(metrics, keys, resampled_RK)
-  without_one_N = _scores(metrics, keys, total_K - items_NK)
+  ranked = _rank_samples(by_rank, items, resamples, seed)
+  value = _scores(by_sums, keys, total_K) | ranked[0]
+  spread_R = _scores(by_sums, keys, resampled_RK) | ranked[1]
+  without_one_N = _scores(by_sums, keys, total_K - items_NK) | ranked[2]
 
   results = {}
   for name in metrics:
@@ -104,22 +107,37 @@ def paired_differences(
   The interval is that of the differences of the same resamples of both. The two-sided p-value is
   by approximate randomization (Noreen 1989). A coin decides which of an item's two results is
   whose; p is how often a difference at least as large comes about, (1 + count) / (1 + resamples).
-  Raises ValueError if the items are not as many.
+  Of metrics of the order, ranks change sides (Venkatraman and Begg 1996). Raises ValueError if the
+  items are not as many.
   """
+  n, n_b = (len(next(iter(items.values()))) for items in (a, b))
+  if n != n_b:
+    raise ValueError(f"{n:,} items do not pair with {n_b:,}; compare results of the same rows")
+
+  by_rank, by_sums = _by_kind(metrics)
+  of_sums = _paired_sums(by_sums, a, b, resamples, seed)
+  of_ranks = _paired_ranks(by_rank, a, b, resamples, seed)
+  value, spread_R, without_one_N, swapped_R = (
+    x | y for x, y in zip(of_sums, of_ranks, strict=True)
+  )
+
+  results = {}
+  for name in metrics:
+    ends = _ends(spread_R[name], value[name], without_one_N[name], level)
+    results[name] = Difference(float(value[name]), *ends, _p_value(value[name], swapped_R[name]))
+  return results
+
+
+def _paired_sums(
+  metrics: Mapping[str, Metric], a: Items, b: Items, resamples: int, seed: int
+) -> tuple[dict, dict, dict, dict]:
+  """Each metric's difference of all items, of resamples [R], without one [N], and swapped [R]."""
   keys, a_NK = _stack(metrics, a)
   _, b_NK = _stack(metrics, b)
   n = len(a_NK)
-  if n != len(b_NK):
-    raise ValueError(
-      f"{n:,} items do not pair with {len(b_NK):,}; compare results of the same rows"
-    )
 
   def differences(a_XK: np.ndarray, b_XK: np.ndarray) -> dict[str, np.ndarray]:
-    score_a = _scores(metrics, keys, a_XK)
-    score_b = _scores(metrics, keys, b_XK)
-    # two infinite perplexities have no difference
-    with np.errstate(invalid="ignore"):
-      return {name: score_a[name] - score_b[name] for name in metrics}
+    return _minus(_scores(metrics, keys, a_XK), _scores(metrics, keys, b_XK))
 
   # 1. The bootstrap: both models on the same resamples, so that an item's difficulty cancels.
   resampled_a, resampled_b = [], []
@@ -134,19 +152,21 @@ def paired_differences(
   swapped_R = differences(a_K + moved_RK, b_K - moved_RK)
 
   # 3. The differences themselves, and those without one item.
-  value = differences(a_K, b_K)
-  without_one_N = differences(a_K - a_NK, b_K - b_NK)
-  results = {}
-  for name in metrics:
-    ends = _ends(spread_R[name], value[name], without_one_N[name], level)
-    results[name] = Difference(float(value[name]), *ends, _p_value(value[name], swapped_R[name]))
-  return results
+  return differences(a_K, b_K), spread_R, differences(a_K - a_NK, b_K - b_NK), swapped_R
+
+
+def _by_kind(metrics: Mapping[str, Metric]) -> tuple[dict[str, RankMetric], dict[str, Metric]]:
+  """The metrics of the items' order, and those of their sums."""
+  by_rank = {name: metric for name, metric in metrics.items() if isinstance(metric, RankMetric)}
+  return by_rank, {name: metric for name, metric in metrics.items() if name not in by_rank}
 
 
 def _stack(metrics: Mapping[str, Metric], items: Items) -> tuple[list[str], np.ndarray]:
   """The keys of the sums that the metrics read, and what each item has of them, [N, K]."""
   keys = sorted({key for metric in metrics.values() for key in metric.keys})
   columns = [np.asarray(items[key], np.float64) for key in keys]
+  if not columns:
+    return keys, np.zeros((len(items["items"]), 0))
   return keys, np.stack(columns, axis=1)
 
 
@@ -160,6 +180,51 @@ def _scores(
     return {name: metric.value(sums) for name, metric in metrics.items()}
 
 
+# ---- metrics of the items' order
+
+
+def _rank_samples(
+  metrics: Mapping[str, RankMetric], items: Items, resamples: int, seed: int
+) -> tuple[dict, dict, dict]:
+  """Each metric of the items, of their resamples [R], and without one of them [N]."""
+  value, spread_R, without_one_N = {}, {}, {}
+  for name, metric in metrics.items():
+    n = len(items["items"])
+
+    def scores(parts: Iterator[np.ndarray], metric=metric) -> np.ndarray:
+      # A resample may have no text of one kind.
+      with np.errstate(divide="ignore", invalid="ignore"):
+        return np.concatenate([metric.of_counts(items, counts_RN) for counts_RN in parts])
+
+    [value[name]] = scores(iter([np.ones((1, n))]))
+    spread_R[name] = scores(draw_counts(n, resamples, seed))
+    without_one_N[name] = scores(_counts_without_one(n))
+  return value, spread_R, without_one_N
+
+
+def _paired_ranks(
+  metrics: Mapping[str, RankMetric], a: Items, b: Items, resamples: int, seed: int
+) -> tuple[dict, dict, dict, dict]:
+  """As `_paired_sums`, where the coin moves an item's ranks to the other side."""
+  samples_a, samples_b = (_rank_samples(metrics, items, resamples, seed) for items in (a, b))
+  swapped_R = {}
+  for name, metric in metrics.items():
+    ranks_a, ranks_b = metric.ranks(a), metric.ranks(b)
+    both = {key: np.concatenate([ranks_a[key], ranks_b[key]]) for key in metric.keys}
+    parts = []
+    for coins in _coins(len(a["items"]), resamples, seed):
+      counts = np.concatenate([1 - coins, coins], axis=1)
+      parts.append(metric.of_counts(both, counts) - metric.of_counts(both, 1 - counts))
+    swapped_R[name] = np.concatenate(parts)
+  return *map(_minus, samples_a, samples_b), swapped_R
+
+
+def _minus(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  # two infinite perplexities have no difference
+  with np.errstate(invalid="ignore"):
+    return {name: a[name] - b[name] for name in a}
+
+
 # ---- draws, in parts that fit the memory
 
 
@@ -170,6 +235,14 @@ def draw_counts(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     # Each resample counts in n slots of its own, so that one bincount counts for all.
     drawn = rng.integers(n, size=(rows, n)) + np.arange(rows)[:, None] * n
     yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
+
+
+def _counts_without_one(n: int) -> Iterator[np.ndarray]:
+  """How often items count where one is left out, each in its turn: ones, but for a zero."""
+  first = 0
+  for rows in _part_sizes(n, n):
+    yield 1.0 - np.eye(rows, n, first)
+    first += rows
 
 
 def _coins(n: int, resamples: int, seed: int) -> Iterator[np.ndarray]:

@@ -353,14 +353,13 @@ def _check_content(content: dict, identity: dict | None) -> None:
   if sums["truncated"].sum() != content["truncated"]:
     raise ValueError("its number of truncated items is not that of its sums")
 
-  # 4. The metrics follow from the sums.
+  # 4. The metrics follow from what the items have.
   task = tasks.get(content["identity"]["task"], content["identity"]["protocol"])
   if content["metrics"].keys() != task.metrics.keys():
     raise ValueError(f"its metrics are not {', '.join(task.metrics)}")
-  totals = {name: values.sum() for name, values in sums.items()}
   for name, metric in task.metrics.items():
     with np.errstate(all="ignore"):
-      value = float(metric.value(totals))
+      value = float(metric.of_counts(sums, np.ones((1, n)))[0])
     _check_metric(name, content["metrics"][name], value)
 
 

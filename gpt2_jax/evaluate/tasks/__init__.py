@@ -12,6 +12,7 @@ from gpt2_jax.evaluate.tasks import (
   choice,
   coqa,
   lambada,
+  machine_text,
   natural_questions,
   pairs,
   perplexity,
@@ -31,6 +32,7 @@ FAMILIES = (
   summarization,
   translation,
   natural_questions,
+  machine_text,
 )
 
 # by name, then by protocol

@@ -8,8 +8,10 @@ import types
 import numpy as np
 import pytest
 
+from gpt2_jax.evaluate.detection import roc
 from gpt2_jax.evaluate.metric import Metric, mean, percent, perplexity
 from gpt2_jax.evaluate.sweep import bootstrap
+from gpt2_jax.evaluate.tasks import machine_text
 
 ACCURACY = {"accuracy": percent("correct")}
 PERPLEXITY = {"perplexity": perplexity("words")}
@@ -288,3 +290,63 @@ def test_bca_covers_skewed_perplexities_more_often_than_the_percentiles():
     low, high = np.quantile(resampled(PERPLEXITY, items, seed, 499), LEVELS)
     covered["percentile"] += low <= truth <= high
   assert covered["percentile"] < covered["BCa"] <= 197, covered
+
+
+# ---- metrics of the items' order
+
+
+AREA = {"auc": machine_text.METRICS["auc"]}
+TRUE_POSITIVES = {"tpr_at_1_fpr": machine_text.METRICS["tpr_at_1_fpr"]}
+
+
+def detected(n: int, seed: int = 0, shift: float = 1.0) -> dict[str, np.ndarray]:
+  """Documents with a person's text, a machine's, or both; whole scores, so that many are equal."""
+  rng = np.random.default_rng(seed)
+  has_human = rng.random(n) < 0.8
+  has_machine = ~has_human | (rng.random(n) < 0.7)
+  human, machine = np.round(4 * rng.normal(0, 1, n)), np.round(4 * rng.normal(shift, 1, n))
+  items = {"human": human, "machine": machine, "has_human": has_human, "has_machine": has_machine}
+  return {"items": np.ones(n)} | {key: value.astype(float) for key, value in items.items()}
+
+
+def area_of(items) -> float:
+  metrics = pytest.importorskip("sklearn.metrics")
+  kinds = [items[kind][items[f"has_{kind}"] > 0] for kind in ("human", "machine")]
+  labels = np.repeat([0, 1], list(map(len, kinds)))
+  return metrics.roc_auc_score(labels, np.concatenate(kinds))
+
+
+def test_a_metric_of_the_order_is_that_of_each_resample_written_out():
+  items = detected(60)
+  counts = np.concatenate(list(bootstrap.draw_counts(60, 200, 0)))
+  areas, rates = [], []
+  for count in counts.astype(int):
+    resample = {key: np.repeat(value, count) for key, value in items.items()}
+    areas.append(area_of(resample))
+    kinds = [resample[kind][resample[f"has_{kind}"] > 0] for kind in ("human", "machine")]
+    rates.append(100 * roc(*kinds).at_false_positives(0.01)[0])
+  [area] = bootstrap.intervals(AREA, items, 200).values()
+  np.testing.assert_allclose(AREA["auc"].of_counts(items, counts), areas)
+  np.testing.assert_allclose(TRUE_POSITIVES["tpr_at_1_fpr"].of_counts(items, counts), rates)
+  assert area.value == pytest.approx(area_of(items)) == pytest.approx(AREA["auc"].value(items))
+  assert area.method == bootstrap.BCA and area.low < area.value < area.high
+  assert {area.low, area.high} <= set(AREA["auc"].of_counts(items, counts))
+
+
+def test_a_difference_of_areas_does_not_depend_on_the_models_scales():
+  a, b = detected(80), detected(80, seed=1, shift=0.2)
+  b |= {key: a[key] for key in ("has_human", "has_machine")}
+  scaled = b | {kind: np.exp(b[kind]) + 100 for kind in ("human", "machine")}
+  [difference] = bootstrap.paired_differences(AREA, a, b, 500).values()
+  [same] = bootstrap.paired_differences(AREA, a, scaled, 500).values()
+  assert difference == same and difference.p < 0.05
+  assert difference.value == pytest.approx(area_of(a) - area_of(b))
+  [none] = bootstrap.paired_differences(AREA, a, a, 500).values()
+  assert (none.value, none.low, none.high, none.p) == (0, 0, 0, 1)
+
+
+def test_metrics_of_both_kinds_stand_side_by_side():
+  items = detected(50) | {"correct": np.arange(50) % 2.0}
+  both = bootstrap.intervals(AREA | ACCURACY, items, 300)
+  assert both["auc"] == bootstrap.intervals(AREA, items, 300)["auc"]
+  assert both["accuracy"] == bootstrap.intervals(ACCURACY, items, 300)["accuracy"]
