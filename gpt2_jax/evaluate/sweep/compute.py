@@ -30,7 +30,13 @@ from gpt2_jax.evaluate import remote_data, runner, sources, tasks
 from gpt2_jax.evaluate.scorers import Scorer
 from gpt2_jax.evaluate.sweep import bootstrap, cells
 from gpt2_jax.evaluate.sweep.cells import Cell, Datasets, Outcome, Sweep, SweptTask
-from gpt2_jax.evaluate.sweep.models import SweptModel, paper_size, resolve_models
+from gpt2_jax.evaluate.sweep.models import (
+  RANDOM,
+  SweptModel,
+  load_random,
+  paper_size,
+  resolve_models,
+)
 from gpt2_jax.evaluate.task import Task
 from gpt2_jax.files import first_line, source_commit, summarize, user_path
 from gpt2_jax.runs.checkpoint import open_saved
@@ -388,9 +394,12 @@ def _load_scorer(model: SweptModel, config: ConfigDict) -> Scorer | Exception:
   """A scorer of the model, or the error that there is none: each of its cells reports it."""
   mesh = _local_mesh(config)
   try:
-    weights, tokenizer = load_pretrained(
-      model.path, mesh, config.dtype, step=model.step, adapter=model.adapter
-    )
+    if model.path.startswith(RANDOM):
+      weights, tokenizer = load_random(model.path, mesh, config.dtype)
+    else:
+      weights, tokenizer = load_pretrained(
+        model.path, mesh, config.dtype, step=model.step, adapter=model.adapter
+      )
     if tokenizer is None:
       raise ValueError(f"{model.path} has no tokenizer; put its files beside the checkpoint")
     return Scorer(weights, tokenizer, config.batch_size, config.stride or None, config.seed)

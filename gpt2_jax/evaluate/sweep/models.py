@@ -2,18 +2,27 @@
 """Resolves a sweep's models: published names, paths, and the checkpoints of a run."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable
+
+import jax
 
 from gpt2_jax.convert import nanogpt
 from gpt2_jax.convert.pretrained import detect_format, is_workdir, resolve_checkpoint
 from gpt2_jax.evaluate.sources import SURROGATE
 from gpt2_jax.files import sha256, summarize, user_path
-from gpt2_jax.model import ModelConfig
-from gpt2_jax.runs.checkpoint import Checkpoints
-from gpt2_jax.sizes import SIZES
+from gpt2_jax.gpt1 import new_model
+from gpt2_jax.model import GPT2, ModelConfig
+from gpt2_jax.runs.checkpoint import Checkpoints, open_saved
+from gpt2_jax.sizes import ALIASES, SIZES, model_config
+from gpt2_jax.tokenizer import Gpt2Bpe, Tokenizer
+
+# How the name of a null model begins: random weights, to hold a score against.
+RANDOM = "random:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +40,8 @@ def resolve_models(entries: Iterable[str]) -> list[SweptModel]:
   """The models of all entries, each once.
 
   An entry is a name, a path, or a run's workdir, which @STEP, @best or @all may follow. Behind all
-  of that, +FOLDER is an adapter of peft's for it: gpt2+runs/adapter.
+  of that, +FOLDER is an adapter of peft's for it: gpt2+runs/adapter. random:MODEL@SEED is a null
+  model: random weights in the shape of a size or a checkpoint, with its tokenizer.
   """
   # a dict keeps their order
   models = {}
@@ -45,6 +55,8 @@ def _resolve(entry: str) -> list[SweptModel]:
   # An @ may also be part of a path.
   if SURROGATE.search(entry):
     raise ValueError(f"{entry[:80]!a} is not UTF-8, and no table can have it; rename the model")
+  if entry.startswith(RANDOM):
+    return [_resolve_random(entry)]
   base, adapter = _split_adapter(entry)
   if adapter:
     return [_with_adapter(model, user_path(adapter)) for model in _resolve(base)]
@@ -66,6 +78,54 @@ def _resolve(entry: str) -> list[SweptModel]:
     # The second way of reading one: at first all had the erf GELU, the oldest ones too.
     weights = sha256(f"{weights} 2".encode())
   return [SweptModel(entry, path, "latest", weights)]
+
+
+# ---- null models
+
+
+def _resolve_random(entry: str) -> SweptModel:
+  """The null model of random:MODEL[@SEED]; MODEL is a published size or a checkpoint."""
+  name, seed = _split_seed(entry)
+  if _is_size(name):
+    shape = repr(model_config(name))
+  else:
+    # What is no checkpoint is said now.
+    _open_shape(name)
+    [base] = _resolve(name)
+    shape = base.weights
+  return SweptModel(entry, entry, "latest", sha256(f"{RANDOM} {shape} {seed}".encode()))
+
+
+def load_random(path: str, mesh: jax.sharding.Mesh, dtype: str) -> tuple[GPT2, Tokenizer | None]:
+  """A null model on a mesh: weights drawn by its seed as those before step 0 of a run."""
+  name, seed = _split_seed(path)
+  config, tokenizer = (model_config(name), Gpt2Bpe()) if _is_size(name) else _open_shape(name)
+  config = dataclasses.replace(config, dtype=dtype)
+  with jax.set_mesh(mesh):
+    return jax.jit(functools.partial(new_model, config))(jax.random.key(seed)), tokenizer
+
+
+def _split_seed(entry: str) -> tuple[str, int]:
+  name, at, seed = entry.removeprefix(RANDOM).rpartition("@")
+  if not at:
+    return entry.removeprefix(RANDOM), 0
+  if not re.fullmatch("[0-9]{1,9}", seed):
+    raise ValueError(f"{entry[:80]!r} has no seed behind its @; give a number, as in random:117M@3")
+  return name, int(seed)
+
+
+def _is_size(name: str) -> bool:
+  return name in SIZES or any(name in aliases for aliases in ALIASES.values())
+
+
+def _open_shape(name: str) -> tuple[ModelConfig, Tokenizer | None]:
+  """The ModelConfig and tokenizer of a checkpoint, whose weights are not loaded."""
+  path = resolve_checkpoint(user_path(name))
+  opened = open_saved(str(path)) if is_workdir(path) else detect_format(path).read(path)
+  return opened.config, opened.tokenizer
+
+
+# ---- models
 
 
 def _split_adapter(entry: str) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from gpt2_jax.evaluate.tasks import (
   cbt,
   choice,
   coqa,
+  crows_pairs,
   lambada,
   machine_text,
   natural_questions,
@@ -18,6 +19,8 @@ from gpt2_jax.evaluate.tasks import (
   perplexity,
   summarization,
   translation,
+  winobias,
+  winogender,
   winograd,
 )
 
@@ -33,6 +36,9 @@ FAMILIES = (
   translation,
   natural_questions,
   machine_text,
+  crows_pairs,
+  winobias,
+  winogender,
 )
 
 # by name, then by protocol

@@ -47,6 +47,16 @@ def likeliest_choice(answers: Sequence[Likelihood], lengths: Sequence[int] | Non
   return int(np.argmin(nats))
 
 
+def shortest_choice(answers: Sequence[Likelihood], label: int) -> float:
+  """Length predictor: 1 if choice `label` has the fewest tokens, and of those that tie its share.
+
+  Random weights find each token about as likely as any other, and so prefer fewer of them.
+  """
+  tokens = [answer.tokens for answer in answers]
+  fewest = min(tokens)
+  return float(tokens[label] == fewest) / tokens.count(fewest)
+
+
 def checked_label(choices: Sequence[str], label: int) -> int:
   """The label, if there is such a choice. Raises ValueError."""
   if not 0 <= label < len(choices):

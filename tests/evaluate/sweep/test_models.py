@@ -105,6 +105,28 @@ def test_a_tokenizer_is_read_without_the_weights(tmp_path):
       assert tokenizer.eot is None and tokenizer.encode("cab") == [2, 0, 1]
 
 
+def test_a_null_model_has_the_shape_and_tokenizer_of_its_base_and_random_weights(tmp_path):
+  """The weights are those that a run begins with, drawn by the seed alone."""
+  config, mesh = ModelConfig(3, 8, 8, 2, 1), make_mesh(1, 1, 1, jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    drawn = [GPT2(config, jax.random.key(seed)) for seed in (0, 7)]
+    for form in ("hf", "orbax"):
+      save_pretrained(drawn[0], Characters("abc"), str(tmp_path / form), form=form)
+  for form in ("hf", "orbax"):
+    base = f"random:{tmp_path / form}"
+    first, same, other = models.resolve_models([base, f"{base}@0", f"{base}@7"])
+    assert first.weights == same.weights != other.weights and other.name == f"{base}@7"
+    null, tokenizer = models.load_random(other.path, mesh, "float32")
+    assert null.config.n_embd == 8 and null.config.dtype == "float32"
+    assert tokenizer.encode("cab") == [2, 0, 1]
+    np.testing.assert_allclose(null.wte[...].array, drawn[1].wte[...].array, rtol=1e-6)
+
+  assert models.resolve_models(["random:117M", "random:gpt2@3"])[1].path == "random:gpt2@3"
+  for entry, message in (("random:gpt2@x", "has no seed behind its @"), ("random:/x", "not there")):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+      models.resolve_models([entry])
+
+
 def test_the_papers_sizes_are_known_by_their_shape():
   known = {name: models.paper_size(config) for name, config in SIZES.items()}
   assert known == {name: name for name in ("117M", "345M", "762M", "1542M")} | {"distilgpt2": None}
