@@ -152,10 +152,36 @@ class TokenStore:
       for window, tokens in zip(windows, reading, strict=True):
         window[:] = tokens.result()
     except ValueError as error:
-      raise ValueError(
-        f"{self.path} is damaged: {tensorstore_reason(error)}; check it with --verify"
-      ) from error
+      raise self._damaged(error) from error
     return windows
+
+  def blocks(self, length: int, overlap: int) -> Iterator[tuple[int, np.ndarray]]:
+    """All tokens in order: each start, and the `length` tokens from it on with `overlap` more.
+
+    They have the store's own dtype. One block is read ahead, and nothing is kept: memory does not
+    grow with the store. Raises ValueError for a chunk that is damaged or gone.
+    """
+    # A cache would only fill up: no token is read twice but for the overlap.
+    lengths = {name: entry["tokens"] for name, entry in self.manifest["parts"].items()}
+    arrays = open_arrays(self.path, lengths, self.manifest["dtype"], cache_bytes=0)
+    tokens = ts.concat(arrays, axis=0)
+
+    def start_reading(start: int) -> ts.Future:
+      return tokens[start : min(start + length + overlap, len(self))].read()
+
+    ahead = start_reading(0)
+    for start in range(0, len(self), length):
+      block = ahead
+      if start + length < len(self):
+        ahead = start_reading(start + length)
+      try:
+        yield start, block.result()
+      except ValueError as error:
+        raise self._damaged(error) from error
+
+  def _damaged(self, error: ValueError) -> ValueError:
+    reason = tensorstore_reason(error)
+    return ValueError(f"{self.path} is damaged: {reason}; check it with --verify")
 
   def batches(self, n_ctx: int, batch_size: int, seed: int) -> Batches:
     """What a run trains on: windows in an order of that seed."""

@@ -247,7 +247,7 @@ def test_what_the_tasks_name_is_what_they_then_find(tmp_path):
   for source in all_sources():
     assert bool(find_files(source, str(tmp_path))) == bool(source.downloads), source
   without = {source.name for source in all_sources() if not source.downloads}
-  assert without == {"text", "storycloze", "cnn_dailymail"}
+  assert without == {"text", "storycloze", "cnn_dailymail", "memorization"}
 
 
 def test_the_recorded_hashes_are_those_of_the_files_at_hand():

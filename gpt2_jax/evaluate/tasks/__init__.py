@@ -14,6 +14,7 @@ from gpt2_jax.evaluate.tasks import (
   crows_pairs,
   lambada,
   machine_text,
+  memorization,
   natural_questions,
   pairs,
   perplexity,
@@ -39,6 +40,7 @@ FAMILIES = (
   crows_pairs,
   winobias,
   winogender,
+  memorization,
 )
 
 # by name, then by protocol
