@@ -8,16 +8,8 @@ from collections.abc import Iterator
 from huggingface_hub import EvalResult
 
 from gpt2_jax.evaluate.card_sources import CardSource, Row, plain
+from gpt2_jax.evaluate.sweep.page import kind_of
 from gpt2_jax.evaluate.sweep.plots import metric_label
-
-# What tasks measure besides language modeling.
-DETECTION, BIAS, MEMORIZATION = "Detection of what it writes", "Bias", "Memorization"
-KINDS = {
-  DETECTION: ("machine_text",),
-  BIAS: ("crows_pairs", "winobias", "winogender", "bold"),
-  MEMORIZATION: ("memorization",),
-}
-LANGUAGE = "Language modeling and tasks"
 
 # A metric's name is a part of a key, and is in a table.
 METRIC = re.compile(r"[\w .:@+%=-]{1,100}")
@@ -57,8 +49,7 @@ class CardScore:
 
   @property
   def kind(self) -> str:
-    kinds = [kind for kind, tasks in KINDS.items() if self.task in tasks]
-    return kinds[0] if kinds else LANGUAGE
+    return kind_of(self.task)
 
   def with_numbers(self) -> Iterator[tuple[str, dict]]:
     """The metrics that have a value: a perplexity may be infinite, an area undefined."""

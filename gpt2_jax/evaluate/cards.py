@@ -13,12 +13,13 @@ import os
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
 from gpt2_jax.data.stores import open_store
-from gpt2_jax.evaluate.card_scores import BIAS, KINDS, LANGUAGE, CardScore, read_scores
+from gpt2_jax.evaluate.card_scores import CardScore, read_scores
 from gpt2_jax.evaluate.card_sources import CardSource, CardSources, Row, card_body, plain, show
 from gpt2_jax.evaluate.contamination import read_overlap
 from gpt2_jax.evaluate.energy import Power
 from gpt2_jax.evaluate.sweep.cells import RESULTS
 from gpt2_jax.evaluate.sweep.models import resolve_models
+from gpt2_jax.evaluate.sweep.page import BIAS, KINDS
 from gpt2_jax.files import summarize, user_path
 from gpt2_jax.runs.checkpoint import open_saved
 from gpt2_jax.runs.workdir import exists
@@ -128,7 +129,7 @@ def model_card(workdir: str, options: CardOptions) -> ModelCard:
     emissions["training_type"] = "fine-tuning" if about.get("init_from") else "pre-training"
 
   # 2. What there is of each subject; one without anything is listed as such.
-  subjects: dict[str, list | str] = {"Validation loss": validation, LANGUAGE: []}
+  subjects: dict[str, list | str] = {"Validation loss": validation}
   subjects |= {kind: [] for kind in KINDS}
   for score in scores:
     subjects[score.kind] += score.rows()
@@ -137,7 +138,7 @@ def model_card(workdir: str, options: CardOptions) -> ModelCard:
   subjects |= {"Language": list(options.language), "Commit that trained the model": []}
   absent = [f"- {subject}" for subject, told in subjects.items() if not told]
   analyses = []
-  for kind in (LANGUAGE, *KINDS):
+  for kind in KINDS:
     analyses += [f"### {kind}", subjects[kind]] if subjects[kind] else []
 
   # 3. The sections and the Hub's YAML.

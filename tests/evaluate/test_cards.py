@@ -264,7 +264,7 @@ def test_a_card_says_what_was_not_measured(folder, monkeypatch):
   absent = {
     name: re.findall("(?m)^- (.*)$", text) for name, text in (("bare", bare), ("full", full))
   }
-  assert {"Bias", "Memorization", "Detection of what it writes"} <= set(absent["full"])
+  assert {"Bias", "Memorization", "Detection of machine text"} <= set(absent["full"])
   assert set(absent["bare"]) - set(absent["full"]) == {
     "Language modeling and tasks",
     "Contamination of the evaluation data",

@@ -64,6 +64,7 @@ KNOBS = {
   # A million is far beyond what an interval's four digits need, and takes minutes.
   "resamples": Knob(int, "of the bootstrap", 1, 1_000_000),
   "seen_above": Knob(float, "share of seen n-grams", 0, 1),
+  "page": Knob(bool, "whether report.md is written, a page with a picture of each task"),
   "mesh.replica": Knob(int, "data parallelism; -1 is the rest", -1),
   "mesh.data": Knob(int, "sharded weights; -1 is the rest", -1),
   "mesh.model": Knob(int, "tensor parallelism", -1),
