@@ -93,6 +93,7 @@ setup(
     "wandb": ["wandb>=0.31"],  # config.wandb_project
     "harness": ["lm_eval>=0.4.13"],  # this project's models under lm-evaluation-harness
     "adventure": ["adventure>=1.6"],  # experiments/play_adventure.py: Colossal Cave
+    "detect": ["scikit-learn>=1.9"],  # gpt2-jax detect --criterion=tfidf
     "experiments": ["scikit-learn>=1.9"],  # experiments/finetune.py's baseline, and its intervals
     "console": ["prompt_toolkit>=3.0.43"],  # gpt2-jax sample --interactive
     # What `make` installs.

@@ -17,9 +17,6 @@ from absl import flags
 from gpt2_jax.cli import shell
 from gpt2_jax.files import atomic_write, check_folder, local_path, user_path
 
-_PATH = flags.DEFINE_multi_string(
-  "path", [], "The workdir of a run, or a token store; --path= may be left out."
-)
 _OUT = flags.DEFINE_string("out", None, "File for the card, Markdown; it is printed if not given.")
 _STEP = flags.DEFINE_string("step", "latest", "Checkpoint of the run: a step, latest or best.")
 _RESULTS = flags.DEFINE_multi_string(
@@ -40,12 +37,12 @@ _LICENSE = flags.DEFINE_string("license", "", "License, as the Hub calls it: mit
 _LANGUAGE = flags.DEFINE_list("language", [], "Languages, ISO 639: en,fr.")
 
 
-def main() -> None:
+def main(paths: list[str]) -> None:
   from gpt2_jax.evaluate import cards, energy
 
   # 1. The cheap checks first.
-  if len(_PATH.value) != 1:
-    raise ValueError("give one path: the workdir of a run, or a token store")
+  if len(paths) != 1:
+    raise ValueError(f"give one workdir of a run, or one token store; these are {len(paths)}")
   out = local_path(_OUT.value) if _OUT.value is not None else None
   if out is not None:
     if out.exists():
@@ -69,7 +66,7 @@ def main() -> None:
     chip_hours=_CHIP_HOURS.value,
     power=power,
   )
-  card = str(cards.make_card(user_path(_PATH.value[0]), options))
+  card = str(cards.make_card(user_path(paths[0]), options))
   if out is None:
     return print(card, end="")
   with atomic_write(out) as partial:
@@ -78,4 +75,4 @@ def main() -> None:
 
 
 def run() -> None:
-  shell.run(main, __doc__, imports=("gpt2_jax.evaluate.cards",), words="path")
+  shell.run(main, __doc__, imports=("gpt2_jax.evaluate.cards",), words="PLACE")

@@ -33,11 +33,17 @@ def is_asked(argv: list[str]) -> bool:
   return argv[1:] == ["help"] or any(_SPELLINGS.fullmatch(word) for word in words)
 
 
-def command_help(module: str, description: str, argv: list[str], config: str | None) -> str:
-  """The help of the command whose flags `module` defines; `config` is its default --config."""
+def command_help(
+  module: str, description: str, argv: list[str], config: str | None, words: str | None = None
+) -> str:
+  """The help of the command whose flags `module` defines; `config` is its default --config.
+
+  `words` is what the words are that it takes beside flags.
+  """
   command = module.rpartition(".")[2]
+  beside = f" [{words} ...]" if words else ""
   parts = [
-    f"usage: gpt2-jax {command} [--FLAG=VALUE ...]\n"
+    f"usage: gpt2-jax {command}{beside} [--FLAG=VALUE ...]\n"
     f"In a clone, python launch/{command}.py takes the same flags.",
     description.strip(),
     "Flags:\n" + "\n".join(_flag_lines(module)),

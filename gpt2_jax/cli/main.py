@@ -20,7 +20,7 @@ COMMANDS = {
   "plan": "a run on TPUs without a TPU: memory, time, price",
   "contamination": "how much of an evaluation set is in a training corpus",
   "card": "a model card of a run, or a data card of a token store",
-  "detect": "whether texts carry a watermark: z-scores and p-values",
+  "detect": "whether a machine wrote a text: detectors, watermarks",
 }
 
 HELP = ("help", "--help", "-help", "-h")

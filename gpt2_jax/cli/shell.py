@@ -23,7 +23,7 @@ EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError, R
 
 
 def run(
-  main: Callable[[], None],
+  main: Callable[..., None],
   description: str,
   imports: tuple[str, ...] = (),
   exit_process: Callable[[int], None] = sys.exit,
@@ -37,12 +37,14 @@ def run(
   through `exit_process`. `config` is the file that the flag --config has if it is not given.
   `imports` are the modules that `main` imports and that take seconds, as JAX does: --help waits for
   none of them, and Ctrl-C meanwhile ends the process. `hints` say what to give in place of flags
-  that people try and that there are not. `words` is the flag whose values words without one are.
+  that people try and that there are not. `words` is what words that are no flags are, as FILE: then
+  `main` takes a list of them.
   """
 
   def parse(argv):
     if help_text.is_asked(argv):
-      sys.exit(_print_help(help_text.command_help(main.__module__, description, argv, config)))
+      text = help_text.command_help(main.__module__, description, argv, config, words)
+      sys.exit(_print_help(text))
     try:
       return parse_flags(argv, config, hints or {})
     except (flags.Error, AttributeError, ValueError, OSError) as error:
@@ -52,7 +54,7 @@ def run(
     logging.set_verbosity(logging.FATAL)  # the flags have set another
     standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
     try:
-      _call(main, imports, _unflagged(argv[1:], words))
+      _call(main, imports, argv[1:], words is not None)
 
     # Any error may come of the output's end, or leave something that cannot be written to it.
     except KeyboardInterrupt:
@@ -80,25 +82,18 @@ def _check_output() -> None:
     sys.exit(_line(OSError("the standard output is closed; give it a file, or /dev/null")))
 
 
-def _unflagged(argv: list[str], name: str | None) -> list[str]:
-  """Gives the words that are no flags to the flag of that name; returns those left without one."""
-  if name is None:
-    return argv
-  for word in argv:
-    flags.FLAGS[name].parse(word)
-  return []
-
-
-def _call(main: Callable[[], None], imports: tuple[str, ...], words: list[str]) -> None:
-  """Imports what `main` needs, and calls it. Raises ValueError for words that are no flags."""
+def _call(
+  main: Callable[..., None], imports: tuple[str, ...], words: list[str], takes_words: bool
+) -> None:
+  """Imports what `main` needs, and calls it. Raises ValueError for words that it does not take."""
   # An unquoted glob comes as several words, and only the first would be the flag's.
-  if words:
+  if words and not takes_words:
     raise ValueError(f"{words[0]!r} is no flag; see --help, and quote patterns")
   for module in imports:
     importlib.import_module(module)
 
   with interrupts.raise_interrupts():
-    main()
+    main(*[words] if takes_words else [])
     sys.stdout.flush()
 
 

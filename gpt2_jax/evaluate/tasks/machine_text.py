@@ -12,7 +12,7 @@ how texts look to the model that is evaluated, whoever wrote them.
 """
 
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -68,6 +68,17 @@ def _documents(rows: Iterator[Row]) -> Iterator[Row]:
       )
     document |= row
   yield from documents.values()
+
+
+def labelled_texts(rows: Sequence[Row]) -> tuple[list[str], list[int]]:
+  """The texts of rows, and 1 for a machine's or 0 for a person's, for what learns from them."""
+  texts, labels = [], []
+  for row in rows:
+    for label, kind in enumerate(KINDS):
+      if kind in row:
+        texts.append(row[kind])
+        labels.append(label)
+  return texts, labels
 
 
 # ---- rows to requests and sums

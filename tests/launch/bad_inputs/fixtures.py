@@ -25,6 +25,7 @@ STORY = "Once upon a time there was a cat that sat on a mat by the sea. " * 8
 TOKENIZE = "--tokenizer=characters.json --processes=1"
 DATA = "--config.data.train=train --config.data.validation=validation "
 DATA += "--config.data.tokenizer=characters.json"
+CALIBRATE = "--model=hf --calibrate=labelled.jsonl --false_positives=0.5"
 SIZES = "--config.model.n_vocab=95 --config.model.n_ctx=32 --config.model.n_embd=8 "
 SIZES += "--config.model.n_head=2 --config.model.n_layer=2"
 STEPS = "--config.steps=4 --config.steps_per_call=2 --config.batch_size=2 --config.warmup_steps=1 "
@@ -384,6 +385,18 @@ def write_texts(make: Maker) -> None:
   make.write("coqa-list.json", "[1]")
   make.write("coqa-deep.json", DEEP)
   make.write("coqa-shape.json", '{"data": [{"story": 3, "questions": {}, "answers": "x"}]}')
+
+
+def make_thresholds(make: Maker) -> None:
+  """A detector's threshold, that of another criterion, and texts with labels, good and bad."""
+  labelled = [{"text": STORY, "label": label} for label in ("human", "machine")] * 3
+  make.write("labelled.jsonl", "".join(json.dumps(line) + "\n" for line in labelled))
+  make.write("robot.jsonl", json.dumps({"text": STORY, "label": "robot"}))
+  make.write("one.jsonl", json.dumps(labelled[0]))
+  make.write("short.txt", "Once")
+  make.write("one.txt", "O")
+  for criterion in ("fast_detectgpt", "lrr"):
+    make.run("detect", f"{CALIBRATE} --criterion={criterion} --threshold={criterion}.json")
 
 
 def make_sweep(make: Maker) -> None:

@@ -449,6 +449,8 @@ OVERLAPS = rows(
 
 DETECT = "--tokenizer=characters.json --files=story.txt"
 GREEN = f"{DETECT} --watermark=green:7"
+SCORE, FAST = "story.txt --model=hf", "--threshold=fast_detectgpt.json"
+CALIBRATE, TFIDF = "--model=hf --threshold=new.json", "--criterion=tfidf"
 DETECTS = rows(
   "detect",
   "",
@@ -473,6 +475,34 @@ DETECTS = rows(
     ("a tokenizer that is none", "tokenizer-cut", f"{GREEN} --tokenizer=tokenizer-cut.json"),
     ("a flag misspelled", "watermrk", f"{GREEN} --watermrk=7"),
     ("a word", "extra", f"{GREEN} extra"),
+    ("a score", None, "story.txt short.txt --model=hf --html=new.html"),
+    ("a verdict", None, f"{SCORE} {FAST}"),
+    ("a threshold", None, f"{fixtures.CALIBRATE} --threshold=new.json"),
+    ("a model and a mark", "--watermark", f"{SCORE} --watermark=gumbel:7"),
+    ("texts and labels", "one of", f"{SCORE} --calibrate=labelled.jsonl"),
+    ("a model alone", "FILE", "--model=hf"),
+    ("a model that is gone", "gone", "story.txt --model=gone"),
+    ("a criterion that is none", "perplexity", f"{SCORE} --criterion=perplexity"),
+    ("one model where two are asked", "--reference", f"{SCORE} --criterion=binoculars"),
+    ("two models where one is asked", "--reference", f"{SCORE} --criterion=lrr --reference=hf"),
+    ("a model without a head", "no head", f"{SCORE} --criterion=classifier"),
+    ("another criterion's threshold", "its criterion", f"{SCORE} --threshold=lrr.json"),
+    ("another model's threshold", "its weights", f"story.txt --model=run {FAST}"),
+    ("a threshold that is gone", "gone.json", f"{SCORE} --threshold=gone.json"),
+    ("a threshold that is none", "no threshold", f"{SCORE} --threshold=characters.json"),
+    ("a text of one character", "one.txt", "one.txt --model=hf"),
+    ("a page that is there", "text.txt", f"{SCORE} --html=text.txt"),
+    ("a page without texts", "--html", f"{fixtures.CALIBRATE} --threshold=new.json --html=a"),
+    ("nowhere for a threshold", "--threshold", fixtures.CALIBRATE),
+    ("a threshold that is there", "lrr.json", f"{fixtures.CALIBRATE} --threshold=lrr.json"),
+    ("too few texts", "calibrate with 100", f"{CALIBRATE} --calibrate=labelled.jsonl"),
+    ("a rate above 1", "false_positives", f"{CALIBRATE} --false_positives=1.5"),
+    ("labels that are none", "robot", f"{CALIBRATE} --calibrate=robot.jsonl"),
+    ("labels that are gone", "gone", f"{CALIBRATE} --calibrate=gone.jsonl"),
+    ("labels in deep lines", "deep", f"{CALIBRATE} --calibrate=deep.jsonl"),
+    ("TF-IDF by another name", "tfidf", "--fit=labelled.jsonl --model=new.npz"),
+    ("TF-IDF of too few", "give more", f"{TFIDF} --fit=one.jsonl --model=new.npz"),
+    ("TF-IDF that is none", "characters.json", f"story.txt {TFIDF} --model=characters.json"),
   ],
 )
 
@@ -492,6 +522,7 @@ def ready(make, sandbox):
   fixtures.write_examples(make)
   fixtures.write_arrays(make)
   fixtures.make_sweep(make)
+  fixtures.make_thresholds(make)
   sandbox.seal()
 
 
