@@ -120,6 +120,7 @@ def _check(task: object, place: str) -> None:
   label = f"{place}: {task.name}:{task.protocol}"
   _check_source(f"{label}: its source", task.source)
   functions = {"requests": task.requests, "sums": task.sums, "example": task.example or str}
+  functions["score_answers"] = task.score_answers or list
   for name, function in functions.items():
     if not callable(function):
       raise ValueError(f"{label}: its {name} is a {type(function).__name__}, and no function")

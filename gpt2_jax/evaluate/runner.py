@@ -51,7 +51,10 @@ def run(
     requests_of_row = _requests(task, rows, i, shots, seed, pool)
     requests_of_rows.append(requests_of_row)
     requests += requests_of_row
-  answers = iter(scorer.answers(requests, task.contiguous))
+  answers = scorer.answers(requests, task.contiguous)
+  if task.score_answers is not None:
+    answers = task.score_answers(answers)
+  answers = iter(answers)
 
   # 2. Hand each row its answers, and count.
   items = []

@@ -144,6 +144,8 @@ class Task:
   `contiguous` says that the rows are consecutive parts of one text. They are then scored as that
   text, and are rows only so that they can be resampled. `chance` has the scores of guessing, by
   metric. `program` is the SHA-256 of the user's file that defines the task, and set by its loader.
+  `score_answers` maps the answers of all rows at once to what `sums` takes: a classifier of texts
+  wants batches. What it returns has `truncated`, as an answer has.
   """
 
   name: str
@@ -159,3 +161,4 @@ class Task:
   contiguous: bool = False
   chance: Mapping[str, float] = dataclasses.field(default_factory=dict)
   program: str = ""
+  score_answers: Callable[[list[Answer]], list] | None = None

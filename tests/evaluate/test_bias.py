@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bias: CrowS-Pairs, Winogender and WinoBias, against lm-evaluation-harness on the same weights and
-against published counts."""
+"""Bias: CrowS-Pairs, Winogender, WinoBias and BOLD, against lm-evaluation-harness on the same
+weights and against published counts."""
 
 import csv
+import json
 import os
 import pathlib
 
@@ -12,8 +13,8 @@ import pytest
 import gpt2_jax
 from gpt2_jax.evaluate import runner, sources, tasks
 from gpt2_jax.evaluate.scorers import Scorer
-from gpt2_jax.evaluate.task import Likelihood
-from gpt2_jax.evaluate.tasks import crows_pairs, winobias, winogender
+from gpt2_jax.evaluate.task import Generated, Likelihood
+from gpt2_jax.evaluate.tasks import bold, crows_pairs, winobias, winogender
 from gpt2_jax.model import ModelConfig
 from gpt2_jax.tokenizer import Gpt2Bpe
 
@@ -315,3 +316,107 @@ def test_an_unknown_bias_type_is_named(tmp_path):
   path.write_text(",sent_more,sent_less,bias_type\n0,A.,B.,height\n")
   with pytest.raises(ValueError, match="pair 1 is malformed: its bias_type is 'height'"):
     sources.load(crows_pairs.ALL, str(tmp_path))
+
+
+# ---- BOLD, in the published form; no prompt is from the corpus
+
+PEOPLE = {
+  "American_actors": {"Ann_Ott": ["Ann Ott was "], "Bo_Li": ["Bo Li ", "Born in 1950, Bo "]},
+  "American_actresses": {"Ann_Ott": ["Ann Ott is "], "Cy_Day": ["Cy Day is "], "Di_Fox": [""]},
+}
+
+
+@pytest.fixture
+def bold_folder(tmp_path):
+  (tmp_path / "gender_prompt.json").write_text(json.dumps(PEOPLE))
+  return str(tmp_path)
+
+
+def test_a_person_of_two_groups_is_left_out_and_groups_take_turns(bold_folder):
+  rows = sources.load(tasks.get("bold").source, bold_folder)
+  assert [(row["group"], row["prompt"]) for row in rows] == [
+    ("American_actors", "Bo Li"),
+    ("American_actresses", "Cy Day is"),
+    ("American_actors", "Born in 1950, Bo"),
+  ]
+  # In one group of both, the same person is in no two.
+  joined = bold.bold_task("gender", groups={"all": bold.CATEGORIES["gender"]})
+  assert len(sources.load(joined.source, bold_folder)) == 5
+
+
+@needs_data
+def test_the_published_prompts_of_each_group_are_counted():
+  """2,048 and 1,156 prompts, as the files have them; 21 people of the race domain are in two
+  groups, and one prompt about religion is empty."""
+  counts = {}
+  for domain in ("gender", "race", "religious_ideology"):
+    rows = list(sources.load(tasks.get("bold", domain).source, str(DATA)))
+    counts[domain] = len(rows)
+    assert {row["group"] for row in rows[:7]} == set(bold.CATEGORIES[domain])
+  published = {"gender": 2048 + 1156, "race": 861 + 1854 + 4839 + 103, "religious_ideology": 639}
+  assert counts["gender"] == published["gender"]
+  assert counts["religious_ideology"] <= published["religious_ideology"] - 1
+  assert 0 < published["race"] - counts["race"] < 200
+
+
+def test_polarity_counts_words_and_not_letters():
+  texts = ["She met the chef.", "He said he’s the man her hero.", "The theme.", "HIS and hers", ""]
+  assert bold.gender_polarity(texts) == [1.0, -1.0, 0.0, 0.0, 0.0]
+
+
+class Echo:
+  """Answers each prompt with the prompt: what is tested is what becomes of the texts."""
+
+  def answers(self, requests, contiguous):
+    return [Generated(request.text, 1.0, 1, False) for request in requests]
+
+
+def test_any_scorer_of_texts_plugs_in_and_sees_all_texts_at_once(bold_folder):
+  calls = []
+
+  def length(texts):
+    calls.append(texts)
+    return np.array([len(text) for text in texts])
+
+  task = bold.bold_task("gender", length, name="bold_length")
+  rows = sources.load(task.source, bold_folder)
+  items = runner.run(task, rows, Echo())
+  assert len(calls) == 1 and len(calls[0]) == 3
+  assert items["score"].tolist() == [len(text) for text in calls[0]]
+
+  sums = runner.totals(items)
+  means = [float(task.metrics[name].value(sums)) for name in bold.CATEGORIES["gender"]]
+  lengths = [len(text) for text in calls[0]]
+  assert means == [(lengths[0] + lengths[2]) / 2, lengths[1]]
+  assert float(task.metrics["gap"].value(sums)) == abs(means[0] - means[1])
+
+
+@pytest.mark.parametrize(
+  ("scorer_of_texts", "message"),
+  [
+    (lambda texts: [0.0], r"returns the shape \(1,\) for 3 texts; it has to return one number"),
+    (lambda texts: [[0.0]] * 3, r"returns the shape \(3, 1\) for 3 texts"),
+    (lambda texts: [0.0, float("nan"), 1.0], "returns nan for text 1 and 1 in all"),
+    (lambda texts: [0.0, 0.0, float("inf")], "returns inf for text 2"),
+    (lambda texts: 1 / 0, "the scorer of texts fails: "),
+    (lambda texts: ["good"] * 3, "the scorer of texts fails: could not convert"),
+  ],
+)
+def test_a_scorer_that_returns_no_number_for_each_text_is_refused(scorer_of_texts, message):
+  answers = [Generated(text, 1.0, 1, False) for text in ("a", "b", "")]
+  with pytest.raises(ValueError, match=message) as error:
+    bold.score_texts(scorer_of_texts, answers)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("groups", "message"),
+  [
+    ({"men": ["American_actors"], "all": ["American_actors"]}, "groups overlap: American_actors"),
+    ({"men": ["actors"]}, "gender has no category 'actors'; it has American_actors"),
+  ],
+)
+def test_groups_that_overlap_are_refused(groups, message):
+  with pytest.raises(ValueError, match=message) as error:
+    bold.bold_task("gender", groups=groups)
+  assert "\n" not in str(error.value)

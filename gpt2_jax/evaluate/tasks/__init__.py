@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from gpt2_jax.evaluate.sources import Source
 from gpt2_jax.evaluate.task import Task
 from gpt2_jax.evaluate.tasks import (
+  bold,
   cbt,
   choice,
   coqa,
@@ -41,6 +42,7 @@ FAMILIES = (
   winobias,
   winogender,
   memorization,
+  bold,
 )
 
 # by name, then by protocol
