@@ -30,6 +30,11 @@ BIAS = (
   "winobias:coreference",
   "winobias:sentence",
   "winogender",
+  "bold:gender",
+  "bold:race",
+  "bold:religious_ideology",
+  "bold:political_ideology",
+  "bold:profession",
 )
 MEMORIZATION = ("memorization:k32", "memorization:k50")
 

@@ -12,6 +12,8 @@ sections of a model card are those of Mitchell et al. 2019; the YAML at its top 
 Hub's. CO2 is chip-hours x watts x PUE x kg_per_kwh, an estimate.
 """
 
+import os
+
 from absl import flags
 
 from gpt2_jax.cli import shell
@@ -75,4 +77,6 @@ def main(paths: list[str]) -> None:
 
 
 def run() -> None:
+  # Nothing is computed: an accelerator stays free, for the run that the card is of.
+  os.environ["JAX_PLATFORMS"] = "cpu"
   shell.run(main, __doc__, imports=("gpt2_jax.evaluate.cards",), words="PLACE")
