@@ -180,6 +180,9 @@ def small_knobs(command: str, arguments: list[str]) -> list[str]:
   if command == "plan":
     sizes = ("n_layer=1", "n_embd=128", "n_head=2", "n_ctx=256", "n_vocab=512")
     return ["--config.batch_size=64", "--compiled=1"] + [f"--config.model.{x}" for x in sizes]
+  if command == "evaluate" and "--config=responsible" in arguments:
+    tasks = "--tasks=crows_pairs:valid,machine_text:lrr"
+    return [tasks, "--limit=2", "--config.resamples=10", "--config.batch_size=8"]
   if command == "evaluate":
     return ["--skip_missing", "--config.limit=2", "--config.resamples=10", "--config.batch_size=8"]
   return []
