@@ -127,10 +127,14 @@ def _detect(texts: dict[str, str]) -> None:
       raise ValueError(f"--html colours ranks, and {detector.criterion} has none; take another")
 
   # 2. Scores. A text of one token has none.
-  lengths = {path: detector.count(text) for path, text in texts.items()}
-  for path, length in lengths.items():
-    if length < 2:
-      raise ValueError(f"{path} has {length} {detector.unit}: too few to score; give a longer text")
+  lengths = {}
+  for path, text in texts.items():
+    try:
+      lengths[path] = detector.count(text)
+    except ValueError as error:
+      raise ValueError(f"{path}: {error}") from error
+    if lengths[path] < 2:
+      raise ValueError(f"{path} has {lengths[path]} {detector.unit}: too few to score; give more")
   scores = detector.scores(list(texts.values()))
 
   # 3. Lines.

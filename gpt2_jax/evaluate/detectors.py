@@ -212,7 +212,8 @@ def calibrate(
   human, machine = np.split(both, [len(texts["human"])])
   limit = np.sort(human)[::-1][math.floor(rate * len(human) + 1e-9)]
   above = both[both > limit]
-  value = float((limit + above.min()) / 2 if len(above) else np.nextafter(limit, np.inf))
+  following = above.min() if len(above) else limit
+  value = float(max((limit + following) / 2, np.nextafter(limit, np.inf)))
   if not np.isfinite(value):
     raise ValueError("so many human texts have an infinite score that no threshold parts them")
 

@@ -30,6 +30,7 @@ from gpt2_jax.evaluate.task import (
   Request,
   RollingLoglikelihood,
   Task,
+  TokenStatistics,
 )
 from gpt2_jax.files import first_line, sha256, summarize, user_path
 
@@ -256,7 +257,7 @@ def _check_request(request: object, place: str) -> None:
   match request:
     case Loglikelihood(context, continuation):
       texts = (context, continuation)
-    case RollingLoglikelihood(text):
+    case RollingLoglikelihood(text) | TokenStatistics(text):
       texts = (text,)
     case GenerateUntil(text, n_new, stop):
       texts = (text, *stop)
@@ -265,7 +266,7 @@ def _check_request(request: object, place: str) -> None:
     case _:
       raise ValueError(
         f"{place}: `requests` returns a {type(request).__name__}, where a request should be: "
-        "Loglikelihood, RollingLoglikelihood, GenerateUntil or NextWords"
+        "Loglikelihood, RollingLoglikelihood, GenerateUntil, NextWords or TokenStatistics"
       )
 
   for text in texts:

@@ -41,6 +41,7 @@ PUBLISHED = re.compile(
 )
 # The coordinator of a run of one process is not asked for; the text of a test has few words.
 SMALL_FLAGS = {"--processes=4": "--processes=1", "--vocab_size=4096": "--vocab_size=500"}
+SMALL_FLAGS |= {"--false_positives=0.01": "--false_positives=0.2"}
 SMALL_FLAGS |= {
   "--workdir=/shared/run": "--workdir=runs/shared",
   "runs/trunk@100000": "runs/trunk@2",
@@ -203,8 +204,8 @@ def _run_python(arguments: list[str], sandbox: pathlib.Path) -> None:
     if any(flag.startswith("--model=") for flag in flags):
       flags += ["--limit=2", "--beams=2", "--n_new=4"]
   # An hour of benchmarks, and one of compiling for TPUs: the script is there, and Python reads it.
-  names = ("bench", "calibrate", "distill", "finetune", "gpu", "optimizers", "watermark")
-  names += ("play_adventure", "regression")  # they need a game, and another checkout
+  names = ("bench", "calibrate", "distill", "detection", "finetune", "gpu", "optimizers")
+  names += ("watermark", "play_adventure", "regression")  # they need a game, and another checkout
   hours = tuple(f"experiments/{name}.py" for name in names)
   if script in hours or script == "experiments/reproduce.py" and not flags:
     compile((ROOT / script).read_text(), script, "exec")

@@ -6,6 +6,7 @@ only record how they are called. What a page shows in a `text` block is not run.
 """
 
 import gzip
+import json
 import os
 import pathlib
 import re
@@ -66,6 +67,7 @@ def setting(tmp_path_factory, _server):
     (sandbox / "books" / f"{number:03}.txt").write_text(f"{number}. {STORY}")
   (sandbox / "book.txt").write_text(STORY * 20)
   (sandbox / "story.txt").write_text(STORY)
+  write_labelled(sandbox / "labelled.jsonl")
   write_corpora(sandbox)
   (sandbox / "e2e.txt").write_text(
     "name : Aromi | area : riverside||Aromi is by the river .\n" * 20
@@ -94,6 +96,15 @@ def setting(tmp_path_factory, _server):
   save_small_gpt1(sandbox / "models" / "gpt1")
   yield worker, sandbox, shims
   worker.close()
+
+
+def write_labelled(path: pathlib.Path) -> None:
+  """Ten documents, each with a person's text and a machine's."""
+  lines = []
+  for document in range(10):
+    for label in ("human", "machine"):
+      lines.append({"text": f"{label} {STORY}", "label": label, "document": document})
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_corpora(folder: pathlib.Path) -> None:

@@ -318,14 +318,14 @@ def area_of(items) -> float:
 
 def test_a_metric_of_the_order_is_that_of_each_resample_written_out():
   items = detected(60)
-  counts = np.concatenate(list(bootstrap.draw_counts(60, 200, 0)))
+  counts = np.concatenate(list(bootstrap.draw_counts(60, 70, 0)))
   areas, rates = [], []
   for count in counts.astype(int):
     resample = {key: np.repeat(value, count) for key, value in items.items()}
     areas.append(area_of(resample))
     kinds = [resample[kind][resample[f"has_{kind}"] > 0] for kind in ("human", "machine")]
     rates.append(100 * roc(*kinds).at_false_positives(0.01)[0])
-  [area] = bootstrap.intervals(AREA, items, 200).values()
+  [area] = bootstrap.intervals(AREA, items, 70).values()
   np.testing.assert_allclose(AREA["auc"].of_counts(items, counts), areas)
   np.testing.assert_allclose(TRUE_POSITIVES["tpr_at_1_fpr"].of_counts(items, counts), rates)
   assert area.value == pytest.approx(area_of(items)) == pytest.approx(AREA["auc"].value(items))
