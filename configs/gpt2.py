@@ -50,6 +50,7 @@ def get_config(size: str = "117M") -> ConfigDict:
       "b2": 0.95,
       "weight_decay": 0.1,  # on matrices only
       "z_loss": 0.0,  # weight of the squared logsumexp of the logits; PaLM has 1e-4
+      "attention_entropy": 0.0,  # weight of the attention's entropy (EAR); its paper has 0.01
       "clip_norm": 1.0,  # largest global norm of the gradient; 0 is no clipping
       "trainable": ("*",),  # names of what is trained, as ("*",) or ("ln_f.*",)
       "patience": 0,  # evaluations without a better one, then the run ends; 0 is never

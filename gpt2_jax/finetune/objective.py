@@ -3,6 +3,7 @@
 
 from ml_collections import ConfigDict
 
+from gpt2_jax.finetune.attention_entropy import entropy_objective
 from gpt2_jax.finetune.classify import Classifier, Classify, add_head, check_classes
 from gpt2_jax.finetune.distill import distill_objective
 from gpt2_jax.finetune.several_texts import SEVERAL, ClassifySeveral
@@ -11,8 +12,8 @@ from gpt2_jax.z_loss import next_token_objective
 
 
 def make_objective(config: ConfigDict):
-  """The objective that a config trains: next tokens, labels where it has classes, or a teacher's
-  distribution; its teacher is loaded later, see runs/teacher.py."""
+  """The objective that a config trains: next tokens (perhaps with a regularizer), labels where it
+  has classes, or a teacher's distribution; its teacher is loaded later, see runs/teacher.py."""
   form, classes = config.classify.form, config.classify.classes
   check_classes(classes)
   if form not in ("", *SEVERAL):
@@ -21,6 +22,8 @@ def make_objective(config: ConfigDict):
     raise ValueError(
       f"classify.form is {form!r}, and there are no labels; set --config.classify.classes"
     )
+  if config.attention_entropy:
+    return entropy_objective(config)
   if config.distill.teacher and classes:
     raise ValueError(
       f"classify.classes is {classes}, and distill.teacher is set: a run has one objective; leave "

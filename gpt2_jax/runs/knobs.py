@@ -201,6 +201,7 @@ KNOBS = {
   "b2": Knob(float, "AdamW's decay of the square", 0, 1, below_high=True),
   "weight_decay": Knob(float, "on matrices only", 0),
   "z_loss": Knob(float, "weight of the squared logsumexp of the logits", 0, added=0.0),
+  "attention_entropy": Knob(float, "weight of the attention's entropy (EAR)", 0, added=0.0),
   "clip_norm": Knob(float, "largest global norm of the gradient; 0 is no clipping", 0),
   "trainable": Knob(tuple, 'names of what is trained, as ("*",) or ("ln_f.*",)', added=("*",)),
   "patience": Knob(

@@ -54,8 +54,8 @@ def validation_means(
   totals = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
   tokens = totals.pop("tokens")
 
-  # A z-loss is trained on, and is no part of a validation loss.
-  totals["nats"] -= totals.get("z_loss", 0.0)
+  # Regularizers are trained on, and are no part of a validation loss.
+  totals["nats"] -= totals.get("z_loss", 0.0) + totals.get("entropy_loss", 0.0)
   return {name: total / tokens for name, total in totals.items()}
 
 

@@ -42,7 +42,9 @@ ROWS_OF_LENGTHS = ((5, 8), (4, 3, 7))
 
 def config_of(classes: int, lm_weight: float = 0.5):
   classify = {"classes": classes, "form": "", "lm_weight": lm_weight}
-  return ConfigDict({"classify": classify, "distill": {"teacher": ""}, "z_loss": 0.0})
+  return ConfigDict(
+    {"classify": classify, "distill": {"teacher": ""}, "z_loss": 0.0, "attention_entropy": 0.0}
+  )
 
 
 def names(tree) -> set[str]:

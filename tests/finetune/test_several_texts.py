@@ -129,7 +129,9 @@ def test_packed_rows_have_the_sums_of_single_texts(form, sizes, theirs, rows, pu
 
 def config_of(form: str, classes: int) -> ConfigDict:
   classify = {"classes": classes, "form": form, "lm_weight": 0.5}
-  return ConfigDict({"classify": classify, "distill": {"teacher": ""}, "z_loss": 0.0})
+  return ConfigDict(
+    {"classify": classify, "distill": {"teacher": ""}, "z_loss": 0.0, "attention_entropy": 0.0}
+  )
 
 
 def test_a_config_asks_for_several_texts():
