@@ -4,7 +4,9 @@ names where its numbers are."""
 
 import dataclasses
 import json
+import pathlib
 import re
+import string
 from collections.abc import Sequence
 
 from gpt2_jax.files import parse_json_object, sha256, summarize
@@ -110,24 +112,19 @@ def plain(text: str) -> str:
   return re.sub(r"([\\`*_{}\[\]<>|#~$])", r"\\\1", text).replace(r"\<", "&lt;")
 
 
-def markdown_table(rows: Sequence[Row], head: Row) -> str:
+def markdown_table(rows: Sequence[Row], head: Row = ("", "value", "source")) -> str:
+  """A table of Markdown; a sentence where there are no rows."""
+  if not rows:
+    return "Nothing was measured."
   lines = [head, ("---",) * len(head), *rows]
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def card_body(title: str, sections: dict[str, list], sources: CardSources) -> str:
-  """The Markdown of a card: paragraphs and tables by section, and the table of the sources."""
-  parts = [f"# {plain(title)}"]
-  for name, contents in (sections | {"Sources": [SOURCES, sources.rows()]}).items():
-    parts.append(f"## {name}")
-    head = ("source", "file", "SHA-256") if name == "Sources" else ("", "value", "source")
-    for content in list(filter(None, contents)) or [NOTHING]:
-      parts.append(content if isinstance(content, str) else markdown_table(content, head))
-  return "\n\n".join(parts) + "\n"
-
-
-NOTHING = "Nothing was measured."
-SOURCES = (
-  "A row cites the number of a file and the keys of its values there; a key of a .jsonl begins "
-  "with the number of the line. SHA-256 are cut in rows and whole in the files."
-)
+def fill_card(template: str, sources: CardSources, **contents: str | list[Row]) -> str:
+  """A card's Markdown: a template of this folder with texts, tables and the table of sources."""
+  texts = {}
+  for name, content in contents.items():
+    texts[name] = content if isinstance(content, str) else markdown_table(content)
+  texts["sources"] = markdown_table(sources.rows(), ("source", "file", "SHA-256"))
+  path = pathlib.Path(__file__).with_name(template)
+  return string.Template(path.read_text(encoding="utf-8")).substitute(texts)

@@ -9,17 +9,26 @@ The YAML at the top is what the Hugging Face Hub reads; huggingface_hub writes i
 
 import dataclasses
 import os
+from collections.abc import Mapping, Sequence
 
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
 from gpt2_jax.data.stores import open_store
 from gpt2_jax.evaluate.card_scores import CardScore, read_scores
-from gpt2_jax.evaluate.card_sources import CardSource, CardSources, Row, card_body, plain, show
+from gpt2_jax.evaluate.card_sources import (
+  CardSource,
+  CardSources,
+  Row,
+  fill_card,
+  markdown_table,
+  plain,
+  show,
+)
 from gpt2_jax.evaluate.contamination import read_overlap
 from gpt2_jax.evaluate.energy import Power
 from gpt2_jax.evaluate.sweep.cells import RESULTS
 from gpt2_jax.evaluate.sweep.models import resolve_models
-from gpt2_jax.evaluate.sweep.page import BIAS, KINDS
+from gpt2_jax.evaluate.sweep.page import KINDS
 from gpt2_jax.files import summarize, user_path
 from gpt2_jax.runs.checkpoint import open_saved
 from gpt2_jax.runs.workdir import exists
@@ -37,42 +46,6 @@ RUN_KNOBS = (
 )
 STORE_COUNTS = ("documents", "bytes", "tokens", "rows", "examples", "scored", "cut", "labelled")
 PARTS_SHOWN = 4
-
-USE = (
-  "Research on language models. The model continues a text with what is likely after it. It does "
-  "not know whether a text is true. It was not made for decisions about people, nor to be taken "
-  "for one."
-)
-LIMITS = (
-  "A language model repeats what its training data say of people and groups, and may repeat parts "
-  "of these data word for word. What it writes can be taken for a person's. Measure it on your "
-  "own use before people meet it, and tell them that a machine wrote."
-)
-GROUPS = "Groups of people, as the bias tasks below name them; no other factor was varied."
-NO_GROUPS = "No group of people, language or kind of text was compared."
-INTERVALS = (
-  "A score is of the items and under the protocol that its row names. Brackets hold a bootstrap "
-  "interval over items; it says nothing of other seeds of the training."
-)
-FORMULA = (
-  "An estimate: energy is chip-hours x watts x PUE, and CO2 is energy x the carbon intensity of "
-  "the grid, as of the Machine Learning Impact calculator. Hosts and networks are not in it "
-  "unless the watts or the PUE have them."
-)
-OF_STORE = (
-  "Text as token ids, to train a language model. A store knows its files, counts and checksums; "
-  "what the text says, and of whom, it does not."
-)
-STORE_USE = (
-  "Training of a language model, which may repeat what the texts say word for word. Look at the "
-  "texts and at their licenses first."
-)
-ABSENT_OF_STORE = (
-  "Who wrote the texts, and whether they agreed",
-  "Personal data in the texts",
-  "Languages, topics and quality of the texts",
-  "Duplicates, and overlap with evaluation sets",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,30 +102,15 @@ def model_card(workdir: str, options: CardOptions) -> ModelCard:
     emissions["training_type"] = "fine-tuning" if about.get("init_from") else "pre-training"
 
   # 2. What there is of each subject; one without anything is listed as such.
-  subjects: dict[str, list | str] = {"Validation loss": validation}
-  subjects |= {kind: [] for kind in KINDS}
-  for score in scores:
-    subjects[score.kind] += score.rows()
-  subjects |= {"Contamination of the evaluation data": contamination, "Chip-hours": hours}
-  subjects |= {"Energy and CO2": energy, "License": options.license}
-  subjects |= {"Language": list(options.language), "Commit that trained the model": []}
-  absent = [f"- {subject}" for subject, told in subjects.items() if not told]
-  analyses = []
-  for kind in KINDS:
-    analyses += [f"### {kind}", subjects[kind]] if subjects[kind] else []
-
-  # 3. The sections and the Hub's YAML.
-  sections = {
-    "Model details": [details],
-    "Intended use": [USE],
-    "Factors": [GROUPS if subjects[BIAS] else NO_GROUPS],
-    "Metrics": [INTERVALS, validation],
-    "Evaluation data": [[row for score in scores for row in score.data_rows()]],
-    "Training data": [_training_data(about), contamination],
-    "Quantitative analyses": analyses,
-    "Ethical considerations": [LIMITS, energy and FORMULA, hours + energy],
-    "Caveats and recommendations": ["Neither measured nor told:", "\n".join(absent)],
+  by_kind = {
+    kind: [row for score in scores if score.kind == kind for row in score.rows()] for kind in KINDS
   }
+  subjects = {"Validation loss": validation, **by_kind, "Contamination": contamination}
+  subjects |= {"Chip-hours": hours, "Energy and CO2": energy, "License": options.license}
+  subjects |= {"Language": options.language, "Commit that trained the model": ""}
+  analyses = [f"### {kind}\n\n{markdown_table(rows)}" for kind, rows in by_kind.items() if rows]
+
+  # 3. The card, and the Hub's YAML.
   name = options.name or f"{os.path.basename(os.path.abspath(workdir))}@{saved.step}"
   data = ModelCardData(
     model_name=name,
@@ -163,7 +121,25 @@ def model_card(workdir: str, options: CardOptions) -> ModelCard:
     eval_results=[result for score in scores for result in score.eval_results()] or None,
     co2_eq_emissions=emissions,
   )
-  return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_body(name, sections, sources)}")
+  text = fill_card(
+    "model_card.md",
+    sources,
+    name=plain(name),
+    details=details,
+    validation=validation,
+    evaluation_data=[row for score in scores for row in score.data_rows()],
+    training_data=_training_data(about),
+    contamination=contamination,
+    analyses="\n\n".join(analyses) or markdown_table([]),
+    energy=hours + energy,
+    absent=_list_absent(subjects),
+  )
+  return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _list_absent(subjects: Mapping[str, Sequence]) -> str:
+  """The subjects of which nothing was measured or told, as a list."""
+  return "\n".join(f"- {subject}" for subject, told in subjects.items() if not told)
 
 
 def _details(workdir: str, saved, sources: CardSources) -> tuple[CardSource, list[Row]]:
@@ -308,15 +284,6 @@ def data_card(path: str, options: CardOptions) -> DatasetCard:
 
   rows = _store_rows(manifest)
   rows += manifest.row("type of a token id", "dtype") + manifest.row("length of a row", "n_ctx")
-  told = {"License": options.license, "Languages": options.language}
-  absent = [subject for subject, value in told.items() if not value]
-  absent += ABSENT_OF_STORE
-  sections = {
-    "Motivation": [OF_STORE],
-    "Composition and preprocessing": [rows],
-    "Uses": [STORE_USE],
-    "Neither measured nor told": ["\n".join(f"- {subject}" for subject in absent)],
-  }
   data = DatasetCardData(
     pretty_name=name,
     language=list(options.language) or None,
@@ -324,7 +291,9 @@ def data_card(path: str, options: CardOptions) -> DatasetCard:
     size_categories=size_category(manifest.content["documents"]),
     task_categories=["text-generation"],
   )
-  return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{card_body(name, sections, sources)}")
+  absent = _list_absent({"License": options.license, "Language": options.language})
+  text = fill_card("data_card.md", sources, name=plain(name), composition=rows, absent=absent)
+  return DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
 def size_category(documents: int) -> str:

@@ -267,7 +267,7 @@ def test_a_card_says_what_was_not_measured(folder, monkeypatch):
   assert {"Bias", "Memorization", "Detection of machine text"} <= set(absent["full"])
   assert set(absent["bare"]) - set(absent["full"]) == {
     "Language modeling and tasks",
-    "Contamination of the evaluation data",
+    "Contamination",
     "Chip-hours",
     "Energy and CO2",
     "License",
