@@ -96,13 +96,15 @@ def metrics_figure(cells: Sequence[dict]) -> "Figure":
   all_axes = figure.subplots(1, len(by_unit), squeeze=False)[0]
   for axes, (unit, lines) in zip(all_axes, by_unit.items(), strict=True):
     _draw_lines(axes, lines, models)
+    # Lines are as far apart in all axes, and begin at the top.
+    axes.set_ylim(most - 0.5, -0.5)
     axes.set_xlabel(f"{unit}, 95 % intervals".removeprefix(", "))
   # A unit may have no chance, and a model no metric of it: the legend is that of all axes.
   handles = {}
   for axes in all_axes:
     of_axes, labels = axes.get_legend_handles_labels()
     handles |= dict(zip(labels, of_axes, strict=True))
-  figure.legend(handles.values(), handles, loc="outside upper left", ncols=3, fontsize="small")
+  figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize="small")
   figure.suptitle(_title(cells), fontsize="medium")
   return figure
 
@@ -152,7 +154,6 @@ def _draw_lines(axes: "Axes", lines: Sequence[Line], models: Sequence[str]) -> N
     axes.errorbar(x, y, xerr=(low, high), linestyle="none", label=label, markersize=4, **style)
 
   axes.set_yticks(range(len(lines)), [label for label, _ in lines], fontsize="small")
-  axes.set_ylim(len(lines) - 0.5, -0.5)
   axes.grid(alpha=0.25, axis="x")
 
 
