@@ -8,6 +8,7 @@ The YAML at the top is what the Hugging Face Hub reads; huggingface_hub writes i
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 
@@ -63,6 +64,8 @@ class CardOptions:
   power: Power | None = None
 
   def __post_init__(self):
+    if not 0 <= self.chip_hours < math.inf:
+      raise ValueError(f"chip_hours is {self.chip_hours}; it is a finite number of at least 0")
     if self.plan and self.chip_hours:
       raise ValueError("a plan has the chip-hours; leave --plan or --chip_hours out")
     if self.power and not (self.plan or self.chip_hours):
