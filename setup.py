@@ -51,6 +51,7 @@ setup(
   package_dir={"gpt2_jax.configs": "configs"},
   package_data={
     "gpt2_jax": ["py.typed"],
+    "gpt2_jax.evaluate": ["model_card.md", "data_card.md"],
     "gpt2_jax.evaluate.sweep": ["paper.json"],
     "gpt2_jax.evaluate.tasks": ["blimp.sha256"],
   },

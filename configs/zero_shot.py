@@ -62,6 +62,8 @@ def get_config() -> ConfigDict:
       # with --overlap: an item counts as seen if more than this share of its n-grams is in the
       # training corpus
       "seen_above": 0.0,
+      # also writes report.md: one page with a picture of each task, and the table
+      "page": False,
       # -1 takes the devices that are left
       "mesh": {"replica": 1, "data": -1, "model": 1},
     }

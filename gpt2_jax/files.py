@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Atomic writes, locks, paths that people type, JSON that nobody vouches for, SHA-256, progress,
-lines about long waits."""
+"""Atomic writes, locks, paths that people type, JSON that nobody vouches for, SHA-256, the
+code's commit, progress, lines about long waits."""
 
 import contextlib
 import fcntl
@@ -11,6 +11,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -240,6 +241,33 @@ def json_sha256(payload: object) -> str:
     return sha256(json.dumps(payload, sort_keys=True).encode())
   except RecursionError as error:
     raise ValueError("it is JSON that is nested too deep") from error
+
+
+@functools.cache
+def source_commit() -> str:
+  """The git commit of this package's checkout, with `-dirty` behind it if a file was changed.
+
+  Empty for an installed package, or without git.
+  """
+  root = pathlib.Path(__file__).resolve().parents[1]
+  # An environment may lie in another project's checkout, whose commit is not asked for.
+  if not (root / ".git").exists():
+    return ""
+  command = [
+    "git",
+    "-C",
+    str(root),
+    "describe",
+    "--always",
+    "--dirty",
+    "--abbrev=40",
+    "--exclude=*",
+  ]
+  try:
+    result = subprocess.run(command, capture_output=True, text=True, timeout=30)
+  except (OSError, subprocess.TimeoutExpired):
+    return ""
+  return result.stdout.strip() if result.returncode == 0 else ""
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:

@@ -20,6 +20,7 @@ from gpt2_jax.files import (
   read_json_object,
   sha256,
   shows_wait,
+  source_commit,
   summarize,
   user_path,
 )
@@ -185,3 +186,12 @@ def test_other_processes_and_a_closed_stderr_announce_nothing(capsys, monkeypatc
   with announce("compiling", seconds=0.01):
     time.sleep(0.1)
   assert capsys.readouterr() == ("", "")
+
+
+def test_the_codes_commit_is_gits():
+  if not (ROOT / ".git").exists():
+    assert source_commit() == ""
+    return
+  command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+  head = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+  assert source_commit().removesuffix("-dirty") == head

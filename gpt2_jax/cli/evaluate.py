@@ -14,6 +14,9 @@
   # all that configs/zero_shot.py lists
   gpt2-jax evaluate --data=data --out=runs/paper
 
+  # detection, bias and memorization on one page, as configs/responsible.py lists them
+  gpt2-jax evaluate --config=responsible --data=data --skip_missing --out=runs/responsible
+
   # a task of your own: a Python file, which is run; --template prints one to begin with
   gpt2-jax evaluate --template > my_task.py
   gpt2-jax evaluate --include=my_task.py --list
@@ -25,6 +28,7 @@ again. --out then holds
   results.jsonl    the scores, one line a cell
   table.md         what is printed at the end
   plots/           scores over the number of parameters, and over the steps of a run
+  report.md        with --config.page: the table, and a picture of each task's metrics
   computed.jsonl   a line for each cell, in the order in which they were computed
 
 On TPU hosts, slices and GKE the same command on every host is one sweep: each host computes its
@@ -45,7 +49,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from gpt2_jax.cli import process_flags, shell
-from gpt2_jax.files import user_path
+from gpt2_jax.files import local_path, user_path
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -202,7 +206,7 @@ def _sweep(config: ConfigDict) -> bool:
   """Scores the models on the tasks and reports; returns whether a cell could not be computed."""
   from gpt2_jax import distributed
   from gpt2_jax.evaluate import contamination
-  from gpt2_jax.evaluate.sweep import cells, compute, report
+  from gpt2_jax.evaluate.sweep import cells, compute, page, report
   from gpt2_jax.runs.workdir import Workdir
 
   # 1. All that can be wrong is found before the sweep, a damaged overlap, too.
@@ -216,8 +220,11 @@ def _sweep(config: ConfigDict) -> bool:
     if distributed.is_primary():
       with Workdir(_OUT.value) as workdir:
         table, plots = report.write(outcome, workdir.path, config, overlaps)
+        if config.page:
+          plots += page.write_page(outcome.cells, table, local_path(workdir.path))
       print(table, end="")
       written = f"table.md, results.jsonl, cells{', plots' if plots else ''}"
+      written += f", {page.PAGE}" if config.page else ""
       print(f"\nwritten to {_OUT.value}: {written}", file=sys.stderr)
     distributed.barrier("the report", compute.UNTIL_ALL_END)
   return bool(outcome.failed)

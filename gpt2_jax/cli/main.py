@@ -19,6 +19,7 @@ COMMANDS = {
   "convert": "checkpoints between formats, and check that two are one model",
   "plan": "a run on TPUs without a TPU: memory, time, price",
   "contamination": "how much of an evaluation set is in a training corpus",
+  "card": "a model card of a run, or a data card of a token store",
   "detect": "whether a machine wrote a text: detectors, watermarks",
   "memorization": "which texts are verbatim in a corpus, and which a model gives away",
 }

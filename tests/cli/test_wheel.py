@@ -106,6 +106,7 @@ def test_the_wheel_has_the_package_the_configs_and_nothing_at_the_top(wheel):
   for file in (ROOT / "gpt2_jax").rglob("*.py"):
     assert str(file.relative_to(ROOT)) in names
   assert "gpt2_jax/py.typed" in names and "gpt2_jax/evaluate/sweep/paper.json" in names
+  assert "gpt2_jax/evaluate/model_card.md" in names
 
 
 def test_the_metadata_say_what_it_is(wheel):

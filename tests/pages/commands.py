@@ -183,6 +183,9 @@ def small_knobs(command: str, arguments: list[str]) -> list[str]:
     return ["--config.batch_size=64", "--compiled=1"] + [f"--config.model.{x}" for x in sizes]
   if command == "memorization" and any(flag.startswith("--model=") for flag in arguments):
     return ["--samples=4", "--length=8"]
+  if command == "evaluate" and "--config=responsible" in arguments:
+    tasks = "--tasks=crows_pairs:valid,machine_text:lrr"
+    return [tasks, "--limit=2", "--config.resamples=10", "--config.batch_size=8"]
   if command == "evaluate":
     return ["--skip_missing", "--config.limit=2", "--config.resamples=10", "--config.batch_size=8"]
   return []

@@ -38,7 +38,7 @@ from gpt2_jax.evaluate.sweep.models import (
   resolve_models,
 )
 from gpt2_jax.evaluate.task import Task
-from gpt2_jax.files import first_line, summarize, user_path
+from gpt2_jax.files import first_line, source_commit, summarize, user_path
 from gpt2_jax.runs.checkpoint import open_saved
 from gpt2_jax.runs.knobs import Knob
 from gpt2_jax.sharding import make_mesh
@@ -64,6 +64,7 @@ KNOBS = {
   # A million is far beyond what an interval's four digits need, and takes minutes.
   "resamples": Knob(int, "of the bootstrap", 1, 1_000_000),
   "seen_above": Knob(float, "share of seen n-grams", 0, 1),
+  "page": Knob(bool, "whether report.md is written, a page with a picture of each task"),
   "mesh.replica": Knob(int, "data parallelism; -1 is the rest", -1),
   "mesh.data": Knob(int, "sharded weights; -1 is the rest", -1),
   "mesh.model": Knob(int, "tensor parallelism", -1),
@@ -420,6 +421,7 @@ def _compute(cell: Cell, datasets: Datasets, scorer: Scorer, config: ConfigDict)
   model_config = scorer.model.config
   return {
     "identity": cell.identity,
+    "commit": source_commit(),
     "origin": rows.origin,
     "step": int(cell.model.step) if is_run else None,
     "run": cell.model.path if is_run else None,

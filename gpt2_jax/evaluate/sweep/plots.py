@@ -124,11 +124,11 @@ def _draw_scores(
   points = [(at, score) for at, score in points if score["value"] is not None]
 
   # errorbar takes distances from the value, not ends
-  distances = [[_distance(score, end) for _, score in points] for end in ("low", "high")]
+  lengths = [interval_lengths(score) for _, score in points]
   axes.errorbar(
     [at for at, _ in points],
     [score["value"] for _, score in points],
-    distances,
+    [[low for low, _ in lengths], [high for _, high in lengths]],
     capsize=3,
     label=summarize([name], each=NAME_LENGTH),
     **style,
@@ -144,13 +144,11 @@ def _draw_chance(axes: "Axes", cells: Sequence[dict]) -> None:
     axes.axhline(chance, linestyle=":", color="0.4", label=f"chance, {chance:g}")
 
 
-def _distance(score: dict, end: str) -> float:
-  """How far an interval's end is from the score, on its side; 0 if there is no end."""
-  if score[end] is None:
-    return 0.0
-  if end == "low":
-    return max(0.0, score["value"] - score["low"])
-  return max(0.0, score["high"] - score["value"])
+def interval_lengths(score: dict) -> tuple[float, float]:
+  """How far the ends of a score's interval are below and above it; 0 where there is no end."""
+  low = score["value"] if score["low"] is None else score["low"]
+  high = score["value"] if score["high"] is None else score["high"]
+  return max(0.0, score["value"] - low), max(0.0, high - score["value"])
 
 
 # ---- labels and scales

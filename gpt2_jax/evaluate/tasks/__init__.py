@@ -14,8 +14,8 @@ from gpt2_jax.evaluate.tasks import (
   coqa,
   crows_pairs,
   lambada,
-  memorization,
   machine_text,
+  memorization,
   natural_questions,
   pairs,
   perplexity,
@@ -41,8 +41,8 @@ FAMILIES = (
   winobias,
   winogender,
   bold,
-  memorization,
   machine_text,
+  memorization,
 )
 
 # by name, then by protocol

@@ -506,7 +506,37 @@ DETECTS = rows(
   ],
 )
 
-TABLE = [*TOKENIZES, *DETECTS, *JOBS, *EVALUATES, *CELLS, *OVERLAPS]
+POWER = "--watts=300 --kg_per_kwh=0.37"
+CARDS = rows(
+  "card",
+  "",
+  [
+    ("a run", None, f"run --out=new.md --overlap=overlap.json --chip_hours=2 {POWER}"),
+    ("a store", None, "train"),
+    ("nothing", "one workdir", ""),
+    ("two places", "these are 2", "run train"),
+    ("a place that is gone", "gone", "gone"),
+    ("a file", "text.txt", "text.txt"),
+    ("a checkpoint of another form", "hf", "hf"),
+    ("a step that is none", "step 9", "run --step=9"),
+    ("a card that is there", "text.txt", "run --out=text.txt"),
+    ("a card of nobody", "nobody_of_this_name", f"run --out={NOBODY}/x"),
+    ("results that are gone", "gone/results.jsonl", "run --results=gone"),
+    ("results of another model", "no result", "run --results=sweep"),
+    ("an overlap that is none", "overlap-words.json", "run --overlap=overlap-words.json"),
+    ("a plan that is none", "no plan", "run --plan=overlap.json"),
+    ("a plan that is deep", "deep", "run --plan=coqa-deep.json"),
+    ("a plan and its hours", "--chip_hours", "run --plan=overlap.json --chip_hours=2"),
+    ("watts alone", "--kg_per_kwh", "run --chip_hours=2 --watts=300"),
+    ("watts below zero", "watts", "run --chip_hours=2 --watts=-3 --kg_per_kwh=0.37"),
+    ("a PUE below 1", "pue", f"run --chip_hours=2 --pue=0.5 {POWER}"),
+    ("energy of no hours", "--chip_hours", f"run {POWER}"),
+    ("hours that are none", "chip_hours", "run --chip_hours=nan"),
+    ("a flag misspelled", "plna", "run --plna=plan.json"),
+  ],
+)
+
+TABLE = [*TOKENIZES, *DETECTS, *JOBS, *EVALUATES, *CELLS, *OVERLAPS, *CARDS]
 
 
 @pytest.fixture(scope="module")
