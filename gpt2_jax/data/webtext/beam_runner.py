@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 
 import apache_beam as beam
+import numpy as np
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from gpt2_jax.data.webtext.document import Document, drop, run_stages
@@ -165,7 +166,8 @@ def _drop_near(documents, minhash: MinHash, folder: pathlib.Path):
 
 def _band_keys(keyed: tuple[str, Document], minhash: MinHash) -> Iterator[tuple[int, str]]:
   text_id, document = keyed
-  for key in minhash.band_keys(document.text).tolist():
+  # Beam's integers are signed.
+  for key in minhash.band_keys(document.text).view(np.int64).tolist():
     yield key, text_id
 
 
