@@ -15,11 +15,8 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
   return ConfigDict(
     {
-      # a file with a link in each line, which --reddit writes: pages that it lacks are dropped;
-      # empty keeps all pages
-      "links": "",
-      # bytes of a page at most, decompressed
-      "max_bytes": 10_000_000,
+      "links": "",  # a file of links, as --reddit writes: other pages are dropped; empty keeps all
+      "max_bytes": 10_000_000,  # of a page, decompressed
       "domains": {
         "wikipedia": True,  # Wikipedia out, as in the paper
         "blocked": "",  # a file with a domain or host in each line, out as well
@@ -29,40 +26,37 @@ def get_config() -> ConfigDict:
         "seconds": 30.0,  # CPU time of a page at most
         "memory_mib": 4096,  # address space of the process that extracts
       },
-      # mojibake, entities and control characters, by ftfy
-      "repair": True,
+      "repair": True,  # mojibake, entities and control characters, by ftfy
       "language": {
         "keep": ("en",),  # languages that are kept; () keeps all and asks nothing
         "model": "",  # a fastText model, such as lid.176.bin; empty is py3langid
         "min_score": 0.65,  # of a fastText model: less is dropped
       },
-      # the rules of Gopher, C4 and FineWeb
       "quality": {
-        "gopher_quality": False,
-        "gopher_repetition": False,
-        "c4": False,
-        "fineweb": False,
+        "gopher_quality": False,  # Gopher's rules on lengths, symbols, lines and stop words
+        "gopher_repetition": False,  # Gopher's rules on repeated lines, paragraphs and n-grams
+        "c4": False,  # C4's rules: lines that end a sentence, five of them
+        "fineweb": False,  # FineWeb's rules on lines
       },
-      # what stands in place of e-mail and public IP addresses; empty leaves them
-      "redact": {"email": "", "ip": ""},
-      # exact duplicates are always dropped
+      "redact": {
+        "email": "",  # what stands in place of e-mail addresses; empty leaves them
+        "ip": "",  # what stands in place of public IP addresses; empty leaves them
+      },
       "near_duplicates": {
-        "enabled": True,
-        "ngram": 5,  # words
-        "bands": 14,
+        "enabled": True,  # exact duplicates are dropped in any case
+        "ngram": 5,  # words of an n-gram
+        "bands": 14,  # of MinHash: documents that share one are compared
         "rows": 8,  # hashes of a band
-        "jaccard": 0.75,  # so similar are near duplicates
+        "jaccard": 0.75,  # the least Jaccard similarity of near duplicates
       },
-      # documents that share n-grams with evaluation sets
       "contamination": {
-        "tasks": (),  # tasks of `gpt2-jax evaluate --list`, whose n-grams are looked for
+        "tasks": (),  # evaluation sets whose n-grams are looked for; `evaluate --list` shows all
         "data": "data",  # the folder of their datasets
         "ngram": 13,  # words, as for GPT-3
         "filter": "",  # in place of tasks: a filter of `gpt2-jax contamination`
         "min_ngrams": 1,  # so many are contamination
         "mark": False,  # count them in the record in place of dropping it
       },
-      # of the permutations of MinHash
-      "seed": 0,
+      "seed": 0,  # of the permutations of MinHash
     }
   )

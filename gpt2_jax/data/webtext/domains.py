@@ -35,7 +35,7 @@ def _split(url: str) -> tuple[str, str]:
   return host, host
 
 
-def read_lines(path: str) -> frozenset[str]:
+def read_domains(path: str) -> frozenset[str]:
   """The lines of a list, without comments (#) and empty ones."""
   lines = (line.partition("#")[0].strip() for line in read_text(local_path(path)).splitlines())
   return frozenset(filter(None, lines))

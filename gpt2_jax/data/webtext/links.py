@@ -132,15 +132,54 @@ def _open_dump(path: str) -> Iterator[io.BufferedIOBase]:
     with open_decompressed(path) as stream:
       yield stream
     return
-  import zstandard
-
-  # Arrow's decompressor refuses the window of such dumps.
-  decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
   with open(path, "rb") as file:
+    yield io.BufferedReader(_ZstdStream(file), 1 << 20)
+
+
+class _ZstdStream(io.RawIOBase):
+  """Decompresses .zst with the window of Reddit's dumps, which Arrow refuses, frame by frame.
+
+  Reading raises ValueError where the file is damaged, and where it ends inside a frame, which
+  zstandard's own reader takes for the end.
+  """
+
+  # Input of one call: even a bomb gives no more than 128 MiB for it.
+  CHUNK = 4096
+
+  def __init__(self, file: io.BufferedIOBase):
+    import zstandard
+
+    self._file = file
+    self._error = zstandard.ZstdError
+    self._decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
+    self._frame = None
+    self._compressed = self._pending = b""
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer: memoryview) -> int:
+    while not self._pending:
+      self._compressed = self._compressed or self._file.read(self.CHUNK)
+      if not self._compressed:
+        if self._frame is not None:
+          raise ValueError("it ends inside a frame")
+        return 0
+      self._inflate()
+    content = self._pending[: len(buffer)]
+    self._pending = self._pending[len(content) :]
+    buffer[: len(content)] = content
+    return len(content)
+
+  def _inflate(self) -> None:
+    self._frame = self._frame or self._decompressor.decompressobj()
     try:
-      yield io.BufferedReader(decompressor.stream_reader(file, read_across_frames=True), 1 << 20)
-    except zstandard.ZstdError as error:
-      raise ValueError(f"{path} cannot be decompressed: {first_line(error)}") from error
+      self._pending = self._frame.decompress(self._compressed)
+    except self._error as error:
+      raise ValueError(f"it cannot be decompressed: {first_line(error)}") from error
+    self._compressed = self._frame.unused_data
+    if self._frame.eof:
+      self._frame = None
 
 
 def extract_links(paths: list[str], rules: LinkRules, out: str) -> Tally:

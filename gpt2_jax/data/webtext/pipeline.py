@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from gpt2_jax.data.webtext.document import Document, Drop, Stage, run_stages
-from gpt2_jax.data.webtext.domains import Domains, read_lines
+from gpt2_jax.data.webtext.domains import Domains, read_domains
 from gpt2_jax.data.webtext.evaluation_overlap import EvaluationOverlap, build_evaluation_filter
 from gpt2_jax.data.webtext.extract import Extract, check_extractor
 from gpt2_jax.data.webtext.inputs import Shard, read_shard
@@ -59,7 +59,7 @@ def build_pipeline(config: ConfigDict, work: pathlib.Path) -> Pipeline:
   # 1. By URL, which costs nothing, before the main text is extracted: the documents that are left
   #    at the end are the same in any order.
   before = [Linked.read(config.links)] if config.links else []
-  blocked = read_lines(config.domains.blocked) if config.domains.blocked else frozenset()
+  blocked = read_domains(config.domains.blocked) if config.domains.blocked else frozenset()
   before.append(Domains(config.domains.wikipedia, blocked))
 
   # 2. From the page to a text, and whether it is good enough.

@@ -4,6 +4,7 @@
 import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Iterable
@@ -71,7 +72,9 @@ def make_report(
   corpus: Corpus, tally: Tally, clusters: dict[int, int], job: dict, published: dict[str, int]
 ) -> dict:
   """The report as an object of JSON."""
+  # Ties by name, so that the list does not depend on the order of the documents.
   domains = sorted(corpus.domains.items(), key=lambda item: (-item[1], item[0]))
+
   report = {
     "documents": corpus.documents,
     "bytes": corpus.bytes,
@@ -83,6 +86,7 @@ def make_report(
     "near_duplicate_clusters": {str(size): count for size, count in clusters.items()},
     "job": job,
   }
+
   if published:
     report["rank_correlation"] = rank_correlation(corpus.domains, published)
     report["published_domains"] = dict(list(published.items())[:TOP_DOMAINS])
@@ -116,6 +120,8 @@ def _page(report: dict) -> str:
     "| stage | documents in | dropped | documents out | bytes out |",
     "|---|---|---|---|---|",
   ]
+
+  # The counts, and then what they are made of.
   for name, stage in report["stages"].items():
     entered, left = stage["documents_in"], stage["documents_out"]
     lines.append(
@@ -131,6 +137,7 @@ def _page(report: dict) -> str:
 
 def _domain_lines(report: dict) -> list[str]:
   published = list(report.get("published_domains", {}).items())
+  here = list(report["domains"].items())[:TOP_DOMAINS]
   lines = ["## Domains", ""]
   if published:
     lines += [
@@ -138,11 +145,12 @@ def _domain_lines(report: dict) -> list[str]:
       f"{report['rank_correlation']:.3f}.",
       "",
     ]
+
+  # Two lists beside each other, of which one may be shorter.
   lines += ["| here | documents | WebText | documents |", "|---|---|---|---|"]
-  here = list(report["domains"].items())[:TOP_DOMAINS]
-  for i in range(max(len(here), len(published))):
-    cells = [*(here[i] if i < len(here) else ("", "")), *(published + [("", "")] * len(here))[i]]
-    lines.append("| " + " | ".join(_inline(str(cell)) for cell in cells) + " |")
+  for ours, theirs in itertools.zip_longest(here, published, fillvalue=("", "")):
+    cells = [_inline(str(cell)) for cell in (*ours, *theirs)]
+    lines.append(f"| {' | '.join(cells)} |")
   return lines
 
 

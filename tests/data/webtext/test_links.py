@@ -98,9 +98,11 @@ def test_a_damaged_dump_ends_with_a_reason(tmp_path):
   zstandard = pytest.importorskip("zstandard")
   lines = [post(f"https://a.example.org/{i}") for i in range(5000)]
   content = zstandard.compress(b"\n".join(lines))
-  (tmp_path / "RS.zst").write_bytes(content[: len(content) // 2] + b"damage" * 9)
-  tally = extract_links([str(tmp_path / "RS.zst")], LinkRules(), str(tmp_path / "links"))
-  assert tally.stages["links"].reasons["truncated"].documents == 1
+  damages = (content[: len(content) // 2], content + content[:-3], content + b"no frame" * 9)
+  for i, damage in enumerate(damages):
+    (tmp_path / "RS.zst").write_bytes(damage)
+    tally = extract_links([str(tmp_path / "RS.zst")], LinkRules(), str(tmp_path / f"links{i}"))
+    assert tally.stages["links"].reasons["truncated"].documents == 1
 
 
 def test_domains():
