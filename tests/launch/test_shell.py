@@ -18,7 +18,17 @@ from ml_collections import config_flags
 from gpt2_jax.cli import config_file, shell
 
 ROOT = pathlib.Path(__file__).parents[2]
-SCRIPTS = ("train", "tokenize", "convert", "evaluate", "contamination", "detect", "sample", "plan")
+SCRIPTS = (
+  "train",
+  "tokenize",
+  "convert",
+  "evaluate",
+  "contamination",
+  "detect",
+  "sample",
+  "plan",
+  "webtext",
+)
 
 
 def command(tmp_path, body: str) -> list:
@@ -225,6 +235,7 @@ TO_IMPORTS = {
   "train": ["--config=configs/demo.py", "--workdir=runs/x"],
   "contamination": ["--task=lambada"],
   "detect": ["--files=x", "--watermark=7"],
+  "webtext": ["--input=x.html", "--out=runs/x"],
   "sample": ["--model=gpt2"],
   "plan": ["--config=configs/demo.py", "--topology=v5e:2x2"],
 }

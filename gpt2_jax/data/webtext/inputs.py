@@ -24,6 +24,8 @@ CANONICAL = re.compile(
   re.IGNORECASE,
 )
 HTML_TYPES = ("text/html", "application/xhtml+xml", "text/plain", "")
+# What the header of a response may take besides its page.
+HTTP_HEADER_BYTES = 1 << 16
 WARC_SUFFIXES = (".warc", ".wet", ".arc.warc")
 
 
@@ -131,18 +133,27 @@ def _read_warc(path: str, max_bytes: int) -> Iterator[Document | Drop]:
 def _warc_document(record, url: str, max_bytes: int) -> Document | Drop:
   from fastwarc.warc import WarcRecordType
 
-  # 1. The status and the type of a response. A page that was sent compressed is inflated only as
+  # 1. The record, whole: FastWARC takes one that is cut off for a shorter one.
+  length = int(record.headers.get("Content-Length", 0))
+  if length > max_bytes + HTTP_HEADER_BYTES:
+    return Drop("page_too_large", url[:200])
+  content = record.reader.read(length)
+  if len(content) < length:
+    return Drop("truncated", f"{url[:200]} has {len(content):,} of {length:,} bytes")
+
+  # 2. The status and the type of a response. A page that was sent compressed is inflated only as
   #    far as it is read.
   is_text = record.record_type == WarcRecordType.conversion
   if not is_text and record.is_http:
+    record.set_bytes_content(content)
     record.parse_http(auto_decode="all")
     if record.http_headers.status_code != 200:
       return Drop("http_status", f"{record.http_headers.status_code} {url[:200]}")
     if (record.http_content_type or "") not in HTML_TYPES:
       return Drop("content_type", f"{record.http_content_type} {url[:200]}")
+    content = record.reader.read(max_bytes + 1)
 
-  # 2. The page.
-  content = record.reader.read(max_bytes + 1)
+  # 3. The page.
   if len(content) > max_bytes:
     return Drop("page_too_large", url[:200])
   if not content:

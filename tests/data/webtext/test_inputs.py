@@ -123,9 +123,13 @@ def test_broken_records_are_counted_and_the_rest_is_read(tmp_path, warc_record):
   assert reasons(results) == expected
   assert results[0].html == page == results[6].html and results[7].html == page + b"\xff\xfe"
 
-  # Cut off in the last record: what stood before counts.
-  path.write_bytes(b"".join(records[:1] + records[7:])[:-40])
-  assert reasons(read(path)) in (["", "truncated"], ["", "damaged_record"])
+  # Cut off in the last record, or damaged in it: what stood before counts.
+  for cut in (10, 40, 150):
+    plain = gzip.decompress(records[0]) + gzip.decompress(records[7])
+    (tmp_path / "a.warc").write_bytes(plain[:-cut])
+    assert reasons(read(tmp_path / "a.warc")) == ["", "truncated"]
+  path.write_bytes(records[0] + b"damage" * 9 + records[7])
+  assert reasons(read(path)) == ["", "truncated"]
   path.write_bytes(b"no WARC at all" * 100)
   assert all(isinstance(result, Drop) for result in read(path))
 
