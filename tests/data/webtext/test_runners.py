@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -27,9 +28,8 @@ ROOT = pathlib.Path(__file__).parents[3]
 def records() -> list[dict]:
   """Texts of all kinds: fine, repeated, nearly repeated, foreign, of Wikipedia, and two pages."""
   rng = random.Random(0)
-  vocabulary = (
-    ROOT / "README.md"
-  ).read_text().split() + "the of and to in that it was".split() * 20
+  vocabulary = re.findall("[A-Za-z]{2,}", (ROOT / "README.md").read_text())
+  vocabulary += "the of and to in that it was".split() * 20
   records = []
   for i in range(40):
     words = rng.choices(vocabulary, k=rng.randint(60, 200))
@@ -74,7 +74,14 @@ def content(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 def same(report: dict, other: dict) -> bool:
-  return {**report, "job": 0} == {**other, "job": 0}
+  """Whether all but the job and the places of unreadable lines is equal."""
+  kept = []
+  for whole in (report, other):
+    copy = json.loads(json.dumps(whole)) | {"job": 0}
+    for dropped in copy["stages"]["read"]["reasons"].values():
+      dropped["examples"] = []
+    kept.append(copy)
+  return kept[0] == kept[1]
 
 
 def test_reasons_add_up_at_every_stage(expected, records):
