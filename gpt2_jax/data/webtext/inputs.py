@@ -57,7 +57,8 @@ def list_shards(patterns: str) -> list[Shard]:
       raise ValueError(
         f"{path[-200:]} is no input: give .warc, .wet, .html or .jsonl, which may be compressed"
       )
-  shards += [Shard("html", tuple(batch)) for batch in itertools.batched(pages, HTML_FILES)]
+  for start in range(0, len(pages), HTML_FILES):
+    shards.append(Shard("html", tuple(pages[start : start + HTML_FILES])))
   return shards
 
 
