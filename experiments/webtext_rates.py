@@ -12,6 +12,7 @@ import json
 import pathlib
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 
@@ -62,6 +63,7 @@ def read_texts(data: pathlib.Path) -> tuple[list[bytes], list[str]]:
 
 def stages() -> Iterable[tuple[str, Callable, Callable | None]]:
   """Name, our function of a text (or page), and datatrove's where it has the stage."""
+  import xxhash
   from datatrove.data import Document as TheirDocument
   from datatrove.pipeline import filters
   from datatrove.pipeline.dedup.minhash import MinhashDedupSignature
@@ -92,7 +94,9 @@ def stages() -> Iterable[tuple[str, Callable, Callable | None]]:
     yield stage.name, ours, other
   yield "redact", by_document(redact.Redact()), PIIFormatter().format
 
-  signature = MinhashDedupSignature("/nowhere")
+  # It writes nothing here. Newer versions of xxhash want bytes, and datatrove gives it text.
+  signature = MinhashDedupSignature(tempfile.gettempdir())
+  signature._hash_func = lambda text: xxhash.xxh64_intdigest(text.encode())
   minhash = MinHash()
   yield (
     "minhash",
