@@ -98,6 +98,19 @@ setup(
     "adventure": ["adventure>=1.6"],  # experiments/play_adventure.py: Colossal Cave
     "detect": ["scikit-learn>=1.9"],  # gpt2-jax detect --criterion=tfidf
     "experiments": ["scikit-learn>=1.9"],  # experiments/finetune.py's baseline, and its intervals
+    # Pages to documents: main texts, languages, filters. Not in it: Apache Beam, whose pins
+    # (protobuf < 7, pyarrow < 26, numpy < 2.5) are older than the lock; see `beam`.
+    "webtext": [
+      "trafilatura>=2.3",
+      "lxml_html_clean>=0.4.6",  # trafilatura imports it from lxml, which has it no more
+      "resiliparse>=2.0",
+      "fastwarc>=2.0",
+      "py3langid>=0.4",
+      "ftfy>=6.3",
+      "spacy>=3.8",
+      "zstandard>=0.25",  # the window of Reddit's dumps, which Arrow refuses
+    ],
+    "beam": ["apache-beam>=2.77"],  # in an environment of its own, without the lock
     "console": ["prompt_toolkit>=3.0.43"],  # gpt2-jax sample --interactive
     # What `make` installs.
     "docs": ["pdoc>=15.0"],
@@ -128,6 +141,14 @@ setup(
       "wandb>=0.31",  # its own library, offline
       "ftfy>=6.3",
       "spacy>=3.8",  # OpenAI's GPT-1 tokenizer
+      "datatrove>=0.10.1",  # quality filters and redaction of webtext, and what webtext needs
+      "loguru>=0.7",  # datatrove imports it
+      "trafilatura>=2.3",
+      "lxml_html_clean>=0.4.6",
+      "resiliparse>=2.0",
+      "fastwarc>=2.0",
+      "py3langid>=0.4",
+      "zstandard>=0.25",
     ],
     "bench": [
       "torch==2.13.0",

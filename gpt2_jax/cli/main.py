@@ -12,6 +12,7 @@ from gpt2_jax.cli import interrupts
 
 # The commands, in the order in which a project uses them.
 COMMANDS = {
+  "webtext": "links and pages into a dataset of documents: WebText's pipeline",
   "tokenize": "a corpus into a token store",
   "train": "a GPT-2, or resume its training",
   "sample": "text from any GPT-2",

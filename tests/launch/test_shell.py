@@ -19,7 +19,7 @@ from gpt2_jax.cli import config_file, shell
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPTS = ("train", "tokenize", "convert", "evaluate", "contamination", "detect", "memorization")
-SCRIPTS += ("sample", "plan")
+SCRIPTS += ("sample", "plan", "webtext")
 
 
 def command(tmp_path, body: str) -> list:
@@ -226,6 +226,7 @@ TO_IMPORTS = {
   "train": ["--config=configs/demo.py", "--workdir=runs/x"],
   "contamination": ["--task=lambada"],
   "detect": ["--files=x", "--watermark=7"],
+  "webtext": ["--input=x.html", "--out=runs/x"],
   "sample": ["--model=gpt2"],
   "plan": ["--config=configs/demo.py", "--topology=v5e:2x2"],
 }

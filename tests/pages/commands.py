@@ -139,6 +139,11 @@ def run(call: Call, worker: Worker, sandbox: pathlib.Path) -> None:
       # GPT-1's words are cut by a library that need not be there.
       if "gpt1_tasks" in str(arguments) and importlib.util.find_spec("spacy") is None:
         return
+      if program == "webtext" and importlib.util.find_spec("trafilatura") is None:
+        return
+      # Beam's environment is another one.
+      if "--runner=beam" in arguments and importlib.util.find_spec("apache_beam") is None:
+        return
       flags = [small_flag(flag) for flag in arguments] + small_knobs(program, arguments)
       if "--processes=1" in flags:  # the processes meet before JAX is used: not in the worker
         return _process([sys.executable, ROOT / "launch" / f"{program}.py", *flags], sandbox)
@@ -208,7 +213,7 @@ def _run_python(arguments: list[str], sandbox: pathlib.Path) -> None:
   # An hour of benchmarks, and one of compiling for TPUs: the script is there, and Python reads it.
   names = ("bench", "calibrate", "distill", "detection", "finetune", "gpu", "optimizers")
   # These need a game, another checkout, and a model that is trained.
-  names += ("watermark", "play_adventure", "regression", "memorization")
+  names += ("watermark", "play_adventure", "regression", "memorization", "webtext_rates")
   hours = tuple(f"experiments/{name}.py" for name in names)
   if script in hours or script == "experiments/reproduce.py" and not flags:
     compile((ROOT / script).read_text(), script, "exec")

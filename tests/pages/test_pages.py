@@ -113,6 +113,17 @@ def write_corpora(folder: pathlib.Path) -> None:
   pq.write_table(pa.table({"text": [STORY] * 3}), folder / "fineweb" / "000_00000.parquet")
   (folder / "stories.txt.gz").write_bytes(gzip.compress(f"{STORY}<|endoftext|>\n".encode() * 3))
   (folder / "openwebtext").mkdir()
+  (folder / "crawl").mkdir()
+  head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n"
+  page = head + f"<html><body><article><p>{STORY}</p></article></body></html>".encode()
+  record = "WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: https://a.example.org/1\r\n"
+  record += "WARC-Record-ID: <urn:uuid:00000000-0000-0000-0000-000000000000>\r\n"
+  record += "Content-Type: application/http; msgtype=response\r\n"
+  record = f"{record}Content-Length: {len(page)}\r\n\r\n".encode() + page + b"\r\n\r\n"
+  (folder / "crawl" / "a.warc.gz").write_bytes(gzip.compress(record))
+  post = '{"url": "https://a.example.org/1", "score": 3, "is_self": false}\n'
+  with pa.output_stream(str(folder / "RS_2017-01.zst"), compression="zstd") as stream:
+    stream.write(post.encode())
   np.array([464, 50256] * 9, np.uint16).tofile(folder / "openwebtext" / "train.bin")
 
 
