@@ -119,6 +119,7 @@ setup(
       "gcsfs>=2026.10.1",
       "rouge-score>=0.1.2",
       "sacrebleu>=2.6",
+      "scikit-learn>=1.9",
       "prompt_toolkit>=3.0.43",
       "pytest>=9.0",
       "pytest-xdist>=3.8",

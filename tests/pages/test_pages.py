@@ -67,7 +67,6 @@ def setting(tmp_path_factory, _server):
     (sandbox / "books" / f"{number:03}.txt").write_text(f"{number}. {STORY}")
   (sandbox / "book.txt").write_text(STORY * 20)
   (sandbox / "story.txt").write_text(STORY)
-  write_labelled(sandbox / "labelled.jsonl")
   write_corpora(sandbox)
   (sandbox / "e2e.txt").write_text(
     "name : Aromi | area : riverside||Aromi is by the river .\n" * 20
@@ -108,7 +107,8 @@ def write_labelled(path: pathlib.Path) -> None:
 
 
 def write_corpora(folder: pathlib.Path) -> None:
-  """Corpora in the formats of other projects."""
+  """Corpora in the formats of other projects, and texts with labels."""
+  write_labelled(folder / "labelled.jsonl")
   (folder / "fineweb").mkdir()
   pq.write_table(pa.table({"text": [STORY] * 3}), folder / "fineweb" / "000_00000.parquet")
   (folder / "stories.txt.gz").write_bytes(gzip.compress(f"{STORY}<|endoftext|>\n".encode() * 3))
