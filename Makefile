@@ -36,7 +36,7 @@ lint: $(TEST)
 
 lock:  ## launch/constraints.txt anew: the newest versions, for this Python (3.13); then the suite has to pass with them
 	$(PYTHON) -m venv --clear $(VENV)-lock
-	$(VENV)-lock/bin/python -m pip install --editable '.[tpu,eval,harness,console,wandb,docs,webtext,test,oracles]'
+	$(VENV)-lock/bin/python -m pip install --editable '.[tpu,eval,harness,console,wandb,docs,webtext,privacy,test,oracles]'
 	grep '^#' launch/constraints.txt > $(VENV)-lock/constraints.txt
 	$(VENV)-lock/bin/python -m pip freeze --exclude-editable \
 	  | grep --invert-match '^nvidia-\|^cuda-\|^triton=' >> $(VENV)-lock/constraints.txt

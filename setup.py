@@ -91,7 +91,6 @@ setup(
     "convert": ["torch>=2.13"],  # nanoGPT's and pickled files
     "gpt1": ["ftfy>=6.3", "spacy>=3.8"],  # GPT-1's tokenizer cuts words by them
     "eval": ["rouge-score>=0.1.2", "sacrebleu>=2.6"],  # of summaries and translations
-    # It asks for attrs<24, which launch/constraints.txt does not have; it runs with newer ones.
     "privacy": ["dp-accounting>=0.6"],  # epsilon of DP-SGD (config.private)
     "wandb": ["wandb>=0.31"],  # config.wandb_project
     "harness": ["lm_eval>=0.4.13"],  # this project's models under lm-evaluation-harness
@@ -142,6 +141,8 @@ setup(
       "wandb>=0.31",  # its own library, offline
       "ftfy>=6.3",
       "spacy>=3.8",  # OpenAI's GPT-1 tokenizer
+      "dp-accounting>=0.6",
+      "jax-privacy>=2.0",  # its clipped_grad
       "datatrove>=0.10.1",  # quality filters and redaction of webtext, and what webtext needs
       "loguru>=0.7",  # datatrove imports it
       "trafilatura>=2.3",

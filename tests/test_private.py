@@ -2,7 +2,6 @@
 """DP-SGD's gradients: those of single examples, clipped, summed and noised, on any mesh."""
 
 import dataclasses
-import importlib.util
 
 import jax
 import numpy as np
@@ -136,9 +135,7 @@ def test_they_are_the_same_on_any_mesh(kind, sizes, mesh, problem, by_hand):
 @needs_unreduced
 def test_they_are_those_of_jax_privacy(mesh, problem, by_hand, put):
   """Its `clipped_grad` on one device, ours on eight."""
-  if importlib.util.find_spec("jax_privacy") is None:
-    pytest.skip("jax_privacy is in no extra: it asks for an older attrs than the lock has")
-  import jax_privacy
+  jax_privacy = pytest.importorskip("jax_privacy")
 
   clip_norm, _ = by_hand("all")
   with mesh(1, 1, 1):

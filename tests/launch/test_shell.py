@@ -19,7 +19,7 @@ from gpt2_jax.cli import config_file, shell
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPTS = ("train", "tokenize", "convert", "evaluate", "contamination", "detect", "memorization")
-SCRIPTS += ("sample", "plan", "webtext")
+SCRIPTS += ("sample", "plan", "webtext", "card")
 
 
 def command(tmp_path, body: str) -> list:
