@@ -286,16 +286,9 @@ def _roofline_seconds(
   forward, backward = BUNDLES[kernel]
   kernels = rows * heads * L * (forward * (1 + attention_again) + backward) / chip.clock
 
-  # 3. Elementwise operations at the full HBM bandwidth; two fifths are not split by `model`. Those
-  #    of parameters are made once a step, and their gradients are added for each microbatch.
+  # 3. Elementwise operations and copies at the full HBM bandwidth.
+  moved = _elementwise_bytes(model_config, tokens, model, remat, unroll)
   parameters = sum(_parameters(model_config)) / (data * model)
-  moved = tokens * L * D * LAYER_BYTES[remat] * (0.4 + 0.6 / model)
-  # A scan copies what a layer keeps into a stack and out of it, which reads and writes it twice.
-  # Without a loop there is none of it.
-  if unroll == L:
-    not_split, split = KEPT[remat]
-    moved -= 4 * tokens * L * D * (not_split + split / model)
-  moved += tokens * V / model * LOGIT_BYTES
   moved += parameters * (PARAMETER_BYTES + 12 * (microbatches - 1))
   work = matmuls + kernels + moved / chip.hbm_bandwidth
   if chip.libtpu_config == "megacore":
@@ -303,6 +296,23 @@ def _roofline_seconds(
 
   # 4. Collectives. Nothing overlaps here: exposed or not, more of them is worse.
   return work + _communication_seconds(model_config, topology, mesh, microbatches, remat, tokens)
+
+
+def _elementwise_bytes(
+  config: ModelConfig, tokens: int, model: int, remat: str, unroll: int
+) -> float:
+  """Estimated HBM traffic of a chip for what is done to activations beside the matmuls."""
+  # Two fifths are not split by the `model` axis.
+  D, L = config.n_embd, config.n_layer
+  moved = tokens * L * D * LAYER_BYTES[remat] * (0.4 + 0.6 / model)
+  moved += tokens * config.n_vocab / model * LOGIT_BYTES
+
+  # A scan copies what a layer keeps into a stack and out of it, which reads and writes it twice.
+  # Without a loop there is none of it.
+  if unroll == L:
+    not_split, split = KEPT[remat]
+    moved -= 4 * tokens * L * D * (not_split + split / model)
+  return moved
 
 
 def _communication_seconds(
