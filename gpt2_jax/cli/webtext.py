@@ -18,7 +18,14 @@ each stage dropped and why.
 
   gpt2-jax webtext --input='crawl/*.warc.gz' --out=data/webtext --runner=beam \\
     --beam=--direct_num_workers=2 --beam=--direct_running_mode=multi_processing
+
+--dry_run measures the stages on a sample of the input, and says what terabytes of it would take:
+
+  gpt2-jax webtext --input='crawl/*.warc.gz' --dry_run --terabytes=5 --machines=20
 """
+
+import math
+import pathlib
 
 from absl import flags
 from ml_collections import config_flags
@@ -50,9 +57,19 @@ _LINKS = flags.DEFINE_string("links", None, "With --reddit: the file of links to
 _KARMA = flags.DEFINE_integer("karma", 3, "With --reddit: the least karma of a link.")
 _OVER_18 = flags.DEFINE_bool("over_18", True, "With --reddit: take links that are marked over 18.")
 _CROSSPOSTS = flags.DEFINE_bool("crossposts", True, "With --reddit: take links of crossposts.")
+_DRY_RUN = flags.DEFINE_bool(
+  "dry_run", False, "Write nothing: estimate machines, hours and price from a sample of --input."
+)
+_SAMPLE = flags.DEFINE_integer("sample", 200, "With --dry_run: documents to measure.", 1)
+_TERABYTES = flags.DEFINE_float("terabytes", 1.0, "With --dry_run: of pages, not compressed.")
+_MACHINES = flags.DEFINE_integer("machines", 10, "With --dry_run: how many.", lower_bound=1)
+_CORES = flags.DEFINE_integer("cores", 8, "With --dry_run: of a machine.", lower_bound=1)
+_PRICE = flags.DEFINE_float("usd_per_core_hour", None, "With --dry_run: for the price.")
 
 
 def main() -> None:
+  if _DRY_RUN.value:
+    return print(estimate())
   if bool(_REDDIT.value) == bool(_INPUT.value):
     raise ValueError("give --reddit and --links, or --input and --out")
   print(write_links() if _REDDIT.value else write_corpus())
@@ -98,6 +115,26 @@ def write_corpus() -> str:
     f"{out}: {report['documents']:,} documents, {report['bytes']:,} bytes, content "
     f"{report['content_sha256'][:16]}; {_reasons(report['stages'])}; see {out / 'report.md'}"
   )
+
+
+def estimate() -> str:
+  """The table of a dry run."""
+  import tempfile
+
+  from gpt2_jax.data.webtext.dry_run import estimate_table, measure_stages
+  from gpt2_jax.data.webtext.inputs import list_shards
+  from gpt2_jax.data.webtext.pipeline import build_pipeline
+
+  if not _INPUT.value or _OUT.value or _REDDIT.value:
+    raise ValueError("--dry_run takes --input, and neither --out nor --reddit")
+  for flag in (_TERABYTES, _PRICE):
+    if flag.value is not None and not 0 < flag.value < math.inf:
+      raise ValueError(f"--{flag.name}={flag.value} is not a finite number above 0")
+  shards = list_shards(_INPUT.value)
+  with tempfile.TemporaryDirectory() as folder:
+    pipeline = build_pipeline(_CONFIG.value, pathlib.Path(folder))
+    rates = measure_stages(pipeline, shards, _SAMPLE.value)
+  return estimate_table(rates, _TERABYTES.value, _MACHINES.value, _CORES.value, _PRICE.value)
 
 
 def _reasons(stages: dict) -> str:

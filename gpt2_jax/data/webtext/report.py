@@ -99,6 +99,10 @@ def write_report(report: dict, folder: pathlib.Path) -> None:
     _plot_stages(report["stages"], partial)
   with atomic_write(folder / "lengths.png", overwrite=True) as partial:
     _plot_lengths(report["lengths"], partial)
+  with atomic_write(folder / "domains.png", overwrite=True) as partial:
+    _plot_domains(report, partial)
+  with atomic_write(folder / "clusters.png", overwrite=True) as partial:
+    _plot_clusters(report["near_duplicate_clusters"], partial)
   with atomic_write(folder / "report.md", overwrite=True) as partial:
     partial.write_text(_page(report), encoding="utf-8")
   with atomic_write(folder / "report.json", overwrite=True) as partial:
@@ -147,6 +151,7 @@ def _domain_lines(report: dict) -> list[str]:
     ]
 
   # Two lists beside each other, of which one may be shorter.
+  lines += ["![top domains](domains.png)", ""]
   lines += ["| here | documents | WebText | documents |", "|---|---|---|---|"]
   for ours, theirs in itertools.zip_longest(here, published, fillvalue=("", "")):
     cells = [_inline(str(cell)) for cell in (*ours, *theirs)]
@@ -155,7 +160,8 @@ def _domain_lines(report: dict) -> list[str]:
 
 
 def _duplicate_lines(report: dict) -> list[str]:
-  lines = ["## Near duplicates", "", "| documents of a cluster | clusters |", "|---|---|"]
+  lines = ["## Near duplicates", "", "![clusters by size](clusters.png)", ""]
+  lines += ["| documents of a cluster | clusters |", "|---|---|"]
   for size, count in report["near_duplicate_clusters"].items():
     lines.append(f"| {size} | {count:,} |")
   return lines
@@ -170,14 +176,39 @@ def _inline(text: str) -> str:
 def _plot_stages(stages: dict, path: pathlib.Path) -> None:
   names = list(stages)
   counts = [stages[name]["documents_out"] for name in names]
-  figure, axes = _figure()
+  figure, [axes] = _figure()
   axes.barh(names[::-1], counts[::-1])
   axes.set_xlabel("documents after the stage")
   figure.savefig(path, format="png", bbox_inches="tight")
 
 
+def _plot_domains(report: dict, path: pathlib.Path) -> None:
+  """The documents of the first domains, here and in OpenAI's list."""
+  lists = {"here": report["domains"]}
+  if published := report.get("published_domains"):
+    lists["WebText, published"] = published
+
+  figure, axes = _figure(len(lists), 5)
+  for (name, counts), each in zip(lists.items(), axes, strict=True):
+    first = list(counts.items())[:25]
+    names = [domain[:24] or "(no URL)" for domain, _ in first]
+    each.barh(names[::-1], [count for _, count in first][::-1])
+    each.set_title(name)
+    each.set_xlabel("documents")
+    each.tick_params(axis="y", labelsize=7)
+  figure.savefig(path, format="png", bbox_inches="tight")
+
+
+def _plot_clusters(clusters: dict, path: pathlib.Path) -> None:
+  figure, [axes] = _figure()
+  axes.bar(list(clusters), list(clusters.values()))
+  axes.set_xlabel("near duplicates of a cluster")
+  axes.set_ylabel("clusters")
+  figure.savefig(path, format="png", bbox_inches="tight")
+
+
 def _plot_lengths(lengths: dict, path: pathlib.Path) -> None:
-  figure, axes = _figure()
+  figure, [axes] = _figure()
   axes.bar(list(lengths), list(lengths.values()))
   axes.set_xlabel("bytes of a document, from this power of two on")
   axes.set_ylabel("documents")
@@ -185,9 +216,10 @@ def _plot_lengths(lengths: dict, path: pathlib.Path) -> None:
   figure.savefig(path, format="png", bbox_inches="tight")
 
 
-def _figure():
+def _figure(columns: int = 1, height: float = 3.5):
+  """A figure, and a list of the axes beside each other in it."""
   # Without pyplot, which keeps its figures and may look for a screen.
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(6, 3.5), dpi=100)
-  return figure, figure.subplots()
+  figure = Figure(figsize=(6 * columns, height), dpi=100, layout="constrained")
+  return figure, figure.subplots(1, columns, squeeze=False)[0]

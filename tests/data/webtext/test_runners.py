@@ -94,7 +94,7 @@ def test_reasons_add_up_at_every_stage(expected, records):
   last = list(tally.stages.values())[-1]
   assert last.documents_out == report["documents"] > 20
   assert list(report["near_duplicate_clusters"])
-  assert (folder / "out/report.md").read_text().count("![") == 2
+  assert (folder / "out/report.md").read_text().count("![") == 4
   assert not (folder / "out/work").exists()
   tally.stages["domains"].documents_out += 1
   with pytest.raises(ValueError, match="stage domains"):

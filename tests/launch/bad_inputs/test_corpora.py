@@ -536,7 +536,32 @@ CARDS = rows(
   ],
 )
 
-TABLE = [*TOKENIZES, *DETECTS, *JOBS, *EVALUATES, *CELLS, *OVERLAPS, *CARDS]
+SEARCH = "--store=train --texts=story.txt"
+MEMORIZATIONS = rows(
+  "memorization",
+  "",
+  [
+    ("a search", None, f"{SEARCH} --out=new.jsonl"),
+    ("an extraction", None, "--model=hf --samples=2 --length=8 --prompt=O --store=train"),
+    ("nothing", "--store", ""),
+    ("texts alone", "--store", "--texts=story.txt"),
+    ("a smaller model alone", "--smaller", f"{SEARCH} --smaller=hf"),
+    ("a store that is gone", "gone", f"{SEARCH} --store=gone"),
+    ("a store that is none", "hollow", f"{SEARCH} --store=hollow"),
+    ("texts that are gone", "gone.txt", f"{SEARCH} --texts=gone.txt"),
+    ("no texts", "empty.txt", f"{SEARCH} --texts=empty.txt"),
+    ("texts in deep lines", "deep", f"{SEARCH} --texts=deep.jsonl"),
+    ("a model that is gone", "gone", "--model=gone"),
+    ("a store of another tokenizer", "another tokenizer", "--model=run --store=abc"),
+    ("no samples", "samples", "--model=hf --samples=0"),
+    ("one choice", "top_k", "--model=hf --top_k=1"),
+    ("results that are there", "text.txt", f"{SEARCH} --out=text.txt"),
+    ("results of nobody", "nobody_of_this_name", f"{SEARCH} --out={NOBODY}/x.jsonl"),
+    ("a flag misspelled", "textts", f"{SEARCH} --textts=story.txt"),
+  ],
+)
+
+TABLE = [*TOKENIZES, *DETECTS, *JOBS, *EVALUATES, *CELLS, *OVERLAPS, *CARDS, *MEMORIZATIONS]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from tests.launch.bad_inputs import test_corpora, test_models, test_training
 from tests.launch.bad_inputs.runner import LENGTH, Row, judge
 
 COMMANDS = "train tokenize convert evaluate contamination card detect sample console plan".split()
-COMMANDS += ["gke"]
+COMMANDS += ["gke", "memorization"]
 
 # What a script does, and what is to be said about it as a row whose error speaks of `x`.
 ERROR = "import sys; print('error: x', file=sys.stderr); "
