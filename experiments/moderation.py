@@ -6,7 +6,7 @@ HARDWARE  one CPU core, some minutes
 EXPECT    README.md, "Moderation filter": no banned word leaves, no clean sentence is touched
 
 Under --data lie wikitext2/wiki.*.tokens, ptb/ptb.*.txt, shakespeare/tinyshakespeare.txt,
-sst2/*.tsv, lambada/*.jsonl and e2e/*.txt.
+sst2/*.tsv, lambada/*.jsonl, e2e/*.txt and blimp/*.jsonl.
 
   leaks            10,000 texts of 40 words, in which one in five words is exchanged for a banned
                    one, often written so that it lies over the borders of tokens. They are decoded
@@ -16,6 +16,7 @@ sst2/*.tsv, lambada/*.jsonl and e2e/*.txt.
   time             a token of StreamDecoder alone and with the filter, taking turns
 """
 
+import json
 import pathlib
 import re
 import statistics
@@ -40,7 +41,7 @@ ANY = "|".join(word.replace(" ", r"\s+") for word in WORDS)
 BANNED = re.compile(rf"(?<![^\W_])(?:{ANY})(?![^\W_])", re.IGNORECASE)
 POLICY = Policy((Rule("words", "redact", WORDS),))
 FILES = ("wikitext2/wiki.*.tokens", "ptb/ptb.*.txt", "shakespeare/tinyshakespeare.txt")
-FILES += ("sst2/*.tsv", "lambada/*.jsonl", "e2e/*.txt")
+FILES += ("sst2/*.tsv", "lambada/*.jsonl", "e2e/*.txt", "blimp/*.jsonl")
 
 
 def sentences_of(data: pathlib.Path) -> list[str]:
@@ -48,7 +49,11 @@ def sentences_of(data: pathlib.Path) -> list[str]:
   sentences = {}
   for pattern in FILES:
     for file in sorted(data.glob(pattern)):
-      text = re.sub(r"[ \n]*\n[ \n]*", "\n", file.read_text(encoding="utf-8"))
+      text = file.read_text(encoding="utf-8")
+      if file.suffix == ".jsonl":
+        fields = [json.loads(line).values() for line in text.splitlines()]
+        text = "\n".join(str(value) for values in fields for value in values)
+      text = re.sub(r"[ \n]*\n[ \n]*", "\n", text)
       for sentence in re.split(r"(?<=[.!?]) +|\n", text):
         if len(sentence) > 20 and not BANNED.search(sentence):
           sentences[sentence] = None
