@@ -214,6 +214,7 @@ def _run_python(arguments: list[str], sandbox: pathlib.Path) -> None:
   names = ("bench", "calibrate", "distill", "detection", "finetune", "gpu", "optimizers")
   # These need a game, another checkout, and a model that is trained.
   names += ("watermark", "play_adventure", "regression", "memorization", "webtext_rates")
+  names += ("private", "moderation")  # and these minutes
   hours = tuple(f"experiments/{name}.py" for name in names)
   if script in hours or script == "experiments/reproduce.py" and not flags:
     compile((ROOT / script).read_text(), script, "exec")
