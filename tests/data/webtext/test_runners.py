@@ -166,32 +166,43 @@ needs_beam = pytest.mark.skipif(
 )
 
 
+def beam_options(workers: int) -> list[str]:
+  mode = ["--direct_running_mode=multi_processing"] * (workers > 1)
+  return [f"--direct_num_workers={workers}", *mode]
+
+
 @needs_beam
 @pytest.mark.parametrize("workers", [1, 2])
 def test_beam_gives_the_same(expected, tmp_path, workers):
   folder, report = expected
-  options = [f"--direct_num_workers={workers}"]
-  options += ["--direct_running_mode=multi_processing"] * (workers > 1)
+  options = beam_options(workers)
   shards = list_shards(f"{folder}/in/*.jsonl")
   beam_report = run_job(config(), shards, tmp_path / "out", "beam", 1, options)
   assert same(beam_report, report) and content(tmp_path / "out") == content(folder / "out")
 
 
 @needs_beam
-def test_beam_that_was_killed_starts_over_to_the_same(expected, tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_beam_that_was_killed_starts_over_to_the_same(expected, tmp_path, workers):
   folder, report = expected
   script = (
     "import sys, pathlib\n"
-    "from tests.data.webtext.test_runners import config\n"
+    "from tests.data.webtext.test_runners import beam_options, config\n"
     "from gpt2_jax.data.webtext.inputs import list_shards\n"
     "from gpt2_jax.data.webtext.job import run_job\n"
-    "run_job(config(), list_shards(sys.argv[1]), pathlib.Path(sys.argv[2]), 'beam')\n"
+    "shards, out, options = list_shards(sys.argv[1]), sys.argv[2], beam_options(int(sys.argv[3]))\n"
+    "run_job(config(), shards, pathlib.Path(out), 'beam', 1, options)\n"
   )
   command = [sys.executable, "-c", script, f"{folder}/in/*.jsonl", str(tmp_path / "out")]
-  process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
+  command.append(str(workers))
+  environment = os.environ | {"PYTHONPATH": str(ROOT)}
+  process = subprocess.Popen(command, env=environment, start_new_session=True)
   while not (tmp_path / "out/work/beam").exists() and process.poll() is None:
     time.sleep(0.05)
-  process.kill()
+  if workers > 1:
+    time.sleep(2)  # so that its workers run, too
+  os.killpg(process.pid, signal.SIGKILL)
   assert process.wait() == -signal.SIGKILL
-  beam_report = run_job(config(), list_shards(f"{folder}/in/*.jsonl"), tmp_path / "out", "beam")
+  shards = list_shards(f"{folder}/in/*.jsonl")
+  beam_report = run_job(config(), shards, tmp_path / "out", "beam", 1, beam_options(workers))
   assert same(beam_report, report) and content(tmp_path / "out") == content(folder / "out")
