@@ -156,3 +156,14 @@ def test_nothing_that_fits_is_one_line():
 
   with pytest.raises(ValueError, match="none of the 3 compiled fits v5e:2x4; the last: it does"):
     fastest_plan(config, topology, compile_plan, 3)
+
+
+def test_all_layers_unrolled_save_the_more_the_more_a_policy_keeps():
+  ranked = search.candidates(gpt2.get_config("117M"), parse_topology("v5e:2x4"))
+  seconds = {(c.mesh, c.microbatches, c.remat, c.attention, c.unroll): c.seconds for c in ranked}
+  saved = []
+  for policy in search.POLICIES:
+    knobs = ((8, 1, 1), 8, policy, "fused")
+    assert seconds[*knobs, 2] == seconds[*knobs, 1]
+    saved.append(seconds[*knobs, 1] - seconds[*knobs, 12])
+  assert saved[0] > 0 and saved == sorted(set(saved))
