@@ -31,39 +31,49 @@ def measure_stages(
 ) -> dict[str, StageRate]:
   """Runs the first `sample` documents through the stages, and reads the clock of each.
 
-  The first document is not counted: processes start with it, and models are loaded. Raises
-  ValueError for inputs with fewer than two documents.
+  Raises ValueError for inputs without a document.
   """
-  near = [NEAR] if pipeline.minhash else []
-  names = [READ, *(stage.name for stage in pipeline.before), *near]
-  rates = {name: StageRate() for name in [*names, *(stage.name for stage in pipeline.after)]}
   inputs = itertools.chain.from_iterable(read_shard(shard, pipeline.max_bytes) for shard in shards)
-  inputs = itertools.islice(inputs, sample + 1)
+  inputs = itertools.islice(inputs, sample)
+  rates = new_rates(pipeline)
 
   start = time.perf_counter()
   for number, (nbytes, document) in enumerate(progress(inputs, "measuring", " documents")):
-    # 1. The first document warms all up.
-    counted = rates if number else {name: StageRate() for name in rates}
-    _count(counted[READ], nbytes, document, time.perf_counter() - start)
+    _count(rates[READ], nbytes, document, time.perf_counter() - start)
 
-    # 2. Stage after stage, until one drops it. Of de-duplication the signature is what takes time.
-    for stage in (*pipeline.before, pipeline.minhash, *pipeline.after):
-      if isinstance(document, Drop):
-        break
-      if stage is None:
-        continue
-      before, nbytes = time.perf_counter(), document.nbytes
-      if stage is pipeline.minhash:
-        stage.band_keys(document.text)
-        _count(counted[NEAR], nbytes, document, time.perf_counter() - before)
-      else:
-        document = stage(document)
-        _count(counted[stage.name], nbytes, document, time.perf_counter() - before)
+    # Once more for the first: processes start with it, and models are loaded.
+    if number == 0:
+      run_timed(pipeline, document, new_rates(pipeline))
+    run_timed(pipeline, document, rates)
     start = time.perf_counter()
 
-  if rates[READ].documents < 1:
-    raise ValueError("a dry run takes two documents or more: the first one is not counted")
+  if not rates[READ].documents:
+    raise ValueError("the inputs have no document to measure")
   return rates
+
+
+def new_rates(pipeline: Pipeline) -> dict[str, StageRate]:
+  """A rate for each stage that has a clock, in their order."""
+  before = [stage.name for stage in pipeline.before]
+  near = [NEAR] if pipeline.minhash else []
+  after = [stage.name for stage in pipeline.after]
+  return {name: StageRate() for name in (READ, *before, *near, *after)}
+
+
+def run_timed(pipeline: Pipeline, document, rates: dict[str, StageRate]) -> None:
+  """Runs the stages until one drops the document. Of de-duplication the signature takes time."""
+  signature = [pipeline.minhash] if pipeline.minhash else []
+  for stage in (*pipeline.before, *signature, *pipeline.after):
+    if isinstance(document, Drop):
+      return
+    before, nbytes = time.perf_counter(), document.nbytes
+    if stage is pipeline.minhash:
+      stage.band_keys(document.text)
+      name = NEAR
+    else:
+      document = stage(document)
+      name = stage.name
+    _count(rates[name], nbytes, document, time.perf_counter() - before)
 
 
 def _count(rate: StageRate, nbytes: int, result, seconds: float) -> None:
