@@ -83,7 +83,7 @@ class Run:
 RUNS = (
   Run("117M", "v5e:2x4", (8, 1, 1), 8, "none", unroll=12),
   Run("117M", "v6e:2x4", (8, 1, 1), 4, "full"),
-  Run("345M", "v5e:4x4", (4, 4, 1), 4, "none", unroll=24),
+  Run("345M", "v5e:4x4", (2, 8, 1), 2, "dots", unroll=24),
   Run("345M", "v6e:4x4", (4, 4, 1), 2, "full"),
   Run("762M", "v5e:4x8", (4, 8, 1), 2, "full"),
   Run("762M", "v6e:4x8", (4, 8, 1), 1, "full"),
