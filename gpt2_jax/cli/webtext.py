@@ -69,7 +69,7 @@ _PRICE = flags.DEFINE_float("usd_per_core_hour", None, "With --dry_run: for the 
 
 def main() -> None:
   if _DRY_RUN.value:
-    return print(estimate())
+    return print(dry_run())
   if bool(_REDDIT.value) == bool(_INPUT.value):
     raise ValueError("give --reddit and --links, or --input and --out")
   print(write_links() if _REDDIT.value else write_corpus())
@@ -117,7 +117,7 @@ def write_corpus() -> str:
   )
 
 
-def estimate() -> str:
+def dry_run() -> str:
   """The table of a dry run."""
   import tempfile
 
