@@ -156,7 +156,7 @@ def _prepare(folder: str, files: list[_File], strict: bool) -> LocalFiles:
     # What TFDS finds in a damaged folder, it raises as whatever its parsers raise.
     raise ValueError(_damaged(folder, error)) from error
   with _prepare_lock(str(builder.data_path.parent)):
-    _download_and_prepare(builder)
+    download_and_prepare(builder)
   return build()
 
 
@@ -187,8 +187,8 @@ def _prepare_lock(folder: str) -> Iterator[None]:
     yield
 
 
-def _download_and_prepare(builder: LocalFiles) -> None:
-  """TFDS's writing of the dataset, without its messages."""
+def download_and_prepare(builder: tfds.core.DatasetBuilder) -> None:
+  """TFDS's writing of the dataset, without its messages. Raises ValueError if that fails."""
   # TFDS announces downloads on stdout and with bars of its own; there are none.
   tfds.disable_progress_bar()
   config = tfds.download.DownloadConfig(try_download_gcs=False)

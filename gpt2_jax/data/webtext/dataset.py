@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kept documents as a TFDS dataset in ArrayRecord, which `gpt2-jax tokenize` reads."""
 
-import contextlib
-import io
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -10,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from gpt2_jax.data.import_tfds import import_tfds
+from gpt2_jax.data.local_files import download_and_prepare
 from gpt2_jax.data.webtext.document import Document
-from gpt2_jax.files import first_line
 
 tfds = import_tfds()
 
@@ -51,14 +49,5 @@ def write_dataset(documents: Callable[[], Iterable[Document]], folder: pathlib.P
     shutil.rmtree(stale)
   builder = Webtext(documents, data_dir=str(folder), file_format="array_record")
 
-  # TFDS announces downloads on stdout and with bars of its own; there are none.
-  tfds.disable_progress_bar()
-  config = tfds.download.DownloadConfig(try_download_gcs=False)
-  try:
-    with contextlib.redirect_stdout(io.StringIO()):
-      builder.download_and_prepare(download_config=config)
-  except RuntimeError as error:
-    raise ValueError(f"cannot write {builder.data_path}: {first_line(error)}") from error
-  finally:
-    tfds.enable_progress_bar()
+  download_and_prepare(builder)
   return str(builder.data_path)
