@@ -6,10 +6,11 @@
 2. Keys are grouped on disk (spill.py), and texts are read for candidate pairs only.
 3. What is left goes through the other stages into kept.jsonl.
 
-Nothing grows with the corpus but one byte a document, and what near duplicates take (about 600
-bytes for each).
+Nothing grows with the corpus but one byte a document, and what near duplicates take (about 260
+bytes for each document that has one).
 """
 
+import bisect
 import collections
 import concurrent.futures
 import dataclasses
@@ -58,7 +59,7 @@ def run_plain(
 ) -> Result:
   """Runs the pipeline. `work` keeps what is done, for a rerun with the same arguments."""
   mapped = work / "mapped"
-  map_one = functools.partial(_map_shard, pipeline, mapped)
+  map_one = functools.partial(map_shard, pipeline, mapped)
   if processes == 1:
     for shard in progress(shards, "reading", " shards"):
       map_one(shard)
@@ -73,7 +74,7 @@ def run_plain(
   for shard in shards:
     tally.add(Tally.from_json(read_json_object(mapped / f"{shard.key}.json")))
   documents = MappedDocuments(mapped, shards)
-  reasons, clusters = _find_duplicates(documents, pipeline.minhash, work / "spill")
+  reasons, clusters = find_duplicates(documents, pipeline.minhash, work / "spill")
 
   kept = work / "kept.jsonl"
   with atomic_write(kept, overwrite=True) as partial, open(partial, "w", encoding="utf-8") as file:
@@ -84,7 +85,7 @@ def run_plain(
   return Result([kept], tally.sorted(pipeline.stage_names), clusters)
 
 
-def _map_shard(pipeline: Pipeline, folder: pathlib.Path, shard: Shard) -> None:
+def map_shard(pipeline: Pipeline, folder: pathlib.Path, shard: Shard) -> None:
   """Writes the documents of a shard, their keys and counts, unless they are there."""
   counts = folder / f"{shard.key}.json"
   if counts.exists():
@@ -118,16 +119,25 @@ class MappedDocuments(Sequence):
   def __init__(self, folder: pathlib.Path, shards: Sequence[Shard]):
     self._texts = [folder / f"{shard.key}.jsonl" for shard in shards]
     self.keys = [np.load(folder / f"{shard.key}.npy", mmap_mode="r") for shard in shards]
-    self.starts = np.concatenate([[0], np.cumsum([len(keys) for keys in self.keys])])
+    self._starts = [0, *itertools.accumulate(map(len, self.keys))]
 
   def __len__(self) -> int:
-    return int(self.starts[-1])
+    return self._starts[-1]
 
   def __getitem__(self, i: int) -> Document:
-    shard = int(np.searchsorted(self.starts, i, side="right")) - 1
+    shard, row = self._place(i)
     with open(self._texts[shard], "rb") as file:
-      file.seek(int(self.keys[shard][i - self.starts[shard], 0]))
+      file.seek(int(self.keys[shard][row, 0]))
       return Document(**json.loads(file.readline()))
+
+  def content_hash(self, i: int) -> int:
+    """The first 64 bits of a document's id, for which its text is not read."""
+    shard, row = self._place(i)
+    return int(self.keys[shard][row, 1])
+
+  def _place(self, i: int) -> tuple[int, int]:
+    shard = bisect.bisect_right(self._starts, i) - 1
+    return shard, i - self._starts[shard]
 
   def __iter__(self) -> Iterator[Document]:
     for path in self._texts:
@@ -137,7 +147,7 @@ class MappedDocuments(Sequence):
 
   def records(self, column: slice, dropped: np.ndarray) -> Iterator[np.ndarray]:
     """Records of the keys in a column, of documents that are not dropped, for `group_by_key`."""
-    for start, keys in zip(self.starts, self.keys, strict=False):
+    for start, keys in zip(self._starts, self.keys, strict=False):
       rows = np.flatnonzero(dropped[start : start + len(keys)] == 0)
       columns = keys[rows, column]
       records = np.empty(columns.size, RECORD)
@@ -150,7 +160,7 @@ class MappedDocuments(Sequence):
 _KEPT, _EXACT_DUPLICATE, _NEAR_DUPLICATE = range(3)
 
 
-def _find_duplicates(
+def find_duplicates(
   documents: MappedDocuments, minhash: MinHash | None, folder: pathlib.Path
 ) -> tuple[np.ndarray, dict[int, int]]:
   """What is to happen to each document, uint8, and the clusters of near duplicates by size."""
@@ -166,26 +176,21 @@ def _find_duplicates(
   if minhash is None:
     return reasons, {}
 
-  # 2. Near duplicates. Documents are known by their content hash, whatever their positions.
-  positions = {}
-
-  def groups() -> Iterator[list[str]]:
+  # 2. Near duplicates. The content hash comes first, so that the smallest document of a cluster is
+  #    the same whatever the positions. No text is read before two documents are compared.
+  def groups() -> Iterator[list[tuple[int, int]]]:
     for group in group_by_key(documents.records(slice(2, None), reasons), folder):
-      ids = []
-      for i in group.tolist():
-        ids.append(documents[i].id)
-        positions[ids[-1]] = i
-      yield ids
+      yield [(documents.content_hash(i), i) for i in group.tolist()]
 
   @functools.lru_cache(maxsize=CACHED)
-  def shingles(text_id: str) -> np.ndarray:
-    return minhash.shingles(documents[positions[text_id]].text)
+  def shingles(node: tuple[int, int]) -> np.ndarray:
+    return minhash.shingles(documents[node[1]].text)
 
   components = join_similar(groups(), shingles, minhash.jaccard)
   clusters = components.clusters()
   for members in clusters.values():
-    for text_id in members[1:]:
-      reasons[positions[text_id]] = _NEAR_DUPLICATE
+    for _, i in members[1:]:
+      reasons[i] = _NEAR_DUPLICATE
   return reasons, count_sizes(clusters.values())
 
 

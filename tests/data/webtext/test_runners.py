@@ -146,7 +146,7 @@ run_job(config(), list_shards(sys.argv[1]), pathlib.Path(sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize("place, call", [("_map_shard", 3), ("_finish", 20)])
+@pytest.mark.parametrize("place, call", [("map_shard", 3), ("_finish", 20)])
 def test_a_job_that_was_killed_resumes_to_the_same(expected, tmp_path, place, call):
   folder, report = expected
   arguments = [f"{folder}/in/*.jsonl", str(tmp_path / "out"), place, str(call)]
@@ -154,7 +154,7 @@ def test_a_job_that_was_killed_resumes_to_the_same(expected, tmp_path, place, ca
   result = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment, timeout=200)
   assert result.returncode == -signal.SIGKILL
   done = sorted((tmp_path / "out/work/mapped").glob("*.npy"))
-  assert len(done) == {"_map_shard": 2, "_finish": 3}[place]
+  assert len(done) == {"map_shard": 2, "_finish": 3}[place]
   times = [path.stat().st_mtime_ns for path in done]
   assert same(run_job(config(), list_shards(arguments[0]), tmp_path / "out"), report)
   assert content(tmp_path / "out") == content(folder / "out") and times
