@@ -130,7 +130,8 @@ def print_deduplication(texts: list[str], rounds: int) -> None:
   for name, a, b in zip(("signatures", "groups"), mine, other, strict=False):
     print(f"{name:18} {a:8.2f}, datatrove {b:.2f}: {b / a:.2f} x")
   a, b = (sum(run[:2]) for run in (mine, other))
-  print(f"{'both':18} {a:8.2f}, datatrove {b:.2f}: {b / a:.2f} x; dropped {mine[2]:,}, {other[2]:,}")
+  print(f"{'both':18} {a:8.2f}, datatrove {b:.2f}: {b / a:.2f} x")
+  print(f"{'dropped':18} {mine[2]:8,}, datatrove {other[2]:,}")
 
 
 def plant_duplicates(texts: list[str]) -> list[str]:

@@ -6,6 +6,10 @@ import functools
 from typing import ClassVar
 
 from gpt2_jax.data.webtext.document import Document, Drop, drop
+from gpt2_jax.files import first_line
+
+# fastText's own library, with which any NumPy works.
+PACKAGE = "fasttext-numpy2-wheel"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,18 @@ class Language:
     return document
 
 
+def check_model(path: str) -> None:
+  """Raises ImportError or ValueError if this is no fastText model that can be used here."""
+  try:
+    _classify_by_fasttext("a word", path)
+  except ValueError as error:
+    # fasttext 0.9.3 itself fails with NumPy 2, at the first text.
+    raise ValueError(
+      f"{path[-200:]} is no fastText model that works here: {first_line(error)}; for NumPy 2 "
+      f"pip install {PACKAGE} in place of fasttext"
+    ) from error
+
+
 def _classify(text: str) -> str:
   import py3langid
 
@@ -48,5 +64,5 @@ def _fasttext_model(path: str):
   try:
     import fasttext
   except ImportError as error:
-    raise ImportError(f"{path[:200]} is a model of fastText's: pip install fasttext") from error
+    raise ImportError(f"{path[-200:]} needs fastText: pip install {PACKAGE}") from error
   return fasttext.load_model(path)

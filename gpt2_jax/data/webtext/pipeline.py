@@ -12,7 +12,7 @@ from gpt2_jax.data.webtext.domains import Domains, read_domains
 from gpt2_jax.data.webtext.evaluation_overlap import EvaluationOverlap, build_evaluation_filter
 from gpt2_jax.data.webtext.extract import Extract, check_extractor
 from gpt2_jax.data.webtext.inputs import Shard, read_shard
-from gpt2_jax.data.webtext.language import Language
+from gpt2_jax.data.webtext.language import Language, check_model
 from gpt2_jax.data.webtext.links import Linked
 from gpt2_jax.data.webtext.near_duplicates import MinHash
 from gpt2_jax.data.webtext.quality import C4Quality, FineWebQuality, GopherQuality, GopherRepetition
@@ -70,6 +70,8 @@ def build_pipeline(config: ConfigDict, work: pathlib.Path) -> Pipeline:
   if config.repair:
     before.append(Repair())
   if config.language.keep:
+    if config.language.model:
+      check_model(config.language.model)
     before.append(
       Language(tuple(config.language.keep), config.language.model, config.language.min_score)
     )

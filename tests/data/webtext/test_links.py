@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reddit dumps to links, domains, languages, evaluation sets."""
 
+import importlib.util
 import json
 
 import pytest
 
+from configs import webtext
 from gpt2_jax.data.webtext.document import Document, Drop
 from gpt2_jax.data.webtext.domains import Domains, domain_name, registered_domain
 from gpt2_jax.data.webtext.evaluation_overlap import EvaluationOverlap
 from gpt2_jax.data.webtext.language import Language
 from gpt2_jax.data.webtext.links import Linked, LinkRules, canonical_url, extract_links
+from gpt2_jax.data.webtext.pipeline import build_pipeline
 from gpt2_jax.data.webtext.report import rank_correlation, read_published_domains
 from gpt2_jax.evaluate.contamination import build_filter
 
@@ -131,6 +134,18 @@ def test_languages_by_py3langid():
   assert Language()(Document(text=english)).language == "en"
   assert Language()(Document(text=german)).reason == "language_de"
   assert Language(keep=("de",))(Document(text=german)).language == "de"
+
+
+def test_a_fasttext_model_is_checked_before_the_first_page(tmp_path):
+  path = tmp_path / "broken.bin"
+  path.write_bytes(b"no model" * 9)
+  config = webtext.get_config()
+  config.language.model = str(path)
+  # fastText is asked for only by this knob, and comes with nothing.
+  installed = importlib.util.find_spec("fasttext")
+  expected = "broken.bin is no fastText model" if installed else "pip install fasttext-numpy2-wheel"
+  with pytest.raises((ValueError, ImportError), match=expected):
+    build_pipeline(config, tmp_path)
 
 
 def test_documents_with_ngrams_of_an_evaluation_set(tmp_path):
