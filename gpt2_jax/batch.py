@@ -35,7 +35,27 @@ def batch_hash(tokens_BT):
   return jnp.sum((tokens_BT.astype(jnp.uint32) + 1) * (place_BT | 1), dtype=jnp.uint32)
 
 
-def split_microbatches(x, microbatches: int):
+def accumulate(sums_and_grads, batch: Batch, microbatches: int, key, zero_grads):
+  """Gradient accumulation: what `sums_and_grads(microbatch, key)` gives, added up.
+
+  The microbatches are computed one after the other, each with a key of its own. Only one's
+  activations exist at a time; what is carried along begins with `zero_grads`.
+  """
+
+  def add_microbatch(total, indexed):
+    index, microbatch = indexed
+    microbatch_key = None if key is None else jax.random.fold_in(key, index)
+    return jax.tree.map(jnp.add, total, sums_and_grads(microbatch, microbatch_key)), None
+
+  batches_M = jax.tree.map(lambda x: _split_microbatches(x, microbatches), batch)
+  first = jax.tree.map(lambda x: x[0], batches_M)
+  sums, _ = jax.eval_shape(sums_and_grads, first, key)
+  zero = jax.tree.map(jnp.zeros_like, sums), zero_grads
+  total, _ = jax.lax.scan(add_microbatch, zero, (jnp.arange(microbatches), batches_M))
+  return total
+
+
+def _split_microbatches(x, microbatches: int):
   """An array [B, ...] as [M, B / M, ...]: microbatches, split over the mesh as the batch is."""
   shape = (-1, microbatches, *x.shape[1:])
   spec = P(ROWS, None, *(None,) * (x.ndim - 1))

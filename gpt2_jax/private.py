@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from gpt2_jax.batch import Batch, split_microbatches
+from gpt2_jax.batch import Batch, accumulate
 from gpt2_jax.compat import has_unreduced
 from gpt2_jax.finetune.trainable import merge
 from gpt2_jax.model import name_of
@@ -66,20 +66,14 @@ class PrivateGradients:
       return sums["nats"], sums
 
     # 2. Microbatch by microbatch: clip each row's gradient, and add it to those of its part.
-    def add_microbatch(total, indexed):
-      index, microbatch = indexed
-      microbatch_key = None if key is None else jax.random.fold_in(key, index)
+    def sums_and_clipped(microbatch, key):
       gradient = jax.value_and_grad(sums_of, has_aux=True)
-      (_, sums), grads = gradient(gathered, microbatch, microbatch_key)
-      clipped_R = clip_rows(stack_shards(grads), self.clip_norm)
-      return jax.tree.map(jnp.add, total, (sums, clipped_R)), None
+      (_, sums), grads = gradient(gathered, microbatch, key)
+      return sums, clip_rows(stack_shards(grads), self.clip_norm)
 
-    batches_M = jax.tree.map(lambda x: split_microbatches(x, microbatches), mean_rows(batch))
-    first = jax.tree.map(lambda x: x[0], batches_M)
-    _, sums = jax.eval_shape(sums_of, gathered, first, key)
-    zero = jax.tree.map(jnp.zeros_like, sums), zero_shards(gathered)
-    indexed_M = (jnp.arange(microbatches), batches_M)
-    (sums, clipped_R), _ = jax.lax.scan(add_microbatch, zero, indexed_M)
+    zero = zero_shards(gathered)
+    means = mean_rows(batch)
+    sums, clipped_R = accumulate(sums_and_clipped, means, microbatches, key, zero)
 
     # 3. One sum over the mesh, which is then split as the parameters are.
     def reduce(x_R, parameter):

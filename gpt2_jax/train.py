@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from gpt2_jax import compiler_options
-from gpt2_jax.batch import Batch, batch_hash, split_microbatches
+from gpt2_jax.batch import Batch, accumulate, batch_hash
 from gpt2_jax.compat import get_mesh
 from gpt2_jax.files import announce, user_path
 from gpt2_jax.finetune.init_from import resolve_model
@@ -85,20 +85,12 @@ def gradients(objective, trained, frozen, batch: Batch, microbatches: int, key=N
     sums = objective(merge(trained, frozen), batch, key)
     return sums["nats"], sums
 
-  def add_microbatch(total, indexed):
-    index, microbatch = indexed
-    microbatch_key = None if key is None else jax.random.fold_in(key, index)
-    gradient = jax.value_and_grad(sums_of, has_aux=True)
-    (_, sums), grads = gradient(trained, microbatch, microbatch_key)
-    return jax.tree.map(jnp.add, total, (sums, grads)), None
+  def sums_and_grads(microbatch, key):
+    (_, sums), grads = jax.value_and_grad(sums_of, has_aux=True)(trained, microbatch, key)
+    return sums, grads
 
-  # Only one microbatch's activations exist at a time; what is carried along is float32.
-  batches_M = jax.tree.map(lambda x: split_microbatches(x, microbatches), batch)
-  first = jax.tree.map(lambda x: x[0], batches_M)
-  _, sums = jax.eval_shape(sums_of, trained, first, key)
-  zero = jax.tree.map(jnp.zeros_like, sums), zero_gradients(trained)
-  indexed_M = (jnp.arange(microbatches), batches_M)
-  (sums, grads), _ = jax.lax.scan(add_microbatch, zero, indexed_M)
+  zero = zero_gradients(trained)
+  sums, grads = accumulate(sums_and_grads, batch, microbatches, key, zero)
   return sums, jax.tree.map(lambda x: per_token(x, sums), all_reduce_gradients(grads))
 
 
