@@ -74,7 +74,7 @@ def fastest_plan(
     if candidate is None:
       break
     _say(f"{len(trials) + 1} of {limit}: {candidate} ...")
-    trials[candidate], plan = _compile(config, candidate, compile_plan)
+    trials[candidate], plan = _compile(config, topology, candidate, compile_plan)
 
     # Only the fastest is kept: a compiled program is large.
     if _fastest(trials) == candidate:
@@ -96,14 +96,29 @@ def fastest_plan(
 
 
 def _compile(
-  config: ConfigDict, candidate: Candidate, compile_plan: Callable[[ConfigDict], Plan]
+  config: ConfigDict,
+  topology: Topology,
+  candidate: Candidate,
+  compile_plan: Callable[[ConfigDict], Plan],
 ) -> tuple[Trial, Plan | None]:
   """Compiles one candidate. What does not fit is a trial, too, or what the compiler gives up on."""
   try:
     plan = compile_plan(candidate.apply(config))
   except ValueError as error:
     return Trial(None, candidate.hbm, first_line(error)), None
-  return Trial(plan.estimate.step, plan.compiled.hbm_needed), plan
+
+  # The compiler takes programs that need a little more than is there, by the sum of its own
+  # figures. None has run on a TPU, so no such program is recommended.
+  needed = plan.compiled.hbm_needed
+  if needed > topology.chip.hbm:
+    fast, slow = plan.estimate.step
+    return Trial(
+      None,
+      needed,
+      f"{1e3 * fast:,.0f} to {1e3 * slow:,.0f} ms, but it needs {needed / GIB:.2f} GiB of "
+      f"{topology.chip.hbm / GIB:.2f}",
+    ), None
+  return Trial(plan.estimate.step, needed), plan
 
 
 def _fastest(trials: dict[Candidate, Trial]) -> Candidate | None:

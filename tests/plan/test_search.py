@@ -158,6 +158,22 @@ def test_nothing_that_fits_is_one_line():
     fastest_plan(config, topology, compile_plan, 3)
 
 
+def test_what_needs_more_than_the_hbm_is_not_recommended(capsys):
+  """The compiler accepts some programs whose parts add up to more."""
+  config, topology = gpt2.get_config("117M"), parse_topology("v5e:2x4")
+  compiler = Compiler()
+
+  def compile_plan(config):
+    plan = compiler(config)
+    if config.mesh.data == 8:
+      plan.compiled.hbm_needed = topology.chip.hbm + 2**30
+    return plan
+
+  best = fastest_plan(config, topology, compile_plan, 8)
+  assert best.compiled.config.mesh.data < 8
+  assert "ms, but it needs 16.75 GiB of 15.75" in capsys.readouterr().out
+
+
 def test_all_layers_unrolled_save_the_more_the_more_a_policy_keeps():
   ranked = search.candidates(gpt2.get_config("117M"), parse_topology("v5e:2x4"))
   seconds = {(c.mesh, c.microbatches, c.remat, c.attention, c.unroll): c.seconds for c in ranked}
