@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans a run on TPUs without a TPU: does it fit the HBM, how long is a step, what does it cost?
 
-  gpt2-jax plan --config=gpt2:1542M --topology=v5e:8x8 --config.mesh.replica=8 \\
-    --config.mesh.data=8 --config.model.remat=full --usd_per_chip_hour=1.2
+  gpt2-jax plan --config=gpt2:1542M --topology=v5e:8x8 --config.mesh.replica=2 \\
+    --config.mesh.data=32 --config.model.remat=attention --usd_per_chip_hour=1.2
   gpt2-jax plan --config=gpt2:1542M --topology=v5e:8x8 --search
   gpt2-jax plan --config=gpt2:117M --topology=v5e:1x1 --decode --batch=1,8 --dtype=bfloat16,int8
 
