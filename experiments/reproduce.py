@@ -12,10 +12,10 @@ EXPECT    README.md, the tables of estimates. They are made by the TPU's compile
           trained any of these with this code yet.
 
 The batch is 512 x 1,024 tokens. 600,000 steps are 315 billion tokens, nanoGPT's length; the paper
-does not say how long GPT-2 was trained. The meshes and knobs were found by `launch/plan.py --search` and a
-few trials. A chip keeps what its HBM has room for in place of computing it again (`remat`), and
-most rows unroll all layers. That saves copies, and compiling takes 1 to 2 minutes up to 36 layers,
-3 to 6 for 48; with unroll=1 it takes one, and the step 5 to 20 % longer.
+does not say how long GPT-2 was trained. The meshes and knobs were found by `launch/plan.py
+--search` and a few trials. A chip keeps what its HBM has room for in place of computing it again
+(`remat`), and most rows unroll all layers. That saves copies, and compiling takes 1 to 2 minutes up
+to 36 layers, 3 to 6 for 48; with unroll=1 it takes one, and the step 5 to 20 % longer.
 """
 
 import dataclasses
