@@ -88,11 +88,11 @@ RUNS = (
   Run("762M", "v5e:4x8", (4, 8, 1), 2, "dots", unroll=36),
   Run("762M", "v6e:4x8", (4, 8, 1), 1, "dots", unroll=36),
   Run("1542M", "v5e:8x8", (2, 32, 1), remat="attention"),
-  Run("1542M", "v5e:16x16", (16, 16, 1), remat="dots"),
-  Run("1542M", "v4:4x4x4", (4, 16, 1), remat="dots"),
+  Run("1542M", "v5e:16x16", (4, 64, 1), remat="dots"),
+  Run("1542M", "v4:4x4x4", (1, 64, 1), remat="dots"),
   Run("1542M", "v5p:4x4x4", (1, 64, 1), remat="none", unroll=48),
   Run("1542M", "v6e:8x8", (4, 16, 1), remat="none", unroll=48),
-  Run("1542M", "v5e:8x8", (16, 8, 1), slices=2),
+  Run("1542M", "v5e:8x8", (4, 32, 1), remat="attention", slices=2),
 )
 
 _OUT = flags.DEFINE_string(
