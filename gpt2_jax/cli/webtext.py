@@ -97,6 +97,8 @@ def write_corpus() -> str:
 
   if not _OUT.value:
     raise ValueError("--input needs --out, the folder to write")
+  if _LINKS.value:
+    raise ValueError("--links is a file that --reddit writes; to use one, give --config.links")
   if _BEAM.value and _RUNNER.value != "beam":
     raise ValueError("--beam has options of Apache Beam; give --runner=beam, too")
   out = local_path(_OUT.value)

@@ -6,6 +6,7 @@ What cannot be read is a `Drop` with a reason, and the rest of the file is read.
 
 import dataclasses
 import html
+import io
 import itertools
 import re
 from collections.abc import Iterator
@@ -18,11 +19,9 @@ from gpt2_jax.files import first_line, json_sha256, parse_json_object
 # HTML files of a shard: a job keeps a file for each shard.
 HTML_FILES = 256
 # Where a page of a file says what its URL is.
-CANONICAL = re.compile(
-  rb"""<link[^>]+rel=["']?canonical["']?[^>]*?href=["']([^"'>]+)|"""
-  rb"""<meta[^>]+property=["']og:url["'][^>]*?content=["']([^"'>]+)""",
-  re.IGNORECASE,
-)
+TAG = re.compile(rb"<(?:link|meta)\b[^<>]{0,2000}>", re.IGNORECASE)
+IS_CANONICAL = re.compile(rb"""\b(?:rel=["']?canonical|property=["']og:url)\b""", re.IGNORECASE)
+ADDRESS = re.compile(rb"""\b(?:href|content)=["']([^"'>]+)""", re.IGNORECASE)
 HTML_TYPES = ("text/html", "application/xhtml+xml", "text/plain", "")
 # What the header of a response may take besides its page.
 HTTP_HEADER_BYTES = 1 << 16
@@ -48,6 +47,9 @@ def list_shards(patterns: str) -> list[Shard]:
   for path in expand_globs(patterns):
     name = decompressed_name(path).lower()
     if name.endswith(WARC_SUFFIXES):
+      # FastWARC knows these alone, and takes others for damaged files.
+      if not path.lower().endswith((*WARC_SUFFIXES, ".gz", ".zst")):
+        raise ValueError(f"{path[-200:]}: a WARC file is plain, .gz or .zst; recompress it")
       shards.append(Shard("warc", (path,)))
     elif name.endswith((".html", ".htm", ".xhtml")):
       pages.append(path)
@@ -73,6 +75,9 @@ def read_shard(shard: Shard, max_bytes: int) -> Iterator[tuple[int, Document | D
       for result in readers[shard.kind](path, max_bytes):
         yield (result.nbytes if isinstance(result, Document) else 0), result
     except (ValueError, OSError, EOFError) as error:
+      # The disk or the network fails, which is not for good: the job ends, and can be resumed.
+      if isinstance(error, OSError) and error.errno is not None:
+        raise
       # A compressed file is cut off or damaged. What stood before counts.
       yield 0, Drop("truncated", f"{path}: {first_line(error)}")
 
@@ -83,9 +88,15 @@ def _read_html(path: str, max_bytes: int) -> Iterator[Document | Drop]:
   if len(page) > max_bytes:
     yield Drop("page_too_large", path)
     return
-  match = CANONICAL.search(page[: 1 << 18])
-  url = (match[1] or match[2]).decode("utf-8", "replace") if match else ""
-  yield Document(url=html.unescape(url).strip(), html=page)
+  yield Document(url=_canonical_url(page[: 1 << 18]), html=page)
+
+
+def _canonical_url(page: bytes) -> str:
+  """What the first tag of a page that says its URL has, or nothing."""
+  for tag in TAG.findall(page):
+    if IS_CANONICAL.search(tag) and (address := ADDRESS.search(tag)):
+      return html.unescape(address[1].decode("utf-8", "replace")).strip()
+  return ""
 
 
 def _read_lines(path: str, max_bytes: int) -> Iterator[Document | Drop]:
@@ -109,6 +120,8 @@ def _record(line: bytes, place: str, max_bytes: int) -> Document | Drop:
     url, text, page = (fields.get(key) or "" for key in ("url", "text", "html"))
     if not all(isinstance(value, str) for value in (url, text, page)) or not (text or page):
       return Drop("no_text", f"{place} has no text under text or html")
+    # JSON can hold half of a character (a lone surrogate), which no UTF-8 can.
+    url, text = (value.encode("utf-8", "replace").decode() for value in (url, text))
     encoded = page.encode("utf-8", "replace") if page else None
   except ValueError as error:
     return Drop("malformed", first_line(error))
@@ -146,11 +159,11 @@ def _warc_document(record, url: str, max_bytes: int) -> Document | Drop:
   #    far as it is read.
   is_text = record.record_type == WarcRecordType.conversion
   if not is_text and record.is_http:
-    record.set_bytes_content(content)
+    record = _copy_record(record, content)
     record.parse_http(auto_decode="all")
     if record.http_headers.status_code != 200:
       return Drop("http_status", f"{record.http_headers.status_code} {url[:200]}")
-    if (record.http_content_type or "") not in HTML_TYPES:
+    if (record.http_content_type or "").lower() not in HTML_TYPES:
       return Drop("content_type", f"{record.http_content_type} {url[:200]}")
     content = record.reader.read(max_bytes + 1)
 
@@ -162,3 +175,14 @@ def _warc_document(record, url: str, max_bytes: int) -> Document | Drop:
   if is_text:
     return Document(url=url, text=content.decode("utf-8", "replace"))
   return Document(url=url, html=content)
+
+
+def _copy_record(record, content: bytes):
+  """A record of its own: an error of HTTP in it leaves the reader of the file as it is."""
+  from fastwarc.warc import ArchiveIterator
+
+  record.set_bytes_content(content)
+  buffer = io.BytesIO()
+  record.write(buffer)
+  buffer.seek(0)
+  return next(iter(ArchiveIterator(buffer, parse_http=False)))

@@ -43,7 +43,8 @@ def run_job(
   job = {
     "format": FORMAT,
     "config": config.to_dict(),
-    "inputs": [_describe_input(path) for shard in shards for path in shard.paths],
+    "inputs": [_describe_file(path) for shard in shards for path in shard.paths],
+    "files of the config": [_describe_file(path) for path in _files_of(config)],
   }
   job = json.loads(json.dumps(job))
   with file_lock(out / "lock", f"another process works in {out}; wait for it, or take another"):
@@ -94,7 +95,18 @@ def _run_beam(pipeline, shards: Sequence[Shard], work: pathlib.Path, options: Se
   return run_beam(pipeline, shards, work, options)
 
 
-def _describe_input(path: str) -> list:
+def _files_of(config: ConfigDict) -> list[str]:
+  """The files that the config names and stages read."""
+  named = (
+    config.links,
+    config.domains.blocked,
+    config.language.model,
+    config.contamination.filter,
+  )
+  return [path for path in named if path]
+
+
+def _describe_file(path: str) -> list:
   """What tells a file from a changed one, without reading it."""
   status = os.stat(path)
   return [path, status.st_size, status.st_mtime_ns]
@@ -104,11 +116,17 @@ def _claim(out: pathlib.Path, job: dict) -> None:
   """Writes job.json, or checks that the one that is there is the same."""
   path = out / "job.json"
   if not path.exists():
+    # These would be removed or replaced.
+    for name in ("work", "webtext", "report.json", "report.md"):
+      if (out / name).exists():
+        raise ValueError(
+          f"{out} has {name} but no job.json, so it is not a job's; take another --out"
+        )
     with atomic_write(path) as partial:
       partial.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
     return
   former = read_json_object(path)
-  for part in ("format", "config", "inputs"):
+  for part in ("format", "config", "inputs", "files of the config"):
     if former.get(part) != job[part]:
       raise ValueError(
         f"{out} holds another job: its {part} is not this one's ({path} has it); take another --out"

@@ -19,6 +19,7 @@ from gpt2_jax.data.webtext.quality import C4Quality, FineWebQuality, GopherQuali
 from gpt2_jax.data.webtext.redact import Redact
 from gpt2_jax.data.webtext.repair import Repair
 from gpt2_jax.data.webtext.tally import Tally
+from gpt2_jax.evaluate.contamination import BloomFilter
 
 READ, EXACT, NEAR = "read", "exact_duplicates", "near_duplicates"
 
@@ -64,6 +65,9 @@ def build_pipeline(config: ConfigDict, work: pathlib.Path) -> Pipeline:
 
   # 2. From the page to a text, and whether it is good enough.
   check_extractor(config.extract.extractor)
+  for knob in ("seconds", "memory_mib"):
+    if not config.extract[knob] > 0:
+      raise ValueError(f"extract.{knob} is {config.extract[knob]}; it is above 0")
   before.append(
     Extract(config.extract.extractor, config.extract.seconds, config.extract.memory_mib << 20)
   )
@@ -116,4 +120,7 @@ def _after(config: ConfigDict, work: pathlib.Path) -> tuple[Stage, ...]:
     build_evaluation_filter(config.tasks, config.data, config.ngram, path)
   if not path:
     return ()
+  if config.min_ngrams < 1:
+    raise ValueError(f"contamination.min_ngrams is {config.min_ngrams}; it is 1 or more")
+  BloomFilter.load(path)  # a filter that cannot be read is known now, not after all documents
   return (EvaluationOverlap(path, config.min_ngrams, config.mark),)

@@ -34,6 +34,8 @@ from gpt2_jax.files import atomic_write, progress, read_json_object
 
 # Documents whose n-grams are kept while their candidate pairs are compared.
 CACHED = 256
+# Shards whose keys are mapped at a time.
+OPEN_SHARDS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +120,11 @@ class MappedDocuments(Sequence):
 
   def __init__(self, folder: pathlib.Path, shards: Sequence[Shard]):
     self._texts = [folder / f"{shard.key}.jsonl" for shard in shards]
-    self.keys = [np.load(folder / f"{shard.key}.npy", mmap_mode="r") for shard in shards]
-    self._starts = [0, *itertools.accumulate(map(len, self.keys))]
+    paths = [folder / f"{shard.key}.npy" for shard in shards]
+    # A mapped array holds a file descriptor, of which a process has 1,024.
+    self._keys = functools.lru_cache(OPEN_SHARDS)(lambda i: np.load(paths[i], mmap_mode="r"))
+    lengths = (len(self._keys(i)) for i in range(len(paths)))
+    self._starts = [0, *itertools.accumulate(lengths)]
 
   def __len__(self) -> int:
     return self._starts[-1]
@@ -127,13 +132,13 @@ class MappedDocuments(Sequence):
   def __getitem__(self, i: int) -> Document:
     shard, row = self._place(i)
     with open(self._texts[shard], "rb") as file:
-      file.seek(int(self.keys[shard][row, 0]))
+      file.seek(int(self._keys(shard)[row, 0]))
       return Document(**json.loads(file.readline()))
 
   def content_hash(self, i: int) -> int:
     """The first 64 bits of a document's id, for which its text is not read."""
     shard, row = self._place(i)
-    return int(self.keys[shard][row, 1])
+    return int(self._keys(shard)[row, 1])
 
   def _place(self, i: int) -> tuple[int, int]:
     shard = bisect.bisect_right(self._starts, i) - 1
@@ -147,7 +152,8 @@ class MappedDocuments(Sequence):
 
   def records(self, column: slice, dropped: np.ndarray) -> Iterator[np.ndarray]:
     """Records of the keys in a column, of documents that are not dropped, for `group_by_key`."""
-    for start, keys in zip(self._starts, self.keys, strict=False):
+    for shard in range(len(self._texts)):
+      start, keys = self._starts[shard], self._keys(shard)
       rows = np.flatnonzero(dropped[start : start + len(keys)] == 0)
       columns = keys[rows, column]
       records = np.empty(columns.size, RECORD)

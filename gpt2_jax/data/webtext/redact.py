@@ -15,6 +15,9 @@ EMAIL = re.compile(
   rf"\b{_NAME}(?:\.{_NAME})*@(?:(?:{_LABEL}\.)+{_LABEL}"
   rf"|\[(?:{_BYTE}\.){{3}}(?:{_BYTE}|[A-Za-z0-9-]*[A-Za-z0-9]:)])"
 )
+# What an address can be part of. A longer one is no address, and would take minutes to search.
+RUN = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.@:\[\]-]+")
+LONGEST_RUN = 1024
 IP = re.compile(rf"(?:{_BYTE}\.){{3}}{_BYTE}")
 
 
@@ -30,10 +33,15 @@ class Redact:
   def __call__(self, document: Document) -> Document | Drop:
     text = document.text
     if self.email and "@" in text:
-      text = EMAIL.sub(lambda _: self.email, text)
+      text = "".join(map(self._replace_addresses, re.split(r"(\s+)", text)))
     if self.ip:
       text = IP.sub(self._replace_public, text)
     return document if text == document.text else dataclasses.replace(document, text=text)
+
+  def _replace_addresses(self, word: str) -> str:
+    if "@" not in word or max(map(len, RUN.findall(word))) > LONGEST_RUN:
+      return word
+    return EMAIL.sub(lambda _: self.email, word)
 
   def _replace_public(self, match: re.Match) -> str:
     try:

@@ -13,6 +13,7 @@ from gpt2_jax.data.webtext import extract as extract_module
 from gpt2_jax.data.webtext.document import Document, Drop
 from gpt2_jax.data.webtext.extract import Extract
 from gpt2_jax.data.webtext.inputs import Shard, list_shards, read_shard
+from gpt2_jax.data.webtext.redact import Redact
 from gpt2_jax.data.webtext.repair import Repair
 
 LIMIT = 10_000_000
@@ -132,6 +133,52 @@ def test_broken_records_are_counted_and_the_rest_is_read(tmp_path, warc_record):
   assert reasons(read(path)) == ["", "truncated"]
   path.write_bytes(b"no WARC at all" * 100)
   assert all(isinstance(result, Drop) for result in read(path))
+
+
+def test_http_that_cannot_be_decoded_costs_one_record(tmp_path, warc_record):
+  page = b"<html><p>" + b"words of a page. " * 20
+  encoded = "Content-Type: Text/HTML\r\nContent-Encoding: {}"
+  for encoding in ("gzip", "deflate", "utf-8"):
+    bad = warc_record("https://a.example/bad", page, encoded.format(encoding))
+    good = [warc_record(f"https://a.example/{i}", page) for i in range(3)]
+    (tmp_path / "a.warc.gz").write_bytes(good[0] + bad + good[1] + good[2])
+    (tmp_path / "a.warc").write_bytes(b"".join(map(gzip.decompress, [good[0], bad, *good[1:]])))
+    for name in ("a.warc.gz", "a.warc"):
+      results = read(tmp_path / name)
+      assert reasons(results) in (["", "damaged_record", "", ""], [""] * 4)
+      assert [results[i].html for i in (0, 2, 3)] == [page] * 3
+  (tmp_path / "a.warc.bz2").write_bytes(b"")
+  with pytest.raises(ValueError, match="plain, .gz or .zst"):
+    list_shards(f"{tmp_path}/*.bz2")
+
+
+def test_half_a_character_costs_itself(tmp_path):
+  lines = [
+    r'{"url": "u", "text": "cut \ud83d"}',
+    r'{"url": "\ud83d", "text": "a"}',
+    '{"text": "b"}',
+  ]
+  (tmp_path / "a.jsonl").write_text("\n".join(lines))
+  results = read(tmp_path / "a.jsonl", "lines")
+  assert [(r.url, r.text) for r in results] == [("u", "cut ?"), ("?", "a"), ("", "b")]
+
+
+def test_a_disk_that_fails_ends_the_job(tmp_path):
+  """The shard would be done for good otherwise, without its pages."""
+  (tmp_path / "a.html").mkdir()
+  with pytest.raises(IsADirectoryError):
+    read(tmp_path / "a.html", "html")
+
+
+def test_long_runs_are_searched_in_linear_time(tmp_path):
+  """Patterns that are quadratic or worse would take hours for these."""
+  page = b"<link rel=canonical " * 12_000
+  (tmp_path / "a.html").write_bytes(page)
+  assert read(tmp_path / "a.html", "html")[0].url == ""
+  text = "a-" * 500_000 + " @ x@example.org"
+  assert Redact()(Document(text=text)).text == text[:-13] + "email@example.com"
+  text = "a-" * 500_000 + "@"
+  assert Redact()(Document(text=text)).text == text
 
 
 def test_html_files_know_their_url_and_lines_are_pages_or_texts(tmp_path):

@@ -16,8 +16,10 @@ import pytest
 
 from gpt2_jax.configs import webtext
 from gpt2_jax.data import corpus
+from gpt2_jax.data.webtext import plain_runner
 from gpt2_jax.data.webtext.inputs import list_shards
 from gpt2_jax.data.webtext.job import run_job
+from gpt2_jax.data.webtext.pipeline import Pipeline
 from gpt2_jax.data.webtext.tally import Tally
 
 pytest.importorskip("trafilatura")
@@ -126,6 +128,37 @@ def test_a_finished_job_is_left_alone_and_another_one_is_refused(expected):
   other.seed = 5
   with pytest.raises(ValueError, match="another job: its config"):
     run_job(other, shards, folder / "out")
+
+
+@pytest.mark.parametrize("name", ["work/thesis.txt", "webtext/2.0.0/mine"])
+def test_what_is_no_jobs_is_not_removed(expected, tmp_path, name):
+  shards = list_shards(f"{expected[0]}/in/*.jsonl")
+  (tmp_path / name).parent.mkdir(parents=True)
+  (tmp_path / name).write_text("mine")
+  with pytest.raises(ValueError, match="not a job's; take another --out"):
+    run_job(config(), shards, tmp_path)
+  assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_file_of_the_config_that_changed_is_another_job(records, tmp_path):
+  shards = list_shards(write(tmp_path / "in", records, 2))
+  (tmp_path / "blocked.txt").write_text("a.example.org\n")
+  named = config()
+  named.domains.blocked = str(tmp_path / "blocked.txt")
+  run_job(named, shards, tmp_path / "out")
+  (tmp_path / "blocked.txt").write_text("example.org\n")
+  with pytest.raises(ValueError, match="another job: its files of the config"):
+    run_job(named, shards, tmp_path / "out")
+
+
+def test_more_shards_than_a_process_may_open_files(records, tmp_path):
+  shards = list_shards(write(tmp_path / "in", records, 40))
+  opened = len(os.listdir("/proc/self/fd"))
+  for shard in shards:
+    plain_runner.map_shard(Pipeline(before=()), tmp_path, shard)
+  documents = plain_runner.MappedDocuments(tmp_path, shards * 30)
+  assert len(documents) > 30 * 40 and documents[len(documents) - 1].text
+  assert len(os.listdir("/proc/self/fd")) <= opened + plain_runner.OPEN_SHARDS
 
 
 KILLED = """
