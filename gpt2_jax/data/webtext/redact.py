@@ -33,15 +33,24 @@ class Redact:
   def __call__(self, document: Document) -> Document | Drop:
     text = document.text
     if self.email and "@" in text:
-      text = "".join(map(self._replace_addresses, re.split(r"(\s+)", text)))
+      text = self._replace_email(text)
     if self.ip:
       text = IP.sub(self._replace_public, text)
     return document if text == document.text else dataclasses.replace(document, text=text)
 
-  def _replace_addresses(self, word: str) -> str:
-    if "@" not in word or max(map(len, RUN.findall(word))) > LONGEST_RUN:
-      return word
-    return EMAIL.sub(lambda _: self.email, word)
+  def _replace_email(self, text: str) -> str:
+    # A word that is too long has one of these blocks in it whole, without a space.
+    size = LONGEST_RUN // 2
+    blocks = (text[i : i + size] for i in range(0, len(text) - size + 1, size))
+    if not any(block.split(None, 1) == [block] for block in blocks):
+      return EMAIL.sub(lambda _: self.email, text)
+
+    # Word by word, without those in which no address could be found in time.
+    words = re.split(r"(\s+)", text)
+    for i, word in enumerate(words):
+      if "@" in word and max(map(len, RUN.findall(word))) <= LONGEST_RUN:
+        words[i] = EMAIL.sub(lambda _: self.email, word)
+    return "".join(words)
 
   def _replace_public(self, match: re.Match) -> str:
     try:
